@@ -1,0 +1,117 @@
+"""ERL, exploration-driven reinforcement learning of the router (Kim & Kang, Findings of EMNLP 2025).
+
+Send a text through the model twice: once along the router's own choice, once with a random fraction alpha of the
+routing decisions replaced by random experts. Where the perturbed pass predicts the next token better, the random
+experts become more probable; where it predicts it worse, less.
+
+    random_routes    eq. 6-9             which decisions are replaced, and by which experts
+    erl_advantage    eq. 10-11 and 18    +1, 0 or -1 for each predicted token
+    erl_loss         eq. 12-14           the clipped surrogate on the router's probabilities
+
+Needs torch alone. B sequences, T positions, L MoE layers, K active experts a token, E experts a layer.
+"""
+
+import torch
+
+
+def random_routes(batch, length, layers, num_experts, top_k, alpha, *, generator=None, device=None):
+    """Draw the random experts of a perturbed forward, and the decisions that use them (eq. 6-9).
+
+    alpha: probability that a decision is replaced, a number or a tensor [B] (one a row), within [0, 1].
+    Returns experts int64 [B, T, L, K], distinct within a decision, to be used with weight 1/K each, and perturbed
+    bool [B, T, L], true where they replace the router's choice. The same generator state gives the same experts
+    whatever alpha is. ValueError: alpha outside [0, 1] or of another shape, top_k not in 1..num_experts.
+    """
+    if not 1 <= top_k <= num_experts:
+        raise ValueError(f"top_k must be from 1 to num_experts = {num_experts}, got {top_k}")
+    alpha = torch.as_tensor(alpha, dtype=torch.float32)
+    if alpha.shape not in ((), (batch,)):
+        raise ValueError(f"alpha must be a number or a tensor of shape [{batch}], got shape {list(alpha.shape)}")
+    if not ((alpha >= 0) & (alpha <= 1)).all():  # written so that NaN fails too
+        raise ValueError(f"alpha must lie within [0, 1], got {alpha.tolist()}")
+    scores = torch.rand(batch, length, layers, num_experts, generator=generator, device=device)  # eq. 7-8
+    experts = scores.topk(top_k).indices  # eq. 9 [B, T, L, K]; uniform over all E, the router's own choice included
+    # Decision: each decision is drawn independently with probability alpha (the paper's M ~ alpha * l * t).
+    draw = torch.rand(batch, length, layers, generator=generator, device=device)  # in [0, 1): 0 is never, 1 is always
+    perturbed = draw < alpha.to(draw.device).view(-1, 1, 1)  # [B, T, L]
+    return experts, perturbed
+
+
+def erl_advantage(perturbed_log_probs, original_log_probs, kind="static"):
+    """How much better the perturbed pass predicts each token: the sign (eq. 10-11), or with "log" the gap (eq. 18).
+
+    Both inputs are log-probabilities of the token that a position predicts, of one shape (any). Probabilities have
+    the same sign of difference, but underflow. Returns a tensor of that shape, float32 (float64 stays), without
+    gradient. The two passes must differ in their routes and in nothing else: dropout or router jitter between them
+    would turn noise into full +1 / -1 advantages. ValueError: shapes that differ, unknown kind.
+    """
+    if kind not in ("static", "log"):
+        raise ValueError(f'kind must be "static" or "log", got {kind!r}')
+    _check_shape("original_log_probs", original_log_probs, perturbed_log_probs.shape)
+    difference = _at_least_float32(perturbed_log_probs.detach()) - _at_least_float32(original_log_probs.detach())
+    return difference if kind == "log" else difference.sign()
+
+
+def erl_loss(router_log_probs, old_router_log_probs, advantages, perturbed, *, clip_eps=0.2):
+    """L_RL (eq. 12-14): the clipped surrogate, averaged over every perturbed decision and its K experts.
+
+    router_log_probs      [B, T, L, K]  log P of the randomly chosen experts, P the router's full softmax (never the
+                                        renormalised gate, which is 0 outside the top-K); the gradient flows here
+    old_router_log_probs  [B, T, L, K]  the same, recorded when the perturbed forward was drawn; no gradient
+    advantages            [B, T]        of the token that position t predicts; no gradient
+    perturbed             [B, T, L]     bool, the set S: replaced decisions at unpadded positions that predict a token
+    clip_eps                            0.2 in the paper, at least 0
+
+    m perturbed forwards are m * B rows. Entries outside S may hold anything. An empty S gives 0 with gradient 0.
+    Reduction: sum over S and K, divided by |S| * K; so a long text weighs more than a short one.
+    Returns (loss, metrics), metrics as detached 0-d tensors over the perturbed decisions:
+      rl_loss                                  the loss
+      ratio_mean                               mean of r = P / P_old; 1 as long as the router has not moved
+      clip_share                               share of (decision, expert) whose gradient the clip cuts off
+      advantage_positive, advantage_negative   share of decisions whose route was better, worse
+      perturbed_share                          |S| / (B * T * L), padding counted in the denominator
+    ValueError: a shape or mask type other than the above, clip_eps below 0.
+    """
+    if router_log_probs.dim() != 4:
+        raise ValueError(f"router_log_probs must have shape [B, T, L, K], got {list(router_log_probs.shape)}")
+    B, T, L, K = router_log_probs.shape
+    _check_shape("old_router_log_probs", old_router_log_probs, (B, T, L, K))
+    _check_shape("advantages", advantages, (B, T))
+    _check_shape("perturbed", perturbed, (B, T, L))
+    if perturbed.dtype != torch.bool:
+        raise ValueError(f"perturbed must be torch.bool, got {perturbed.dtype}")
+    if not clip_eps >= 0:
+        raise ValueError(f"clip_eps must be at least 0, got {clip_eps}")
+
+    # Entries outside S are replaced before the exp: 0 * NaN would be NaN, in the value and in the gradient.
+    chosen = perturbed.unsqueeze(-1)  # [B, T, L, 1]
+    log_ratio = _at_least_float32(router_log_probs) - _at_least_float32(old_router_log_probs.detach())
+    ratio = log_ratio.masked_fill(~chosen, 0).exp()  # eq. 12 [B, T, L, K]
+    # One advantage a token: the decisions of all layers at position t answer for the token predicted there.
+    A = _at_least_float32(advantages.detach())[:, :, None, None].masked_fill(~chosen, 0)  # [B, T, L, 1]
+    unclipped, clipped = ratio * A, ratio.clamp(1 - clip_eps, 1 + clip_eps) * A
+    objective = torch.minimum(unclipped, clipped)  # eq. 13; exactly 0 outside S
+    decisions = perturbed.sum().clamp(min=1)  # |S|
+    loss = -objective.sum() / (decisions * K)  # eq. 14, with the 1/K of eq. 13
+
+    with torch.no_grad():
+        A = A.squeeze(-1)
+        metrics = {
+            "rl_loss": loss.detach(),
+            "ratio_mean": (ratio * chosen).sum() / (decisions * K),
+            "clip_share": (clipped < unclipped).sum() / (decisions * K),
+            "advantage_positive": (A > 0).sum() / decisions,
+            "advantage_negative": (A < 0).sum() / decisions,
+            "perturbed_share": perturbed.sum() / max(perturbed.numel(), 1),
+        }
+    return loss, metrics
+
+
+def _at_least_float32(x):
+    """Lower precision is computed in float32; float64 stays."""
+    return x if x.dtype == torch.float64 else x.float()
+
+
+def _check_shape(name, tensor, shape):
+    if tuple(tensor.shape) != tuple(shape):
+        raise ValueError(f"{name} must have shape {list(shape)}, got {list(tensor.shape)}")
