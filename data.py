@@ -1,0 +1,714 @@
+"""Data sets, tokenizers, rewards and metrics: one table (DATASETS), read from the hub or from local files.
+
+    text sets   pydocs, wikitext2: load_text -> one long row of tokens; the metric is perplexity
+    task sets   the others:        load_examples -> prompt, answer, references; a rule scores what a model writes
+
+Every set says how a record becomes an `Example` (the `_..._example` functions) and how a response is scored (the
+`measure_...` functions). The reward of a response is one of the numbers that its metric reports: nothing is trained
+on one rule and judged by another.
+
+train, validation and test never share a problem. Where a published set has no split of its own for one of them,
+`split_of` carves it out of another by a stable hash of the problem (the question's context, the document), so the
+division is the same on every machine, for every seed, and for a part of the set as for the whole.
+"""
+
+import ast
+import contextlib
+import difflib
+import functools
+import hashlib
+import itertools
+import json
+import logging
+import os
+import random
+import re
+import string
+import threading
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from decimal import Decimal
+from fractions import Fraction
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import tiktoken
+
+SPLITS = ("train", "validation", "test")
+CACHE_VERSION = 1  # raise it when the same text and tokenizer give other tokens than before
+
+
+class UserError(Exception):
+    """A mistake that the user can mend. Programs print it as one sentence on stderr and exit with status 2."""
+
+
+def nearest(kind: str, name: str, known: Sequence[str]) -> UserError:
+    """The error for a name that does not exist, with the nearest one that does."""
+    guess = difflib.get_close_matches(str(name), known, n=1, cutoff=0)[0]
+    return UserError(f"unknown {kind} {name!r}: did you mean {guess!r}? There are {', '.join(known)}")
+
+
+# ---------------------------------------------------------------------------------------------------- tokenizers
+
+
+class Tokenizer:
+    """A tiktoken encoding in which text is only ever text: a literal "<|endoftext|>" is not the end token."""
+
+    def __init__(self, encoding: tiktoken.Encoding):
+        self.encoding = encoding
+        self.name: str = encoding.name
+        self.vocab_size: int = encoding.n_vocab
+        self.end: int = encoding.eot_token
+
+    def encode(self, text: str) -> list[int]:
+        return self.encoding.encode_ordinary(text)
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """Text of the ids without the end token and without ids that a padded vocabulary may hold (>= vocab_size)."""
+        return self.encoding.decode([i for i in ids if i != self.end and 0 <= i < self.vocab_size], errors="replace")
+
+
+def load_tokenizer(name: str, data_dir: str | None = None) -> Tokenizer:
+    """"bytes": the 256 bytes and an end token, vocabulary 257, no download. "gpt2": GPT-2's BPE, vocabulary 50257.
+
+    tiktoken fetches GPT-2's two vocabulary files at their first use; TIKTOKEN_CACHE_DIR, or a folder `tiktoken-cache`
+    in data_dir, holds them for a machine without network.
+    """
+    if name == "bytes":
+        ranks = {bytes([i]): i for i in range(256)}
+        # the pattern only cuts the text into pieces; with no merges every piece becomes its bytes
+        return Tokenizer(tiktoken.Encoding("bytes", pat_str=r"(?s:.{1,64})", mergeable_ranks=ranks,
+                                           special_tokens={"<|endoftext|>": 256}))
+    if name != "gpt2":
+        raise nearest("tokenizer", name, ("gpt2", "bytes"))
+    folder = Path(data_dir, "tiktoken-cache") if data_dir else None
+    try:
+        with _environment("TIKTOKEN_CACHE_DIR", str(folder) if folder and folder.is_dir() else None):
+            return Tokenizer(tiktoken.get_encoding("gpt2"))
+    except Exception as error:  # requests' errors, a proxy's, a broken file: all mean that the vocabulary is not there
+        raise UserError(
+            f"GPT-2's vocabulary is not on this machine and could not be fetched ({_one_line(error)}): set "
+            "TIKTOKEN_CACHE_DIR to a folder that holds tiktoken's files to work offline, or use --tokenizer bytes"
+        ) from error
+
+
+@contextlib.contextmanager
+def _environment(name: str, value: str | None) -> Iterator[None]:
+    """Sets a variable that the user has not set himself, for the length of a block."""
+    ours = value is not None and name not in os.environ
+    if ours:
+        os.environ[name] = value
+    try:
+        yield
+    finally:
+        if ours:
+            del os.environ[name]
+
+
+def _one_line(error: BaseException) -> str:
+    text = " ".join(str(error).split())
+    return f"{type(error).__name__}: {text[:120]}" if text else type(error).__name__
+
+
+# --------------------------------------------------------------------------------------------- records to examples
+
+
+@dataclass(frozen=True)
+class Example:
+    """A task: what the model reads, what the supervised phase teaches it to write, what its response is judged by."""
+
+    prompt: str
+    answer: str  # without the end token
+    references: tuple[str, ...]  # any of them will do
+    numbers: tuple[int, ...] = ()  # countdown: the numbers to use
+
+
+class Examples(list):
+    """A list of Example that also knows how many records had no prompt or no reference and were left out."""
+
+    skipped: int = 0
+
+
+def _samsum_example(row: dict) -> Example:
+    return _summary(row["dialogue"], row["summary"])
+
+
+def _xsum_example(row: dict) -> Example:
+    return _summary(row["document"], row["summary"])
+
+
+def _summary(text: str, summary: str) -> Example:
+    # the cue stands behind the text: a text too long for the context is cut from the left and keeps its cue
+    return Example(f"{text.strip()}\nTL;DR:" if text.strip() else "", " " + summary.strip(), (summary.strip(),))
+
+
+def _squad_example(row: dict) -> Example:
+    answers = row["answers"]["text"] if isinstance(row["answers"], dict) else row["answers"]  # the hub's form, ours
+    answers = tuple(a.strip() for a in answers) or ("",)
+    question = row["question"].strip()
+    return Example(f"{row['context'].strip()}\nQuestion: {question}\nAnswer:" if question else "",
+                   " " + answers[0], answers)
+
+
+def _gsm8k_example(row: dict) -> Example:
+    # "<<48/2=24>>" are marks for a calculator that no model here has
+    solution, mark, final = re.sub(r"<<.*?>>", "", row["answer"]).rpartition("####")
+    final = final.strip() if mark else ""
+    question = row["question"].strip()
+    return Example(f"Question: {question}\nAnswer:" if question else "", f" {solution.strip()}\n#### {final}", (final,))
+
+
+def _math_example(row: dict) -> Example:
+    answer = row["answer"]
+    answer = ",".join(map(str, answer)) if isinstance(answer, list) else str(answer)
+    references = tuple(r.strip() for r in (answer, *row.get("answer_variants", ())))
+    problem = row["problem"].strip()
+    return Example(f"Problem: {problem}\nAnswer in \\boxed{{}}:" if problem else "", f" \\boxed{{{references[0]}}}",
+                   references)
+
+
+# ------------------------------------------------------------------------------------------------- generated tasks
+
+
+def _addition_problems() -> Iterator[tuple[str, Example]]:
+    """The 10,000 sums of two numbers below 100: (what the split is decided by, example)."""
+    for a, b in itertools.product(range(100), repeat=2):
+        yield f"{a}+{b}", Example(f"{a}+{b}=", str(a + b), (str(a + b),))
+
+
+def _countdown_problems() -> Iterator[tuple[str, Example]]:
+    """Three numbers from 1 to 9 in any order and a target from 1 to 99 that + - * reach using each number once.
+
+    The answer is one of many, with the numbers in the order shown where that works; the reward takes any. The split
+    is decided by the sorted numbers and the target: no problem returns in another order in another split.
+    """
+    operators = {"+": int.__add__, "-": int.__sub__, "*": int.__mul__}
+    for numbers in itertools.product(range(1, 10), repeat=3):
+        found: dict[int, str] = {}
+        for (a, b, c), p, q in itertools.product(itertools.permutations(numbers), operators, operators):
+            left, right = operators[q](operators[p](a, b), c), operators[p](a, operators[q](b, c))
+            found.setdefault(right if q == "*" != p else left, f"{a}{p}{b}{q}{c}")  # a product binds first
+            found.setdefault(left, f"({a}{p}{b}){q}{c}")
+        for target in filter(range(1, 100).__contains__, found):
+            prompt = f"{numbers[0]} {numbers[1]} {numbers[2]}={target}:"
+            yield f"{sorted(numbers)}={target}", Example(prompt, found[target], (str(target),), numbers)
+
+
+# ---------------------------------------------------------------------------------------------- rewards and metrics
+# measure_...(response, example) -> the numbers that one response is worth, each in [0, 1]
+
+
+def measure_exact(response: str, example: Example) -> dict[str, float]:
+    return {"accuracy": float(response.strip() in example.references)}
+
+
+def measure_countdown(response: str, example: Example) -> dict[str, float]:
+    """1 for an expression of + - * / that uses each number once and has the target's value, exactly."""
+    if not re.fullmatch(r"[0-9+\-*/() ]{1,64}", response.strip()):  # short and harmless before the parser sees it
+        return {"accuracy": 0.0}
+    used: list[int] = []
+
+    def value(node: ast.AST) -> Fraction:
+        match node:
+            case ast.Constant(value=int(number)):
+                used.append(number)
+                return Fraction(number)
+            case ast.BinOp(left, ast.Add(), right):
+                return value(left) + value(right)
+            case ast.BinOp(left, ast.Sub(), right):
+                return value(left) - value(right)
+            case ast.BinOp(left, ast.Mult(), right):
+                return value(left) * value(right)
+            case ast.BinOp(left, ast.Div(), right):
+                return value(left) / value(right)
+        raise ValueError("not an expression of + - * /")
+
+    try:
+        result = value(ast.parse(response.strip(), mode="eval").body)
+    except (SyntaxError, ValueError, ZeroDivisionError):
+        return {"accuracy": 0.0}
+    right = sorted(used) == sorted(example.numbers) and result == int(example.references[0])
+    return {"accuracy": float(right)}
+
+
+def _f1(response: list[str], reference: list[str]) -> float:
+    common = (Counter(response) & Counter(reference)).total()
+    return 2 * common / (len(response) + len(reference)) if common else 0.0
+
+
+def measure_unigrams(response: str, example: Example) -> dict[str, float]:
+    """F1 between the words (split at white space) of the continuation and of the text that really follows."""
+    return {"unigram_f1": max(_f1(response.split(), r.split()) for r in example.references)}
+
+
+def squad_words(text: str) -> list[str]:
+    """SQuAD's normalisation: lower case, no punctuation, no articles, white space alone between the words."""
+    text = "".join(c for c in text.lower() if c not in string.punctuation)
+    return re.sub(r"\b(a|an|the)\b", " ", text).split()
+
+
+def measure_squad(response: str, example: Example) -> dict[str, float]:
+    words, references = squad_words(response), [squad_words(r) for r in example.references]
+    return {"exact_match": float(words in references), "f1": max(_f1(words, r) for r in references)}
+
+
+@functools.cache
+def _rouge_scorer():
+    from rouge_score.rouge_scorer import RougeScorer
+
+    return RougeScorer(["rouge1", "rouge2", "rougeL"], use_stemmer=True)
+
+
+def measure_summary(response: str, example: Example) -> dict[str, float]:
+    """F-measures of ROUGE-1, ROUGE-2 and sentence-level ROUGE-L with Porter stemming, the best of the references."""
+    return {name: score.fmeasure for name, score in _rouge_scorer().score_multi(example.references, response).items()}
+
+
+def measure_math(response: str, example: Example) -> dict[str, float]:
+    """1 if the final answer equals one of the references as mathematics."""
+    answer = final_answer(response)
+    return {"accuracy": float(any(same_math(reference, answer) for reference in example.references))}
+
+
+def final_answer(text: str) -> str:
+    r"""What a solution ends in: its last \boxed{...}, else the line behind its last "####", else its last line."""
+    start = text.rfind("\\boxed{")
+    if start >= 0:
+        start, depth = start + len("\\boxed{"), 1
+        for i in range(start, len(text)):
+            depth += {"{": 1, "}": -1}.get(text[i], 0)
+            if depth == 0:
+                return text[start:i]
+    if "####" in text:
+        return text.rpartition("####")[2].strip().partition("\n")[0]
+    return text.strip().rpartition("\n")[2]
+
+
+def _plain_math(text: str) -> str:
+    r"""LaTeX without what carries no value: $, degrees, spacing; np.arcsin -> \arcsin as in Minerva's answers."""
+    text = re.sub(r"\\?\$|\^\{?\\circ\}?|\\[,;!]|\\left\b|\\right\b|\s+", lambda m: " " if m[0].isspace() else "", text)
+    return re.sub(r"\bnp\.(\w+)", r"\\\1", text).strip().rstrip(".")
+
+
+def _number(text: str) -> Decimal | None:
+    r"""12, 1,234.50, -3, 025, 8.7e8 and 8.7 \times 10^{8}; nothing else."""
+    match = re.fullmatch(r"([-+]?)((?:\d{1,3}(?:,\d{3})+|\d+)?(?:\.\d*)?)"
+                         r"(?:[eE]([-+]?\d{1,4})| ?\\(?:times|cdot) ?10\^(?:\{([-+]?\d{1,4})\}|(\d)))?", text, re.ASCII)
+    if not match or not re.search(r"\d", match[2]):
+        return None
+    exponent = match[3] or match[4] or match[5] or "0"
+    return Decimal(f"{match[1]}{match[2].replace(',', '')}e{exponent}")
+
+
+@functools.lru_cache(maxsize=8192)  # a group's responses repeat the same few answers
+def same_math(reference: str, answer: str) -> bool:
+    """Whether two answers are equal: numbers as numbers, equal strings at once, the rest by math-verify.
+
+    math-verify reads several values as a set: their order, and how often one stands there, do not matter; the order
+    inside a tuple does. It knows neither 8.7e8 (it sees Euler's e) nor np.arcsin, and rounds to six decimals, so two
+    numbers are compared here and never there. What it cannot read, or not within two seconds, is not equal.
+    """
+    reference, answer = _plain_math(reference), _plain_math(answer)
+    if not answer or not reference:
+        return False
+    if answer == reference:
+        return True
+    numbers = _number(reference), _number(answer)
+    if None not in numbers:
+        return numbers[0] == numbers[1]
+    if len(answer) > 500:  # no reference is that long, and a model's babble must not cost two seconds each time
+        return False
+    parse, verify = _math_verify()
+    # its time limit is a signal, which only the main thread may set; other threads go without one
+    limit = 2 if threading.current_thread() is threading.main_thread() else None
+    try:
+        return verify(parse(f"\\boxed{{{reference}}}", parsing_timeout=limit),
+                      parse(f"\\boxed{{{answer}}}", parsing_timeout=limit), timeout_seconds=limit)
+    except (Exception, RecursionError):
+        return False
+
+
+@functools.cache
+def _math_verify():
+    from math_verify import parse, verify
+
+    logging.getLogger("math_verify").setLevel(logging.ERROR)  # it warns of every answer that it cannot read
+    return parse, verify
+
+
+# --------------------------------------------------------------------------------------------------------- the table
+
+
+@dataclass(frozen=True)
+class DatasetSpec:
+    name: str
+    kind: str  # "text" | "task"
+    tokenizer: str  # the default
+    max_new_tokens: int  # a sensible length of a response, in tokens of that tokenizer
+    measure: Callable[[str, Example], dict[str, float]]
+    reward: str  # which of the measured numbers is rewarded
+    metric: str  # which one ranks samples and checkpoints ("perplexity": not measured on responses)
+    example: Callable[[dict], Example] | None = None  # a record -> an Example
+    key: str = ""  # the field whose hash decides the split where several splits come from one file
+    files: dict[str, str] = field(default_factory=dict)  # split -> file below --data-dir
+    hub: tuple[str, str | None, str | None] | None = None  # id, configuration, revision
+    hub_splits: dict[str, str] = field(default_factory=dict)  # split -> the hub's split
+    columns: dict[str, str] = field(default_factory=dict)  # field -> column of the hub
+    problems: Callable[[], Iterator[tuple[str, Example]]] | None = None  # generated sets: all problems
+    test_sets: tuple[str, ...] = ()  # sets to test on, where it has no test split itself
+
+    @property
+    def test_only(self) -> bool:
+        return bool(self.files) and "train" not in self.files
+
+
+def _files(pattern: str, *names: str) -> dict[str, str]:
+    return {split: pattern.format(name) for split, name in zip(SPLITS, names, strict=False)}
+
+
+_OWN_SPLITS = _files("{}", "train", "validation", "test")
+_FROM_TRAIN = _files("{}", "train", "train", "test")  # the validation split is carved out of train
+_UNIGRAMS = {"measure": measure_unigrams, "reward": "unigram_f1", "metric": "perplexity"}
+_SUMMARY = {"measure": measure_summary, "reward": "rougeL", "metric": "rouge2"}
+_SQUAD = {"measure": measure_squad, "reward": "f1", "metric": "f1"}
+_EXACT = {"measure": measure_exact, "reward": "accuracy", "metric": "accuracy"}
+_MATH = {"measure": measure_math, "reward": "accuracy", "metric": "accuracy", "example": _math_example}
+_PROBLEM = {"problem": "problem", "answer": "answer"}
+
+
+def _math_test(name: str, file: str, hub: str, split: str = "test", **columns: str) -> DatasetSpec:
+    return DatasetSpec(name, "task", "gpt2", 512, **_MATH, files={"test": f"math-eval/{file}.jsonl"},
+                       hub=(hub, None, None), hub_splits={"test": split}, columns=_PROBLEM | columns)
+
+
+DATASETS: dict[str, DatasetSpec] = {spec.name: spec for spec in (
+    # ---- text
+    DatasetSpec("pydocs", "text", "bytes", 64, **_UNIGRAMS),
+    DatasetSpec("wikitext2", "text", "gpt2", 32, **_UNIGRAMS, hub=("Salesforce/wikitext", "wikitext-2-v1", None),
+                hub_splits=_OWN_SPLITS, columns={"text": "text"},
+                files=_files("wikitext-2/wiki.{}.tokens", "train", "valid", "test")),
+    # ---- summaries and questions
+    DatasetSpec("samsum", "task", "gpt2", 64, **_SUMMARY, example=_samsum_example,
+                files=_files("samsum/{}.jsonl", "train", "val", "test"),
+                hub=("knkarthick/samsum", None, None), hub_splits=_OWN_SPLITS,
+                columns={"dialogue": "dialogue", "summary": "summary"}),
+    DatasetSpec("xsum", "task", "gpt2", 64, **_SUMMARY, example=_xsum_example, key="document",
+                files=_files("xsum/xsum.jsonl", "", "", ""),  # a file without splits: all three are carved out of it
+                hub=("EdinburghNLP/xsum", None, "refs/convert/parquet"), hub_splits=_OWN_SPLITS,
+                columns={"document": "document", "summary": "summary"}),
+    DatasetSpec("squad", "task", "gpt2", 32, **_SQUAD, example=_squad_example, key="context",
+                files=_files("squad-v1.1/{}.jsonl", "train_subset", "train_subset", "dev"),
+                hub=("rajpurkar/squad", None, None), hub_splits=_files("{}", "train", "train", "validation"),
+                columns={"context": "context", "question": "question", "answers": "answers"}),
+    # ---- mathematics
+    DatasetSpec("gsm8k", "task", "gpt2", 256, **_MATH | {"example": _gsm8k_example}, key="question",
+                files=_files("gsm8k/{}.jsonl", "train", "train", "test"),
+                hub=("openai/gsm8k", "main", None), hub_splits=_FROM_TRAIN,
+                columns={"question": "question", "answer": "answer"}),
+    DatasetSpec("deepscaler", "task", "gpt2", 512, **_MATH, key="problem",
+                files=_files("deepscaler/train_subset.jsonl", "", ""),
+                hub=("agentica-org/DeepScaleR-Preview-Dataset", None, None),
+                hub_splits=_files("train", "", ""), columns=_PROBLEM,
+                test_sets=("math500", "aime24", "aime25", "minerva", "olympiad")),
+    _math_test("math500", "math500", "HuggingFaceH4/MATH-500"),
+    _math_test("aime24", "aime2024", "HuggingFaceH4/aime_2024", "train"),
+    _math_test("aime25", "aime2025", "math-ai/aime25"),
+    _math_test("minerva", "minerva_math", "math-ai/minervamath", problem="question"),
+    _math_test("olympiad", "olympiadbench", "math-ai/olympiadbench", problem="question", answer="final_answer"),
+    # ---- generated
+    DatasetSpec("addition", "task", "bytes", 4, **_EXACT, problems=_addition_problems),
+    DatasetSpec("countdown", "task", "bytes", 8, **_EXACT | {"measure": measure_countdown},
+                problems=_countdown_problems),
+)}
+
+
+def get_dataset(name: str) -> DatasetSpec:
+    if name not in DATASETS:
+        raise nearest("data set", name, tuple(DATASETS))
+    return DATASETS[name]
+
+
+def split_of(key: str) -> str:
+    """Eight tenths train, one validation, one test, by a hash that is the same on every machine."""
+    digit = int.from_bytes(hashlib.sha256(key.encode("utf-8", "replace")).digest()[:8], "big") % 10
+    return {8: "validation", 9: "test"}.get(digit, "train")
+
+
+# ---------------------------------------------------------------------------------------------------- reading records
+
+
+def _check_split(spec: DatasetSpec, split: str) -> None:
+    if split not in SPLITS:
+        raise ValueError(f"split: expected one of {', '.join(SPLITS)}, got {split!r}")
+    if spec.files and split not in spec.files:
+        why = f"test on {', '.join(spec.test_sets)}" if spec.test_sets else "it only tests, train on deepscaler or gsm8k"
+        raise UserError(f"{spec.name} has no {split} split: {why}")
+
+
+def _read_file(spec: DatasetSpec, split: str, data_dir: str) -> str:
+    path = Path(data_dir, spec.files[split])
+    try:
+        text = path.read_bytes().decode("utf-8")  # not read_text: line ends stay as they are
+    except FileNotFoundError:
+        raise UserError(f"{path} is missing: --data-dir DIR reads {spec.name} from DIR/{spec.files[split]}") from None
+    except UnicodeDecodeError:
+        raise UserError(f"{path} is not UTF-8 text") from None
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {error.strerror}") from None
+    if not text.strip():
+        raise UserError(f"{path} is empty: {spec.name} expects its {split} records there")
+    return text
+
+
+def _read_jsonl(spec: DatasetSpec, split: str, data_dir: str) -> list[dict]:
+    rows, path = [], Path(data_dir, spec.files[split])
+    for number, line in enumerate(_read_file(spec, split, data_dir).split("\n"), 1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+        except ValueError:
+            raise UserError(f"{path}, line {number}: not a JSON object") from None
+        missing = [c for c in spec.columns if not isinstance(row, dict) or c not in row]
+        if missing:
+            raise UserError(f"{path}, line {number}: {spec.name} needs the field {missing[0]!r}")
+        rows.append(row)
+    return rows
+
+
+def _read_hub(spec: DatasetSpec, split: str):
+    """The rows of a published set: a datasets.Dataset whose columns have our names."""
+    hub_id, config, revision = spec.hub
+    try:
+        import datasets
+
+        rows = datasets.load_dataset(hub_id, config, revision=revision, split=spec.hub_splits[split],
+                                     download_config=datasets.DownloadConfig(max_retries=1))
+    except Exception as error:  # no network, no such id, a broken download, no `datasets`: each with its own class
+        raise UserError(f"{hub_id} could not be read from the hub ({_one_line(error)}): --data-dir DIR reads "
+                        f"DIR/{spec.files[split]} without network, HF_HUB_OFFLINE=1 what was downloaded before, "
+                        "HF_ENDPOINT names a mirror") from error
+    missing = [c for c in spec.columns.values() if c not in rows.column_names]
+    if missing:
+        raise UserError(f"{hub_id} has no column {missing[0]!r}, only {', '.join(rows.column_names)}: --data-dir DIR "
+                        f"reads DIR/{spec.files[split]} instead")
+    rows = rows.select_columns(list(spec.columns.values()))
+    return rows.rename_columns({theirs: ours for ours, theirs in spec.columns.items() if ours != theirs})
+
+
+def load_examples(name: str, split: str, *, data_dir: str | None = None, seed: int = 0,
+                  limit: int | None = None) -> Examples:
+    """The examples of a task set in an order drawn from `seed`, at most `limit` of them.
+
+    Records without a prompt (an empty dialogue) or without a reference are left out and counted in `.skipped`.
+    """
+    spec = get_dataset(name)
+    if spec.kind != "task":
+        raise ValueError(f"{name} is text: use load_text, and continuation_examples to generate from it")
+    _check_split(spec, split)
+    if spec.problems:
+        rows = [example for key, example in spec.problems() if split_of(key) == split]
+    else:
+        rows = _read_jsonl(spec, split, data_dir) if data_dir else _read_hub(spec, split)
+    sources = spec.files if data_dir else spec.hub_splits
+    carved = not spec.problems and list(sources.values()).count(sources[split]) > 1
+
+    examples = Examples()
+    order = list(range(len(rows)))
+    random.Random(seed).shuffle(order)
+    for i in order:
+        if limit is not None and len(examples) >= limit:
+            break
+        if carved and not _belongs(rows[i][spec.key], split, sources):
+            continue
+        example = rows[i] if spec.problems else _to_example(spec, rows[i])
+        references = tuple(r for r in example.references if r)
+        if not example.prompt or not example.answer.strip() or not references:
+            examples.skipped += 1
+            continue
+        examples.append(example)
+    return examples
+
+
+def _to_example(spec: DatasetSpec, row: dict) -> Example:
+    try:
+        return spec.example({name: "" if value is None else value for name, value in row.items()})
+    except (TypeError, AttributeError, KeyError):
+        raise UserError(f"{spec.name}: a record's {' or '.join(spec.columns)} is not text: {str(row)[:100]}") from None
+
+
+def _belongs(key: str, split: str, sources: dict[str, str]) -> bool:
+    """Whether a record of a file that several splits share is this split's; shares of splits elsewhere go to train."""
+    its = split_of(key)
+    return (its if sources.get(its) == sources[split] else "train") == split
+
+
+# -------------------------------------------------------------------------------------------------------------- text
+
+
+class TextSplit(NamedTuple):
+    """A split of a text set. tokens[0] is the end token, so that every token of the text is predicted exactly once."""
+
+    tokens: np.ndarray  # [1 + number of tokens of the text], a read-only memory map of uint16 (uint32 for V > 65536)
+    num_bytes: int  # UTF-8 bytes of the text, for bits per byte
+
+
+def load_text(name: str, split: str, tokenizer: Tokenizer, *, data_dir: str | None = None,
+              cache_dir: str = ".cache") -> TextSplit:
+    """A text set's split as tokens, cached below cache_dir under a hash of the text, the tokenizer and this code."""
+    spec = get_dataset(name)
+    if spec.kind != "text":
+        raise ValueError(f"{name} is a task set: use load_examples")
+    _check_split(spec, split)
+    if name == "pydocs":
+        text = _pydocs(split)
+    elif data_dir:
+        text = _read_file(spec, split, data_dir)
+    else:  # the hub has one row a line, and an empty row for the line that holds one blank
+        text = "".join(row or " \n" for row in _read_hub(spec, split)["text"])
+    raw = text.encode("utf-8")
+    made_of = f"{CACHE_VERSION} {tokenizer.name} {tokenizer.vocab_size} {hashlib.sha256(raw).hexdigest()}"
+    key = hashlib.sha256(made_of.encode()).hexdigest()[:16]
+    path = Path(cache_dir, f"{name}-{split}-{tokenizer.name}-{key}.npy")
+    tokens = _cached_tokens(path, tokenizer, text)
+    if tokens is None:
+        dtype = np.uint16 if tokenizer.vocab_size <= 2**16 else np.uint32
+        aside = path.with_name(f"{path.name}.{os.getpid()}.tmp")  # a killed run leaves no half a cache behind
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with open(aside, "wb") as file:
+                np.save(file, np.array([tokenizer.end, *tokenizer.encode(text)], dtype=dtype))
+            os.replace(aside, path)
+        except OSError as error:
+            raise UserError(f"the token cache {path} cannot be written: {error.strerror}") from None
+        tokens = np.load(path, mmap_mode="r")
+    return TextSplit(tokens, len(raw))
+
+
+def _cached_tokens(path: Path, tokenizer: Tokenizer, text: str) -> np.ndarray | None:
+    """The cached tokens if they are whole and say `text`; decoding is ten times as fast as encoding."""
+    try:
+        tokens = np.load(path, mmap_mode="r")
+    except (OSError, ValueError, EOFError):  # not there, cut short, something else
+        return None
+    if tokens.ndim != 1 or tokens.dtype.kind != "u" or len(tokens) == 0 or tokens[0] != tokenizer.end:
+        return None
+    return tokens if tokenizer.decode(tokens.tolist()) == text else None
+
+
+def _pydocs(split: str) -> str:
+    """The help topics that come with CPython (the text differs a little between Python versions).
+
+    Of ten topics in sorted order the first goes to the test set, the sixth to the validation set. Many topics repeat
+    whole paragraphs of others ("compound" holds "for", "if", ...): a paragraph stays only where it stands first.
+    """
+    from pydoc_data.topics import topics
+
+    seen, documents = set(), []
+    for position, name in enumerate(sorted(topics)):
+        paragraphs = []
+        for paragraph in topics[name].split("\n\n"):
+            words = " ".join(paragraph.split())
+            if len(words) < 60 or words not in seen:  # short ones are headings and the like
+                paragraphs.append(paragraph)
+                seen.add(words)
+        if {0: "test", 5: "validation"}.get(position % 10, "train") == split:
+            documents.append("\n\n".join(paragraphs).strip())
+    return "\n\n".join(filter(None, documents)) + "\n"
+
+
+def continuation_examples(text: TextSplit, tokenizer: Tokenizer, *, prompt_tokens: int, answer_tokens: int,
+                          limit: int | None = None, seed: int = 0) -> Examples:
+    """A text set as a task: windows that do not overlap, the first part the prompt, what follows the reference.
+
+    Windows without a word in either part are left out and counted in `.skipped`.
+    """
+    if prompt_tokens < 1 or answer_tokens < 1:
+        raise ValueError(f"prompt_tokens and answer_tokens: expected at least 1, got {prompt_tokens}, {answer_tokens}")
+    width = prompt_tokens + answer_tokens
+    starts = list(range(1, len(text.tokens) - width + 1, width))
+    random.Random(seed).shuffle(starts)
+    examples = Examples()
+    for start in starts:
+        if limit is not None and len(examples) >= limit:
+            break
+        window = text.tokens[start:start + width].tolist()
+        # a cut inside a character leaves U+FFFD at the edge, which the text does not hold
+        prompt = tokenizer.decode(window[:prompt_tokens]).strip("\ufffd")
+        answer = tokenizer.decode(window[prompt_tokens:]).strip("\ufffd")
+        if prompt.strip() and answer.strip():
+            examples.append(Example(prompt, answer, (answer,)))
+        else:
+            examples.skipped += 1
+    return examples
+
+
+# ----------------------------------------------------------------------------------------------- examples to tokens
+
+
+class Encoded(NamedTuple):
+    tokens: list[int]  # prompt + answer + end token
+    answer_start: int  # the position of the answer's first token
+
+
+def encode_prompt(example: Example, tokenizer: Tokenizer, max_tokens: int) -> list[int]:
+    """The prompt's last `max_tokens` tokens: cut from the left, where the cue is not."""
+    if max_tokens < 1:
+        raise ValueError(f"max_tokens: expected at least 1, got {max_tokens}")
+    return tokenizer.encode(example.prompt)[-max_tokens:]
+
+
+def encode_examples(examples: Sequence[Example], tokenizer: Tokenizer, context: int, *,
+                    min_new_tokens: int = 0) -> tuple[list[Encoded], dict[str, int]]:
+    """Prompt + answer + end token in at most `context` tokens, and the counts to report once.
+
+    A prompt is cut from the left until the answer (or min_new_tokens, if that is more) fits behind it: "cut". Left
+    out are answers that do not fit behind even one token of their prompt ("too_long") and examples without a prompt,
+    an answer or a reference ("empty", with those that load_examples left out); "skipped" is the sum of the two.
+    """
+    encoded, counts = [], {"kept": 0, "cut": 0, "skipped": 0, "too_long": 0, "empty": getattr(examples, "skipped", 0)}
+    for example in examples:
+        prompt, answer = tokenizer.encode(example.prompt), [*tokenizer.encode(example.answer), tokenizer.end]
+        room = context - max(len(answer), min_new_tokens)
+        if not prompt or len(answer) == 1 or not any(example.references):
+            counts["empty"] += 1
+        elif room < 1:
+            counts["too_long"] += 1
+        else:
+            counts["cut"] += len(prompt) > room
+            prompt = prompt[-room:]
+            encoded.append(Encoded(prompt + answer, len(prompt)))
+    counts["kept"], counts["skipped"] = len(encoded), counts["too_long"] + counts["empty"]
+    return encoded, counts
+
+
+# ------------------------------------------------------------------------------------------------------------ scoring
+
+
+def reward(spec: DatasetSpec, response: str, example: Example) -> float:
+    """What a response earns, in [0, 1]."""
+    return spec.measure(response, example)[spec.reward]
+
+
+def sample_score(spec: DatasetSpec, response: str, example: Example) -> float:
+    """The number that ranks routes on one sample: ROUGE-2, F1 or accuracy (unigram F1 on text)."""
+    measured = spec.measure(response, example)
+    return measured[spec.metric if spec.metric in measured else spec.reward]
+
+
+def score(spec: DatasetSpec, responses: Sequence[str], examples: Sequence[Example]) -> dict[str, float]:
+    """The means over all responses, as fractions: rouge1 rouge2 rougeL | exact_match f1 | accuracy | unigram_f1."""
+    if not responses or len(responses) != len(examples):
+        raise ValueError(f"responses: expected one for each of the {len(examples)} examples and at least one, "
+                         f"got {len(responses)}")
+    measured = [spec.measure(r, e) for r, e in zip(responses, examples, strict=True)]
+    return {name: sum(m[name] for m in measured) / len(measured) for name in measured[0]}
+
+
+def avg_at_k(correct: Sequence[Sequence[float]]) -> float:
+    """Avg@k: k responses a problem, the mean over problems of the share that is right."""
+    if not correct or len({len(row) for row in correct}) != 1 or not len(correct[0]):
+        raise ValueError("correct: expected a non-empty list of rows of equal length k >= 1")
+    return sum(sum(map(float, row)) / len(row) for row in correct) / len(correct)
