@@ -587,7 +587,7 @@ def sample_tokens(logits: Tensor, top_p: float = 1.0, generator: torch.Generator
     return (index if top_p >= 1 else words.gather(-1, index)).squeeze(-1)
 
 
-def _read_prompts(model: GPT, prompts: list[list[int]], max_new_tokens: int, end_token: int, copies: int = 1):
+def _read_prompts(model: GPT, prompts: list[list[int]], max_new_tokens: int, end_token: int, routes=None):
     """Prompts of different lengths, padded on the right, and the cache after reading them."""
     if not prompts or min(map(len, prompts)) == 0:
         raise ValueError("every prompt needs at least one token")
@@ -600,7 +600,8 @@ def _read_prompts(model: GPT, prompts: list[list[int]], max_new_tokens: int, end
     tokens = torch.tensor([p + [end_token] * (width + max_new_tokens - len(p)) for p in prompts], device=device)
     lengths = torch.tensor([len(p) for p in prompts], device=device)
     cache = Cache(model, len(prompts), width + max_new_tokens)
-    features, routing = model.branch(model.stem(tokens[:, :width], cache), cache=cache)
+    imposed = None if routes is None else Routes(routes.experts[:, :width], routes.forced[:, :width], routes.uniform)
+    features, routing = model.branch(model.stem(tokens[:, :width], cache), imposed, cache)
     # Padding on the right is invisible to the causal prompt, and generated tokens overwrite its keys. Only the places
     # it took from experts of limited capacity must be given back.
     if model.config.expert_capacity:
@@ -622,14 +623,19 @@ def generate(
     temperature: float = 1.0,
     top_p: float = 1.0,
     generator: torch.Generator | None = None,
+    routes: Routes | None = None,
 ) -> Rollout:
     """Sample one response to each prompt, until its end token or max_new_tokens. temperature 0 takes the likeliest.
 
     Log-probabilities and routes are those of the forwards that sampled, so no second forward is needed. They are of
     the whole tempered distribution, also with top_p < 1 (Decision: the importance ratio compares policies, not
-    nuclei). Raises ValueError for an empty prompt and for prompts too long for the context.
+    nuclei). `routes` imposes decisions on tokens read and written: index t of a row is its position t, and there are
+    at least (longest prompt + max_new_tokens - 1) of them; ValueError if there are fewer. Raises ValueError for an empty prompt and for prompts too long for the context.
     """
-    tokens, lengths, cache, routing, last = _read_prompts(model, prompts, max_new_tokens, end_token)
+    most = max(map(len, prompts), default=0) + max_new_tokens - 1  # the last token written is never read
+    if routes is not None and (len(routes.experts) != len(prompts) or routes.experts.shape[1] < most):
+        raise ValueError(f"routes must cover {len(prompts)} rows and {most} positions, not {routes.experts.shape[:2]}")
+    tokens, lengths, cache, routing, last = _read_prompts(model, prompts, max_new_tokens, end_token, routes)
     B, width = len(prompts), int(lengths.max())
     L, K = routing.experts.shape[2:]
     device = tokens.device
@@ -654,7 +660,10 @@ def generate(
         if step + 1 == max_new_tokens or done.all():
             break
         cache.step(positions, width + step + 1)
-        features, routing = model.branch(model.stem(new[:, None], cache), cache=cache)
+        imposed = None
+        if routes is not None:  # [B, 1, L, K]: every row is at a position of its own
+            imposed = Routes(*(t[rows, positions][:, None] for t in routes[:2]), routes.uniform)
+        features, routing = model.branch(model.stem(new[:, None], cache), imposed, cache)
         last = features[:, 0]
         experts[rows, positions] = routing.experts[:, 0]
         expert_log_probs[rows, positions] = routing.expert_log_probs()[:, 0].float()
