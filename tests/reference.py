@@ -38,3 +38,109 @@ def erl_loss(new, old, advantages, perturbed, clip_eps=0.2):
                     f -= clipped(ratio, advantages[b, t], clip_eps, clip_eps) / K  # eq. 13
                 losses.append(f)
     return sum(losses) / len(losses) if losses else 0.0  # eq. 14
+
+
+# ---------------------------------------------------------------------------------------------------------- baselines
+
+
+def group_advantages(rewards, group_size):
+    out = []
+    for start in range(0, len(rewards), group_size):
+        group = [float(r) for r in rewards[start : start + group_size]]
+        mean = sum(group) / group_size
+        std = math.sqrt(sum((r - mean) ** 2 for r in group) / (group_size - 1))
+        equal = all(r == group[0] for r in group)
+        out += [0.0 if equal else (r - mean) / (std + 1e-6) for r in group]  # ERPO eq. 2
+    return np.array(out)
+
+
+def policy_loss(base, new, old, advantages, mask, low, high, log_gamma=None):
+    """GRPO, GSPO or GMPO; with log_gamma [B, T] their router-shift forms."""
+    B, T = new.shape
+    total = 0.0
+    for b in range(B):
+        A = advantages[b]
+        w = [new[b, t] - old[b, t] + (0 if log_gamma is None else log_gamma[b, t]) for t in range(T) if mask[b, t]]
+        if not w:
+            continue  # adds 0, still counts in B
+        if base == "grpo":
+            J = sum(clipped(math.exp(x), A, low, high) for x in w) / len(w)  # eq. 1-2
+        elif base == "gspo":
+            J = clipped(math.exp(sum(w) / len(w)), A, low, high)  # eq. 3-4
+        else:
+            J = math.exp(sum(min(x, high) if A > 0 else max(x, -low) for x in w) / len(w)) * A
+        total -= J
+    return total / B
+
+
+# --------------------------------------------------------------------------------------------------------------- RAIS
+
+
+def router_shift(new, old, floor=0.8, layers="mean"):
+    B, T, L, K = new.shape
+    gamma = np.zeros((B, T))
+    for b in range(B):
+        for t in range(T):
+            shift = 0.0
+            for layer in range(L):
+                shift += sum(abs(new[b, t, layer, k] - old[b, t, layer, k]) for k in range(K)) / K
+            gamma[b, t] = max(math.exp(-shift / L if layers == "mean" else -shift), floor)
+    return gamma
+
+
+# --------------------------------------------------------------------------------------------------------------- ERPO
+
+
+def erpo(new, old, rewards, mask, experts, old_experts, probs, old_probs, num_experts, group_size, alpha=0.2,
+         low=0.2, high=0.28, entropy_reward="relative"):  # fmt: skip
+    """(loss, d loss / d new [B, T] by eq. 12 with the clip, counts) from clusters kept as lists of positions."""
+    B, T, L, K = experts.shape
+    if entropy_reward == "none":
+        alpha = 0.0
+    pairs = [(layer, j) for layer in range(L) for j in range(num_experts)]
+
+    def cluster(assignment, b, layer, j):
+        """The (t, k) at which row b uses expert j of a layer: X_j^i."""
+        return [(t, k) for t in range(T) if mask[b, t] for k in range(K) if assignment[b, t, layer, k] == j]
+
+    X, e, dropped = {}, {}, 0
+    for b in range(B):
+        for layer, j in pairs:
+            now, before = cluster(experts, b, layer, j), cluster(old_experts, b, layer, j)
+            dropped += bool(now) != bool(before)
+            if not now or not before:
+                continue
+            mean_new = sum(new[b, t] for t, _ in now) / len(now)  # eq. 6
+            mean_old = sum(old[b, t] for t, _ in before) / len(before)
+            X[b, layer, j], e[b, layer, j] = now, math.exp(mean_new - mean_old)  # eq. 7
+
+    def entropy(assignment, P, b, layer, j):
+        terms = [-P[b, t, layer, k] * math.log(P[b, t, layer, k]) for t, k in cluster(assignment, b, layer, j)]
+        return sum(terms) / len(terms)  # eq. 8
+
+    R, R_ent = {}, {}
+    for b, layer, j in e:
+        group = [rewards[i] for i in range(B) if i // group_size == b // group_size]
+        deviation = rewards[b] - sum(group) / len(group)
+        sigma = 0 if abs(deviation) < 1e-9 else -1 if deviation > 0 else 1  # eq. 9
+        H, H_old = entropy(experts, probs, b, layer, j), entropy(old_experts, old_probs, b, layer, j)
+        R_ent[b, layer, j] = sigma * (H if entropy_reward == "absolute" else H - H_old)  # eq. 9
+        R[b, layer, j] = (1 - alpha) * rewards[b] + alpha * R_ent[b, layer, j]  # eq. 10
+
+    loss, gradient = 0.0, np.zeros((B, T))
+    for b in range(B):
+        active = [pair for pair in pairs if (b, *pair) in e]  # E^i
+        for pair in active:
+            rows = [i for i in range(B) if i // group_size == b // group_size and (i, *pair) in e]
+            values = [R[(i, *pair)] for i in rows]
+            A = 0.0
+            if len(rows) > 1 and max(values) > min(values):
+                mean = sum(values) / len(values)
+                std = math.sqrt(sum((v - mean) ** 2 for v in values) / (len(values) - 1))
+                A = (R[(b, *pair)] - mean) / (std + 1e-6)
+            ratio = e[(b, *pair)]
+            loss -= clipped(ratio, A, low, high) / len(active) / B  # eq. 11
+            if clipped(ratio, A, low, high) == ratio * A:
+                for t, _ in X[(b, *pair)]:
+                    gradient[b, t] -= ratio * A / len(X[(b, *pair)]) / len(active) / B  # eq. 12
+    return loss, gradient, {"clusters": len(e), "dropped_clusters": dropped, "R_ent": R_ent}
