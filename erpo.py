@@ -1,0 +1,208 @@
+"""ERPO, expert relative policy optimization (Qian, Li, Mi, Shang, Zhang).
+
+GRPO has one importance ratio a token, which is noisy when the token's experts change; GSPO has one a row, which is
+blind to the token. ERPO has one for each expert: the tokens of a row that an expert serves form a cluster, and a
+cluster gets its ratio (eq. 6-7), its reward (eq. 8-10), its advantage and its clip (eq. 11).
+
+Needs torch alone. B rows (prompts x G responses, the G of a prompt next to each other), T positions, L MoE layers,
+K active experts a token, E experts a layer; each (layer, expert) pair is an expert j of the paper.
+"""
+
+import torch
+
+
+def erpo_loss(log_probs, old_log_probs, rewards, response_mask, experts, old_experts, expert_probs, old_expert_probs, *,
+              num_experts, group_size, alpha=0.2, clip_low=0.2, clip_high=0.28, entropy_reward="relative"):  # fmt: skip
+    """-J_ERPO (eq. 11); with E = K = L = 1 and alpha = 0 it is GSPO.
+
+    log_probs, old_log_probs        [B, T]        of the token that position t predicts; gradient through log_probs only
+    rewards                         [B]           task reward a row, finite; read on the host once (free where it
+                                                  already lies there, whatever the device of the rest)
+    response_mask                   [B, T]        bool, true where the predicted token belongs to the response
+    experts, old_experts            [B, T, L, K]  the experts that the new, the old policy used at position t, of any
+                                                  integer type, distinct within a token
+    expert_probs, old_expert_probs  [B, T, L, K]  P(tau)[j] of those experts; no gradient
+    num_experts, group_size         E and G; G at least 2
+    alpha                           weight of the entropy reward, within [0, 1]
+    entropy_reward                  "relative" (eq. 9), "absolute" (the ablation sigma * H) or "none" (as alpha = 0)
+
+    Reduction: mean over the pairs that have a ratio in a row, then mean over all B rows.
+    Padded positions may hold anything. An all-false mask gives 0 with gradient 0.
+    Returns (loss, metrics), metrics as detached 0-d tensors; the ratios are those of all rows' pairs:
+      loss                                  the loss
+      ratio_mean, ratio_std, ratio_neg_log  of e; the last is the mean of -log e
+      clip_share                            share of ratios whose gradient the clip cuts off
+      clusters, dropped_clusters            pairs with a ratio; pairs active under one policy only
+      entropy, entropy_reward               mean H and mean R_ent over pairs with a ratio (0 with "none")
+    ValueError: wrong shapes or types, G below 2 or no divisor of B, rewards that are not finite, unknown options, and
+    on the CPU expert ids outside 0..E-1 (elsewhere the device reports them in its own way).
+    """
+    _check(log_probs, old_log_probs, rewards, response_mask, experts, old_experts, expert_probs, old_expert_probs,
+           num_experts, group_size, alpha, clip_low, clip_high, entropy_reward)  # fmt: skip
+    if entropy_reward == "none":
+        alpha = 0.0
+    dtype = torch.float64 if log_probs.dtype == torch.float64 else torch.float32
+    R = rewards.detach().to(dtype).to(log_probs.device, non_blocking=True)  # [B]
+
+    # Counts |X|, mean log-probability T and mean entropy term H of every cluster, all [B, L, E].
+    # The new policy's clusters come from the new assignment, the old policy's from the old one.
+    size, T, H = _clusters(log_probs.to(dtype), experts, expert_probs, response_mask, num_experts)
+    with torch.no_grad():
+        old_size, old_T, old_H = _clusters(
+            old_log_probs.to(dtype), old_experts, old_expert_probs, response_mask, num_experts)  # fmt: skip
+    # Decision: a pair active under one policy only has no ratio and is left out of the sum and of |E^i|.
+    valid = (size > 0) & (old_size > 0)
+    log_e = (T - old_T).masked_fill(~valid, 0)
+    e = log_e.exp()  # eq. 7
+
+    with torch.no_grad():  # rewards, entropies and advantages carry no gradient: only e does (eq. 12)
+        dH = H if entropy_reward == "absolute" else H - old_H  # eq. 9
+        R_ent = (_sigma(R, group_size)[:, None, None] * dH).masked_fill(~valid, 0)  # eq. 9
+        if entropy_reward == "none":
+            R_ent = torch.zeros_like(R_ent)
+        A = _advantages((1 - alpha) * R[:, None, None] + alpha * R_ent, valid, group_size)  # eq. 10
+
+    unclipped, clipped = e * A, e.clamp(1 - clip_low, 1 + clip_high) * A
+    pairs = valid.sum((1, 2)).clamp(min=1)  # |E^i| [B]
+    # Decision: a row with no pair adds 0 (its A is 0) and still counts in the mean over rows.
+    J = torch.minimum(unclipped, clipped).sum((1, 2)) / pairs  # eq. 11 [B]
+    loss = -J.mean()
+
+    with torch.no_grad():
+        n = valid.sum().clamp(min=1)
+        mean = (e * valid).sum() / n
+        metrics = {
+            "loss": loss.detach(),
+            "ratio_mean": mean,
+            "ratio_std": (((e - mean) ** 2 * valid).sum() / n).sqrt(),
+            "ratio_neg_log": -log_e.sum() / n,
+            "clip_share": (clipped < unclipped).sum() / n,
+            "clusters": valid.sum(),
+            "dropped_clusters": ((size > 0) ^ (old_size > 0)).sum(),
+            "entropy": (H * valid).sum() / n,
+            "entropy_reward": R_ent.sum() / n,
+        }
+    return loss, metrics
+
+
+def _sigma(R, group_size):
+    """sigma = -sign(R - mean of the group) (eq. 9), [B] -> [B].
+
+    A difference within the rounding of the mean counts as 0: three rewards of 0.1 do not have a mean of exactly 0.1.
+    """
+    R = R.view(-1, group_size)
+    difference = R - R.mean(1, keepdim=True)
+    rounding = group_size * torch.finfo(R.dtype).eps * R.abs().amax(1, keepdim=True)
+    return -(difference.sign() * (difference.abs() > rounding)).flatten()
+
+
+def _advantages(rewards, valid, group_size):
+    """A_ij: the rewards R_ij [B, L, E] of one pair, standardised over the rows of its group.
+
+    Decisions: mean and standard deviation run over the rows in which the pair has a ratio; the standard deviation is
+    the sample's (n - 1) plus 1e-6; fewer than two such rows, or equal rewards, give 0.
+    """
+    R, valid = (x.unflatten(0, (-1, group_size)) for x in (rewards, valid))  # [P, G, L, E]
+    n = valid.sum(1, keepdim=True)  # [P, 1, L, E]
+    difference = R - (R * valid).sum(1, keepdim=True) / n.clamp(min=1)
+    std = ((difference**2 * valid).sum(1, keepdim=True) / (n - 1).clamp(min=1)).sqrt()
+    inf = float("inf")  # that rewards are equal is seen in max and min; std is left with a residue of rounding
+    unequal = R.masked_fill(~valid, -inf).amax(1, keepdim=True) > R.masked_fill(~valid, inf).amin(1, keepdim=True)
+    return (difference / (std + 1e-6)).masked_fill(~(valid & unequal), 0).flatten(0, 1)
+
+
+def _clusters(log_probs, experts, expert_probs, mask, num_experts):
+    """Size, mean log-probability (eq. 6) and mean of -P log P (eq. 8) of every cluster: three [B, L, E]."""
+    size, log_prob_sum, entropy_sum = _ClusterSums.apply(log_probs, experts, expert_probs.detach(), mask, num_experts)
+    tokens = size.clamp(min=1)
+    return size, log_prob_sum / tokens, entropy_sum / tokens
+
+
+class _ClusterSums(torch.autograd.Function):
+    """log_probs [B, T] and routing [B, T, L, K] -> size, sum of log_probs, sum of -P log P of the clusters [B, L, E].
+
+    A layer at a time, and with a backward of its own: the largest tensor made is [B, T, K], where autograd would keep
+    several of [B, T, L, K]. Padding goes to a bucket E of its own, which is cut off; so it may hold anything.
+    """
+
+    @staticmethod
+    def forward(ctx, log_probs, experts, expert_probs, mask, num_experts):
+        ctx.save_for_backward(experts, mask)
+        sums, shape = [], experts[:, :, 0].shape  # [B, T, K]
+        for layer in range(experts.shape[2]):
+            ids = _bucket_ids(experts, mask, layer, num_experts)
+            p = expert_probs[:, :, layer].to(log_probs.dtype)
+            sums.append(torch.stack((
+                _bucket_sums(torch.ones_like(p), ids, num_experts + 1),
+                _bucket_sums(log_probs.unsqueeze(-1).expand(shape), ids, num_experts + 1),  # in each of K clusters
+                _bucket_sums(torch.special.entr(p), ids, num_experts + 1),  # -P log P, 0 at P = 0
+            )))  # fmt: skip
+        size, log_prob_sum, entropy_sum = torch.stack(sums, 2)[..., :num_experts].unbind()
+        ctx.mark_non_differentiable(size, entropy_sum)
+        return size, log_prob_sum, entropy_sum
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, _, grad, __):
+        """A token receives the gradient of every cluster it is in (eq. 12): a gather, in a fixed order."""
+        experts, mask = ctx.saved_tensors
+        grad = torch.nn.functional.pad(grad, (0, 1))  # bucket E, the padding's, gives 0 [B, L, E + 1]
+        out = grad.new_zeros(mask.shape)
+        for layer in range(experts.shape[2]):
+            ids = _bucket_ids(experts, mask, layer, grad.shape[2] - 1)
+            out += grad[:, layer].gather(1, ids.flatten(1)).view(ids.shape).sum(-1)
+        return out, None, None, None, None
+
+
+def _bucket_ids(experts, mask, layer, num_experts):
+    """Expert ids of a layer, int64 [B, T, K], padding in a bucket E of its own."""
+    return experts[:, :, layer].long().masked_fill(~mask.unsqueeze(-1), num_experts)
+
+
+def _bucket_sums(values, ids, buckets):
+    """Sum of values [B, T, K] over each bucket of ids [B, T, K] -> [B, buckets]."""
+    if ids.device.type != "cpu":
+        return _bucket_sums_without_atomics(values, ids, buckets)
+    return values.new_zeros(len(values), buckets).scatter_add_(1, ids.flatten(1), values.flatten(1))
+
+
+def _bucket_sums_without_atomics(values, ids, buckets):
+    """The same for CUDA, where scatter_add adds in an order that changes from run to run: as a token's experts are
+    distinct, each cell of [B, T, buckets] is written at most once (the padding's aside), and a sum over T follows."""
+    return values.new_zeros(*values.shape[:2], buckets).scatter_(2, ids, values).sum(1)
+
+
+def _check(log_probs, old_log_probs, rewards, response_mask, experts, old_experts, expert_probs, old_expert_probs,
+           num_experts, group_size, alpha, clip_low, clip_high, entropy_reward):  # fmt: skip
+    if experts.dim() != 4 or experts.numel() == 0:
+        raise ValueError(f"experts must have shape [B, T, L, K], none of them 0, got {list(experts.shape)}")
+    B, T, L, K = experts.shape
+    for name, tensor, shape in (
+        ("log_probs", log_probs, (B, T)), ("old_log_probs", old_log_probs, (B, T)), ("rewards", rewards, (B,)),
+        ("response_mask", response_mask, (B, T)), ("old_experts", old_experts, (B, T, L, K)),
+        ("expert_probs", expert_probs, (B, T, L, K)), ("old_expert_probs", old_expert_probs, (B, T, L, K)),
+    ):  # fmt: skip
+        if tuple(tensor.shape) != shape:
+            raise ValueError(f"{name} must have shape {list(shape)}, got {list(tensor.shape)}")
+    if response_mask.dtype != torch.bool:
+        raise ValueError(f"response_mask must be torch.bool, got {response_mask.dtype}")
+    if group_size < 2:
+        raise ValueError(f"group_size must be at least 2, a group-relative method compares responses; got {group_size}")
+    if B % group_size:
+        raise ValueError(f"group_size must divide the number of rows: {B} rows, groups of {group_size}")
+    if not torch.isfinite(rewards).all():
+        raise ValueError(f"rewards must be finite, got {rewards.tolist()}")
+    if not 0 <= alpha <= 1:
+        raise ValueError(f"alpha must lie within [0, 1], got {alpha}")
+    if not (clip_low >= 0 and clip_high >= 0):
+        raise ValueError(f"clip_low and clip_high must be at least 0, got {clip_low} and {clip_high}")
+    if entropy_reward not in ("relative", "absolute", "none"):
+        raise ValueError(f'entropy_reward must be "relative", "absolute" or "none", got {entropy_reward!r}')
+    for name, ids in (("experts", experts), ("old_experts", old_experts)):
+        if ids.dtype.is_floating_point or ids.dtype == torch.bool:
+            raise ValueError(f"{name} must be of an integer type, got {ids.dtype}")
+        for layer in range(L if ids.device.type == "cpu" else 0):  # elsewhere the check would wait for the device
+            used = ids[:, :, layer][response_mask]  # [response tokens, K]
+            if used.numel() and not 0 <= used.min() <= used.max() < num_experts:
+                raise ValueError(f"{name} must lie in 0..{num_experts - 1} at response positions, "
+                                 f"got {used.min()}..{used.max()} in layer {layer}")  # fmt: skip
