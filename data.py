@@ -96,7 +96,7 @@ def load_tokenizer(name: str, data_dir: str | None = None) -> Tokenizer:
 
 @contextlib.contextmanager
 def _environment(name: str, value: str | None) -> Iterator[None]:
-    """Sets a variable that the user has not set himself, for the length of a block."""
+    """Sets a variable for the length of a block, unless the user has set it."""
     ours = value is not None and name not in os.environ
     if ours:
         os.environ[name] = value
@@ -146,7 +146,7 @@ def _summary(text: str, summary: str) -> Example:
 
 def _squad_example(row: dict) -> Example:
     answers = row["answers"]["text"] if isinstance(row["answers"], dict) else row["answers"]  # the hub's form, ours
-    answers = tuple(a.strip() for a in answers) or ("",)
+    answers = tuple(a.strip() for a in answers if a.strip()) or ("",)
     question = row["question"].strip()
     return Example(f"{row['context'].strip()}\nQuestion: {question}\nAnswer:" if question else "",
                    " " + answers[0], answers)
@@ -163,7 +163,7 @@ def _gsm8k_example(row: dict) -> Example:
 def _math_example(row: dict) -> Example:
     answer = row["answer"]
     answer = ",".join(map(str, answer)) if isinstance(answer, list) else str(answer)
-    references = tuple(r.strip() for r in (answer, *row.get("answer_variants", ())))
+    references = (answer.strip(), *(v.strip() for v in row.get("answer_variants", ()) if v.strip()))
     problem = row["problem"].strip()
     return Example(f"Problem: {problem}\nAnswer in \\boxed{{}}:" if problem else "", f" \\boxed{{{references[0]}}}",
                    references)
@@ -269,7 +269,8 @@ def measure_summary(response: str, example: Example) -> dict[str, float]:
 def measure_math(response: str, example: Example) -> dict[str, float]:
     """1 if the final answer equals one of the references as mathematics."""
     answer = final_answer(response)
-    return {"accuracy": float(any(same_math(reference, answer) for reference in example.references))}
+    right = answer in example.references or any(same_math(reference, answer) for reference in example.references)
+    return {"accuracy": float(right)}
 
 
 def final_answer(text: str) -> str:
@@ -526,14 +527,16 @@ def load_examples(name: str, split: str, *, data_dir: str | None = None, seed: i
     for i in order:
         if limit is not None and len(examples) >= limit:
             break
-        if carved and not _belongs(rows[i][spec.key], split, sources):
+        if carved and not _belongs(str(rows[i][spec.key]), split, sources):
             continue
         example = rows[i] if spec.problems else _to_example(spec, rows[i])
-        references = tuple(r for r in example.references if r)
-        if not example.prompt or not example.answer.strip() or not references:
+        if example.prompt and example.references[0]:
+            examples.append(example)
+        else:
             examples.skipped += 1
-            continue
-        examples.append(example)
+    if not examples and limit != 0:
+        raise UserError(f"{spec.name} has no {split} example: of {len(rows)} records in {sources[split]}, "
+                        f"{examples.skipped} lack a prompt or a reference and the others belong to another split")
     return examples
 
 
@@ -647,6 +650,8 @@ def continuation_examples(text: TextSplit, tokenizer: Tokenizer, *, prompt_token
             examples.append(Example(prompt, answer, (answer,)))
         else:
             examples.skipped += 1
+    if not examples and limit != 0:
+        raise UserError(f"the text, {len(text.tokens) - 1} tokens, holds no window of {width} with words in both parts")
     return examples
 
 

@@ -483,12 +483,24 @@ def test_empty_records_are_left_out_and_counted(tmp_path):
 
     write(tmp_path, ("squad", "test"), {"context": "c", "question": "q", "answers": []},
           {"context": "c", "question": "q", "answers": ["", "x"]}, {"context": "c", "question": "q", "answers": ["y"]})
-    assert data.load_examples("squad", "test", data_dir=tmp_path).skipped == 2
+    squad = data.load_examples("squad", "test", data_dir=tmp_path)
+    assert squad.skipped == 1 and {e.references for e in squad} == {("x",), ("y",)}  # an empty answer is none
     write(tmp_path, ("gsm8k", "test"), {"question": "q", "answer": "none"}, {"question": "q", "answer": "#### 5"})
     assert data.load_examples("gsm8k", "test", data_dir=tmp_path).skipped == 1
     write(tmp_path, ("math500", "test"), {"problem": "p", "answer": ""}, {"problem": "p", "answer": 204})
     [example] = data.load_examples("math500", "test", data_dir=tmp_path)
     assert example.references == ("204",)
+
+
+def test_a_split_without_examples_is_an_error(tmp_path):
+    write(tmp_path, ("gsm8k", "train"), {"question": "q0", "answer": "#### 1"}, {"question": None, "answer": "#### 1"})
+    split = data.split_of("q0")
+    assert split == "train" and len(data.load_examples("gsm8k", "train", data_dir=tmp_path)) == 1
+    with pytest.raises(data.UserError, match="gsm8k has no validation example"):
+        data.load_examples("gsm8k", "validation", data_dir=tmp_path)
+    text = data.TextSplit(np.array([256, *BYTES.encode("a b")]), 3)
+    with pytest.raises(data.UserError, match="no window of 8"):
+        data.continuation_examples(text, BYTES, prompt_tokens=4, answer_tokens=4)
 
 
 @quick
