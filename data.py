@@ -310,7 +310,8 @@ def same_math(reference: str, answer: str) -> bool:
 
     math-verify reads several values as a set: their order, and how often one stands there, do not matter; the order
     inside a tuple does. It knows neither 8.7e8 (it sees Euler's e) nor np.arcsin, and rounds to six decimals, so two
-    numbers are compared here and never there. What it cannot read, or not within two seconds, is not equal.
+    numbers are compared here and never there. What it cannot read, or not within two seconds, is not equal; nor is
+    an answer of more than 500 characters, or more than 64 where a number is asked for.
     """
     reference, answer = _plain_math(reference), _plain_math(answer)
     if not answer or not reference:
@@ -320,7 +321,8 @@ def same_math(reference: str, answer: str) -> bool:
     numbers = _number(reference), _number(answer)
     if None not in numbers:
         return numbers[0] == numbers[1]
-    if len(answer) > 500:  # no reference is that long, and a model's babble must not cost two seconds each time
+    # an untrained model mostly babbles, and math-verify takes tens of milliseconds to find nothing in that
+    if len(answer) > 500 or (numbers[0] is not None and (len(answer) > 64 or not re.search(r"\d", answer))):
         return False
     parse, verify, timed_out = _math_verify()
     # its time limit is a signal, which only the main thread may set; other threads go without one
