@@ -5,8 +5,8 @@ generation, and checkpoints. Three habits hold everywhere:
 
 - Routing is a value. A forward takes `Routes` (decisions to impose: explored by ERL, or replayed from a rollout) and
   returns a `Routing` record (what the routers said and which experts worked). Nothing is kept in the modules.
-- Noise is asked for, never implied. There is no dropout, `train()` and `eval()` behave the same, and router jitter is an
-  argument: two forwards with the same routes give the same numbers.
+- Noise is asked for, never implied. There is no dropout, `train()` and `eval()` behave the same, and router jitter is
+  an argument: two forwards with the same routes give the same numbers.
 - Letters in shape comments: B sequences, T positions, D width, L MoE layers, E experts a layer, K experts a token,
   N tokens, S = N * K token slots, V vocabulary, H heads.
 """
@@ -36,7 +36,7 @@ class MoEConfig:
     top_k: int = 1  # experts a token passes through
     n_shared_expert: int = 0  # further experts that every token passes through
     moe_every: int = 2  # blocks moe_every-1, 2*moe_every-1, ... hold experts; the others are dense
-    gate: str = "renorm"  # weights of the chosen experts: "renorm" P_i / sum_topK P (ERL eq. 3), "prob" P_i (ERPO eq. 5)
+    gate: str = "renorm"  # weight of a chosen expert: "renorm" P_i / sum_topK P (ERL eq. 3), "prob" P_i (ERPO eq. 5)
     expert_capacity: int = 0  # tokens of one sequence an expert takes; later ones pass it by. 0: no limit (dropless)
 
     def __post_init__(self):
@@ -78,6 +78,9 @@ class Routes(NamedTuple):
     forced: Tensor  # bool [B, T, L]
     uniform: bool = True  # weights of imposed experts: 1/K (exploration, ERL eq. 9), or the router's own gate (replay)
 
+    def of_layer(self, layer: int) -> tuple[Tensor, Tensor, bool]:
+        return self.experts[:, :, layer], self.forced[:, :, layer], self.uniform
+
 
 class Routing(NamedTuple):
     """What the routers of one forward did."""
@@ -110,17 +113,19 @@ def choose_experts(logits: Tensor, config: MoEConfig, imposed=None) -> tuple[Ten
     return experts, weights
 
 
-def within_capacity(experts: Tensor, n_expert: int, capacity: int, used: Tensor) -> tuple[Tensor, Tensor]:
+def within_capacity(experts: Tensor, n_expert: int, capacity: int, used: Tensor | None = None):
     """Which token slots find room. An expert takes the first `capacity` tokens of a sequence, in the order of time.
 
     Ranking by time, not by score, keeps the model causal: a later token can never push out an earlier one.
-    experts [B, T, K], used [B, E] (slots taken before this call) -> keep bool [B, T, K], used [B, E].
+    experts [B, T, K], used [B, E] (slots taken before this call; None: none) -> keep bool [B, T, K], used [B, E].
     """
     B, T, K = experts.shape
     taken = F.one_hot(experts.reshape(B, T * K), n_expert)  # [B, TK, E]
-    rank = taken.cumsum(1) + used[:, None]  # [B, TK, E], 1-based place in the expert's queue
+    rank = taken.cumsum(1)  # [B, TK, E], 1-based place in the expert's queue
+    if used is not None:
+        rank = rank + used[:, None]
     keep = rank.gather(-1, experts.reshape(B, T * K, 1)) <= capacity
-    return keep.view(B, T, K), used + taken.sum(1)
+    return keep.view(B, T, K), rank[:, -1]
 
 
 def router_losses(logits: Tensor, experts: Tensor, mask: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
@@ -164,9 +169,9 @@ class _Rearrange(torch.autograd.Function):
         return (grad.view(-1, ctx.copies, grad.shape[-1]).sum(1) if ctx.copies > 1 else grad), None, None, None
 
 
-def has_grouped_mm(x: Tensor) -> bool:
-    """Whether F.grouped_mm takes tensors like x: float32 or bfloat16 on CPU, bfloat16 on CUDA (Ampere and later)."""
-    if not hasattr(F, "grouped_mm") or x.shape[-1] * x.element_size() % 16:
+def has_grouped_mm(x: Tensor, weight: Tensor) -> bool:
+    """Whether F.grouped_mm takes them: aligned rows, in float32 or bfloat16 on CPU, bfloat16 on CUDA (since Ampere)."""
+    if not hasattr(F, "grouped_mm") or any(n * x.element_size() % 16 for n in weight.shape[1:]):
         return False
     if x.device.type == "cuda":
         return x.dtype == torch.bfloat16 and torch.cuda.get_device_capability(x.device) >= (8, 0)
@@ -177,14 +182,23 @@ def grouped_linear(x: Tensor, weight: Tensor, bias: Tensor, expert_ids: Tensor, 
     """x_s @ weight[e_s] + bias[e_s] for token slots sorted by expert.
 
     x [S, I], weight [E, I, O], bias [E, O], expert_ids [S] ascending, ends int32 [E]: where each expert's slots end.
-    Without a grouped kernel (float64, MPS) the experts take turns. They take slices of `unbind`, never `weight[e]`:
-    autograd would fill a gradient of all experts with zeros for each expert.
     """
-    if has_grouped_mm(x) and weight.shape[-1] % 8 == 0:
-        return F.grouped_mm(x, weight, offs=ends) + F.embedding(expert_ids, bias)
+    if x.dtype == torch.bfloat16 and has_grouped_mm(x, weight):
+        # A product adds up the bias' gradient in float32 and always in the same order; that of an embedding does
+        # neither (bfloat16 sums on the CPU, atomic additions in compiled CUDA code).
+        one_hot = F.one_hot(expert_ids, len(bias)).to(x.dtype)
+        return torch.addmm(F.grouped_mm(x, weight, offs=ends), one_hot, bias)
+    return _uncompiled_grouped_mm(x, weight, ends) + F.embedding(expert_ids, bias)
+
+
+@torch.compiler.disable  # it knows the grouped product in bfloat16 only, and the turns read `ends` on the host
+def _uncompiled_grouped_mm(x: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
+    """Without a grouped kernel (float64, MPS, ...) the experts take turns. They take slices of `unbind`, never
+    `weight[e]`: autograd would fill a gradient of all experts with zeros for each expert."""
+    if has_grouped_mm(x, weight):
+        return F.grouped_mm(x, weight, offs=ends)
     parts = x.tensor_split(ends[:-1].tolist())
-    turns = zip(parts, weight.unbind(0), bias.unbind(0), strict=True)
-    return torch.cat([torch.addmm(b, part, w) for part, w, b in turns])
+    return torch.cat([part @ w for part, w in zip(parts, weight.unbind(0), strict=True)])
 
 
 class Experts(nn.Module):
@@ -344,8 +358,10 @@ class GPT(nn.Module):
                 nn.init.normal_(p, std=0.1, generator=generator)  # Decision: N(0, 0.1) gives the standard deviation
             elif name.endswith(("w_out", "proj.weight")):  # GPT-2: residual branches start small
                 nn.init.normal_(p, std=0.02 / math.sqrt(2 * config.n_layer), generator=generator)
-            elif p.ndim > 1 and "b_" not in name:
+            elif name.endswith(("weight", "w_in")) and p.ndim > 1:
                 nn.init.normal_(p, std=0.02, generator=generator)
+            elif name.endswith("bias"):  # PyTorch draws those of a Linear
+                nn.init.zeros_(p)
 
     # The forward in three parts. ERL runs `stem` once and `branch` for 1 + m routes: what comes before the first
     # routing decision is the same for all of them.
@@ -389,8 +405,8 @@ class GPT(nn.Module):
                 x = x + block.mlp(h)
                 continue
             layer = len(chosen)
-            imposed = None if routes is None else (routes.experts[:, :, layer], routes.forced[:, :, layer], routes.uniform)
-            used = cache.used[i] if cache is not None else h.new_zeros(B, config.n_expert, dtype=torch.long)
+            imposed = None if routes is None else routes.of_layer(layer)
+            used = None if cache is None else cache.used[i]
             out, layer_logits, experts, used = block.mlp(h, imposed, None if noise is None else noise[layer], used)
             if cache is not None:
                 cache.used[i] = used
@@ -439,9 +455,9 @@ class GPT(nn.Module):
     def count_parameters(self) -> tuple[int, int]:
         """Parameters in total, and those that one token uses (ERL table 10)."""
         total = sum(p.numel() for p in self.parameters())
-        idle = self.config.n_expert - self.config.top_k
-        per_expert = [sum(p[0].numel() for p in self.blocks[i].mlp.experts.parameters()) for i in self.config.moe_blocks]
-        return total, total - idle * sum(per_expert)
+        layers = [self.blocks[i].mlp.experts for i in self.config.moe_blocks]
+        one_expert_each = sum(p[0].numel() for experts in layers for p in experts.parameters())
+        return total, total - (self.config.n_expert - self.config.top_k) * one_expert_each
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -484,7 +500,7 @@ class _LMLoss(torch.autograd.Function):
                 torch.mm(d, w, out=grad_x[s])
             if grad_w is not None:
                 grad_w += d.T @ x[s]
-        ctx.save_for_backward(*(None if g is None else g.to(features.dtype) for g in (grad_x, grad_w)))
+        ctx.save_for_backward(None if grad_x is None else grad_x.to(features.dtype), grad_w)
         return loss
 
     @staticmethod
@@ -504,22 +520,24 @@ class _TokenLogProbs(torch.autograd.Function):
             logits = (x[s] @ w.T).to(out.dtype).div_(temperature)
             out[s] = logits.gather(-1, targets[s, None]).squeeze(-1) - logits.logsumexp(-1)
         ctx.save_for_backward(features, weight, targets)
-        ctx.temperature, ctx.autocast = temperature, x.dtype
+        ctx.temperature, ctx.dtype = temperature, x.dtype
         return out
 
     @staticmethod
     def backward(ctx, grad):
         features, weight, targets = ctx.saved_tensors
-        x, w = features.to(ctx.autocast), weight.to(ctx.autocast)
-        _, _, blocks = _blocks(x, w)
-        grad_x, grad_w = torch.empty_like(x), torch.zeros_like(weight)
+        x, w, blocks = _blocks(features.to(ctx.dtype), weight.to(ctx.dtype))
+        grad_x = torch.empty_like(x) if ctx.needs_input_grad[0] else None
+        grad_w = torch.zeros_like(weight) if ctx.needs_input_grad[1] else None
         for s in blocks:
             d = (x[s] @ w.T).to(grad.dtype).div_(ctx.temperature).softmax(-1).neg_()
             d.scatter_add_(-1, targets[s, None], torch.ones_like(targets[s, None], dtype=d.dtype))
             d = d.mul_(grad[s, None] / ctx.temperature).to(x.dtype)
-            torch.mm(d, w, out=grad_x[s])
-            grad_w += d.T @ x[s]
-        return grad_x.to(features.dtype), grad_w, None, None
+            if grad_x is not None:
+                torch.mm(d, w, out=grad_x[s])
+            if grad_w is not None:
+                grad_w += d.T @ x[s]
+        return None if grad_x is None else grad_x.to(features.dtype), grad_w, None, None
 
 
 def lm_loss(features: Tensor, weight: Tensor, targets: Tensor, mask: Tensor | None = None) -> Tensor:
@@ -575,7 +593,9 @@ def sample_tokens(logits: Tensor, top_p: float = 1.0, generator: torch.Generator
 
     By the inverse of the cumulative distribution: torch.multinomial over 50,257 words costs more than the model.
     """
-    probs = logits.softmax(-1)
+    if not 0 < top_p <= 1:
+        raise ValueError(f"top_p must be above 0 and at most 1, not {top_p}")
+    probs = logits.softmax(-1, dtype=torch.promote_types(logits.dtype, torch.float32))
     if top_p < 1:
         probs, words = probs.sort(-1, descending=True)
         probs = probs.masked_fill(probs.cumsum(-1) - probs >= top_p, 0.0)  # the first word always stays
@@ -630,8 +650,11 @@ def generate(
     Log-probabilities and routes are those of the forwards that sampled, so no second forward is needed. They are of
     the whole tempered distribution, also with top_p < 1 (Decision: the importance ratio compares policies, not
     nuclei). `routes` imposes decisions on tokens read and written: index t of a row is its position t, and there are
-    at least (longest prompt + max_new_tokens - 1) of them; ValueError if there are fewer. Raises ValueError for an empty prompt and for prompts too long for the context.
+    at least (longest prompt + max_new_tokens - 1) of them; ValueError if there are fewer. Raises ValueError for an empty prompt, for prompts too long for the context, for a negative temperature
+    and for top_p outside (0, 1].
     """
+    if temperature < 0:
+        raise ValueError(f"temperature must be at least 0, not {temperature}")
     most = max(map(len, prompts), default=0) + max_new_tokens - 1  # the last token written is never read
     if routes is not None and (len(routes.experts) != len(prompts) or routes.experts.shape[1] < most):
         raise ValueError(f"routes must cover {len(prompts)} rows and {most} positions, not {routes.experts.shape[:2]}")
@@ -724,8 +747,11 @@ def upcycle(dense: GPT, config: MoEConfig, generator: torch.Generator | None = N
     layers are divided by 1 + n, so that routed and shared experts together still add up to the parent's layer.
     Raises ValueError when `dense` has experts already or differs from `config` in another size.
     """
-    plain = replace(config, n_expert=1, top_k=1, n_shared_expert=0, expert_capacity=0, gate=dense.config.gate)
-    if replace(dense.config, moe_every=plain.moe_every) != plain:
+    sizes = [
+        replace(c, n_expert=1, top_k=1, n_shared_expert=0, expert_capacity=0, moe_every=1, gate="prob")
+        for c in (dense.config, config)
+    ]
+    if dense.config.n_expert > 1 or sizes[0] != sizes[1]:
         raise ValueError(f"cannot upcycle {dense.config} into {config}: only the experts may differ")
     model = GPT(config, generator).to(dense.wte.weight)
     state, source = model.state_dict(), dense.state_dict()
@@ -755,13 +781,13 @@ def load_model(path: str) -> tuple[GPT, dict]:
         with safe_open(path, "pt") as file:
             header = file.metadata() or {}
             if "config" not in header:
-                raise ValueError(f"{path} holds weights, but not of a model of this program (no configuration in it)")
+                raise ValueError("there are weights in it, but no configuration")
             weights = {k: file.get_tensor(k) for k in file.keys()}
-        model = GPT(MoEConfig(**json.loads(header["config"])))
-        dtypes = {w.dtype for w in weights.values() if w.is_floating_point()}
-        model.to(dtypes.pop() if len(dtypes) == 1 else torch.float32).load_state_dict(weights)
+        with torch.device("meta"):  # no weights are drawn, so no random generator moves
+            model = GPT(MoEConfig(**json.loads(header["config"])))
+        model.load_state_dict(weights, assign=True)
         return model, json.loads(header.get("metadata", "{}"))
-    except (SafetensorError, OSError, TypeError, RuntimeError, json.JSONDecodeError) as error:
+    except (SafetensorError, OSError, TypeError, RuntimeError, ValueError) as error:
         reason = str(error).splitlines()[0]
         raise ValueError(f"{path} is not a readable checkpoint of this program: {reason}") from error
 
@@ -782,38 +808,36 @@ def load_gpt2(source: str = "openai-community/gpt2") -> GPT:
             for file in ("config.json", "model.safetensors"):
                 folder = os.path.dirname(hf_hub_download(source, file))
         with open(os.path.join(folder, "config.json")) as file:
-            theirs = json.load(file)
+            theirs = dict(json.load(file))
         weights = load_file(os.path.join(folder, "model.safetensors"))
     except Exception as error:  # the hub's errors have no common base; each means that there are no weights
         raise ValueError(
             f"GPT-2's weights could not be had from {source!r} ({type(error).__name__}): give --init a folder with "
             "config.json and model.safetensors, or a network and HF_ENDPOINT that reach the hub"
         ) from error
-    if theirs.get("model_type") != "gpt2" or theirs.get("activation_function", "gelu_new") != "gelu_new":
-        raise ValueError(f"{source!r} is a {theirs.get('model_type')} model with {theirs.get('activation_function')}: "
-                         "only GPT-2 can be loaded")  # fmt: skip
-    config = MoEConfig(
-        vocab_size=theirs["vocab_size"],
-        context=theirs["n_positions"],
-        n_layer=theirs["n_layer"],
-        n_head=theirs["n_head"],
-        n_embd=theirs["n_embd"],
-        n_expert=1,
-    )
-    model = GPT(config)
-    names = {"attn.qkv": "attn.c_attn", "attn.proj": "attn.c_proj"}
-    feed_forward = {"mlp.w_in": "mlp.c_fc.weight", "mlp.b_in": "mlp.c_fc.bias",
-                    "mlp.w_out": "mlp.c_proj.weight", "mlp.b_out": "mlp.c_proj.bias"}  # fmt: skip
-    weights = {k.removeprefix("transformer."): v for k, v in weights.items()}
-    for name, value in model.state_dict().items():
-        theirs_name = name.replace("blocks.", "h.")
-        for ours, other in (names | feed_forward).items():
+    expected = dict(model_type="gpt2", activation_function="gelu_new", layer_norm_epsilon=1e-5,
+                    scale_attn_by_inverse_layer_idx=False, tie_word_embeddings=True)  # fmt: skip
+    for key, value in expected.items():
+        if theirs.get(key, value if key != "model_type" else None) != value:
+            raise ValueError(f"{source!r} has {key} {theirs.get(key)!r}, not {value!r}: only GPT-2 can be loaded")
+    sizes = dict(vocab_size="vocab_size", context="n_positions", n_layer="n_layer", n_head="n_head", n_embd="n_embd")
+    with torch.device("meta"):
+        model = GPT(MoEConfig(n_expert=1, **{ours: theirs.get(key) for ours, key in sizes.items()}))
+    names = {"blocks.": "h.", "attn.qkv": "attn.c_attn", "attn.proj": "attn.c_proj", "w_in": "c_fc.weight",
+             "b_in": "c_fc.bias", "w_out": "c_proj.weight", "b_out": "c_proj.bias"}  # fmt: skip
+    weights = {k.removeprefix("transformer."): w for k, w in weights.items()}
+    state = {}
+    for name, parameter in model.named_parameters():
+        theirs_name = name
+        for ours, other in names.items():
             theirs_name = theirs_name.replace(ours, other)
-        if theirs_name not in weights:
-            raise ValueError(f"{source!r} has no weight {theirs_name}: only GPT-2 can be loaded")
-        w = weights[theirs_name]
+        w = weights.get(theirs_name)
+        if w is None or w.numel() != parameter.numel():
+            raise ValueError(f"{source!r} lacks {theirs_name} of {parameter.numel()} numbers: only GPT-2 can be loaded")
         # Conv1D keeps [in, out]: what our experts use too, and the transpose of nn.Linear.
-        value.copy_(w.T if name.endswith(("qkv.weight", "proj.weight")) else w.view(value.shape))
+        w = w.T if name.endswith(("qkv.weight", "proj.weight")) else w.view(parameter.shape)
+        state[name] = w.float().contiguous()
+    model.load_state_dict(state, assign=True)
     return model
 
 
