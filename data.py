@@ -274,7 +274,10 @@ def measure_math(response: str, example: Example) -> dict[str, float]:
 
 
 def final_answer(text: str) -> str:
-    r"""What a solution ends in: its last \boxed{...}, else the line behind its last "####", else its last line."""
+    r"""What a solution ends in: its last \boxed{...}, else the line behind its last "####", else its last line.
+
+    Of a last line in words ("so she has 7 apples") it is the last number.
+    """
     start = text.rfind("\\boxed{")
     if start >= 0:
         start, depth = start + len("\\boxed{"), 1
@@ -284,7 +287,9 @@ def final_answer(text: str) -> str:
                 return text[start:i]
     if "####" in text:
         return text.rpartition("####")[2].strip().partition("\n")[0]
-    return text.strip().rpartition("\n")[2]
+    line = text.strip().rpartition("\n")[2]
+    numbers = re.findall(r"-?\d[\d,]*(?:\.\d+)?(?:/\d+)?", line) if re.search(r"[^\W\d_]{2}", line) else []
+    return numbers[-1].rstrip(",") if numbers and "\\" not in line else line
 
 
 def _plain_math(text: str) -> str:
