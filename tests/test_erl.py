@@ -39,9 +39,12 @@ def test_random_routes_are_distinct_experts_in_range(shape, num_experts, alpha, 
     assert all(len(set(row)) == K for row in experts.reshape(-1, K).tolist())
 
 
-def test_alpha_zero_perturbs_nothing_and_one_everything():
+def test_alpha_zero_perturbs_nothing_and_one_everything(monkeypatch):
     assert not random_routes(4, 50, 3, 8, 1, 0.0)[1].any()
     assert random_routes(4, 50, 3, 8, 1, 1.0)[1].all()
+    # nor where the generator happens to draw exactly 0, its smallest number
+    monkeypatch.setattr(torch, "rand", lambda *shape, **_: torch.zeros(shape))
+    assert not random_routes(1, 2, 3, 8, 1, 0.0)[1].any()
 
 
 @pytest.mark.parametrize("alpha", [0.1, 0.25, 0.6, 0.9])

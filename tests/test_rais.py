@@ -122,6 +122,7 @@ def test_loss_equals_the_reference(base, seed, B, T, spread, layers):
 def test_unmoved_router_is_exactly_the_base_loss(base, dtype, spread):
     """To the bit: value, gradient, and the metrics that both have, each at its own default clip range."""
     new, old, A, mask, router, _ = make(5, spread=spread, dtype=dtype)
+    A[0], new[0, 0] = 0, old[0, 0] - 1  # no advantage: the lower side, seen in the clip share
     ours, theirs = new.clone().requires_grad_(), new.clone().requires_grad_()
     loss, metrics = rais_loss(ours, old, A, mask, router, router, base=base)
     expected, expected_metrics = BASES[base](theirs, old, A, mask)
