@@ -67,7 +67,7 @@ ROUTER_JITTER = 0.01  # likewise; only where no second forward is compared with 
 
 class Parser(argparse.ArgumentParser):
     def error(self, message):
-        raise UserError(message)
+        raise UserError(message.replace("argument ", ""))
 
 
 def one_of(kind: str, names):
@@ -113,7 +113,7 @@ def parser() -> Parser:
     add("--top-k", type=count, help="experts a token passes; default 1, for generated answers 2")
     add("--n-shared-expert", type=number(int, low=0), default=0, help="further experts that every token passes")
     add("--moe-every", type=count, default=2, help="every n-th block holds experts")
-    add("--gate", type=one_of("gate", ("renorm", "prob")), default="renorm", help="weights of the chosen experts")
+    add("--gate", type=one_of("gate", ("renorm", "prob")), default="renorm", help="weights of chosen experts")
     add("--expert-capacity", type=number(int, low=0), default=0, help="tokens of a sequence an expert takes; 0: all")
     add("--init", default="scratch", help="scratch, gpt2, a run folder, a checkpoint file, a folder with GPT-2's weights")
     add("--pretrain-steps", type=number(int, low=0), help="steps of next-token prediction before the algorithm")
@@ -150,7 +150,8 @@ def parser() -> Parser:
     g.add_argument("--entropy-alpha", type=share, default=0.2, help="ERPO: weight of the entropy reward")
     g.add_argument("--entropy-reward", type=one_of("entropy reward", ("relative", "absolute", "none")),
                    default="relative")  # fmt: skip
-    g.add_argument("--shift-base", type=one_of("base", ("gmpo", "gspo", "grpo")), default="gmpo", help="RAIS: rescales it")
+    g.add_argument("--shift-base", type=one_of("base", ("gmpo", "gspo", "grpo")), default="gmpo",
+                   help="RAIS: the loss whose ratios are rescaled")  # fmt: skip
     g.add_argument("--shift-floor", type=number(float, above=0, high=1), default=0.8, help="RAIS: gamma's floor")
     g.add_argument("--replay", type=one_of("replay", ("none", "routing")), default="none",
                    help="routing: the update uses the experts of the rollout")  # fmt: skip
@@ -316,7 +317,8 @@ def load_task(args, config: MoEConfig) -> Task:
     spec, tokenizer = data.get_dataset(args.dataset), data.load_tokenizer(args.tokenizer, args.data_dir)
     generative = args.algo in GENERATIVE
     if args.max_new_tokens >= config.context:
-        raise UserError(f"--max-new-tokens {args.max_new_tokens} leaves no room for a prompt in {config.context} positions")
+        raise UserError(f"--max-new-tokens {args.max_new_tokens} leaves no room for a prompt: the context has "
+                        f"{config.context} positions")  # fmt: skip
     if spec.kind == "text":
         splits = {s: data.load_text(args.dataset, s, tokenizer, data_dir=args.data_dir) for s in data.SPLITS}
         batches = TextBatches(splits["train"].tokens, config.context, args.batch_size, args.seed)
@@ -339,8 +341,9 @@ def load_task(args, config: MoEConfig) -> Task:
         encoded, counts = data.encode_examples(examples, tokenizer, config.context)
         for key, sentence in (("cut", "had their prompt cut from the left"), ("skipped", "were left out")):
             if counts[key]:
-                print(f"{args.dataset}: {counts[key]} of {len(examples) + counts['empty']} training examples {sentence} "
-                      f"(context {config.context} tokens)", file=sys.stderr)  # fmt: skip
+                whole = counts["kept"] + counts["skipped"]
+                print(f"{args.dataset}: {counts[key]} of {whole} training examples {sentence} (context {config.context} "
+                      "tokens)", file=sys.stderr)  # fmt: skip
         if not encoded:
             raise UserError(f"no training example of {args.dataset} fits into {config.context} tokens")
         batches = TaskBatches(encoded, args.batch_size, args.seed, tokenizer.end)
@@ -623,8 +626,8 @@ def initial_models(args, tokenizer) -> tuple[GPT, MoEConfig]:
         model = load_initial(args.init)
         if model.config.vocab_size != tokenizer.vocab_size:
             raise UserError(
-                f"--init {args.init} has a vocabulary of {model.config.vocab_size}, the tokenizer {tokenizer.name} one of "
-                f"{tokenizer.vocab_size}: choose the tokenizer that it was trained with"
+                f"--init {args.init} has a vocabulary of {model.config.vocab_size}, the tokenizer {tokenizer.name} "
+                f"one of {tokenizer.vocab_size}: choose the tokenizer that it was trained with"
             )
         if model.config.n_expert == 1:
             return model, replace(model.config, **experts)
@@ -685,6 +688,8 @@ def run(args) -> dict:
     if args.resume and (folder := find_checkpoint(args.out)):
         model, state = load_checkpoint(folder)
         optimizer_state = state.pop("optimizer")
+        if state["step"] == args.pretrain_steps:
+            optimizer_state = None  # the last step of the first phase: the algorithm begins with an optimizer of its own
     out = open_run(args)
     with locked(out):
         return main_loop(args, out, device, model.to(device), target, task, state, optimizer_state)
@@ -706,7 +711,7 @@ def locked(out: str):
 
 
 def main_loop(args, out, device, model: GPT, target: MoEConfig, task: Task, state: dict, optimizer_state) -> dict:
-    P, total, generative = args.pretrain_steps, args.pretrain_steps + args.steps, args.algo in GENERATIVE
+    P, total = args.pretrain_steps, args.pretrain_steps + args.steps
     print(json.dumps({k: v for k, v in vars(args).items() if v is not None}), file=sys.stderr)
     autocast = torch.autocast(device.type, torch.bfloat16, enabled=args.dtype == "bfloat16")
     metrics_path = os.path.join(out, "metrics.jsonl")
@@ -740,10 +745,9 @@ def main_loop(args, out, device, model: GPT, target: MoEConfig, task: Task, stat
 
     with stop_politely() as stop, tqdm(total=total, initial=step, disable=None, unit="step") as bar, autocast:
         while step < total:
-            if step == P and P > 0 and optimizer_state is None:  # the algorithm begins
+            if step == P > 0:  # the algorithm begins
                 model, stem, branch, optimizer = begin_phase(model)
                 log(step=step, phase="evaluation", **evaluate(model, task, "validation", args))
-            optimizer_state = None
             algo = args.algo if step >= P else "supervised"
             within, length, peak = (step, P, args.pretrain_lr) if step < P else (step - P, args.steps, args.lr)
             for group in optimizer.param_groups:
@@ -956,7 +960,7 @@ def demo(argv: list[str]) -> int:
     print(f"\n{'':8}{'perplexity':>12}{'perturbed':>12}{'MRR':>8}{'Hit@1':>8}")
     for name, row in table:
         cells = [row.get(k) for k in ("perturbed_score", "mrr", "hit1")]
-        cells = [f"{v:{w}.3f}" if v is not None else " " * (w - 1) + "-" for v, w in zip(cells, (12, 8, 8), strict=True)]
+        cells = ["-".rjust(w) if v is None else f"{v:{w}.3f}" for v, w in zip(cells, (12, 8, 8), strict=True)]
         print(f"{name:8}{row['perplexity']:12.3f}{''.join(cells)}")
     print(f"chance:{'':25}{chance[0]:8.3f}{chance[1]:8.3f}\npictures and metrics: {out}")
     return 0
