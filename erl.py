@@ -62,6 +62,9 @@ def erl_loss(router_log_probs, old_router_log_probs, advantages, perturbed, *, c
     perturbed             [B, T, L]     bool, the set S: replaced decisions at unpadded positions that predict a token
     clip_eps                            0.2 in the paper, at least 0
 
+    Decisions that the caller takes: with one optimiser step a draw the ratio is 1 and the clip idle, so inner epochs
+    call this again on the same routes; and the gradient reaches the rest of the network through router_log_probs
+    ("all"), or, where their router inputs are detached, the routers alone ("router").
     m perturbed forwards are m * B rows. Entries outside S may hold anything. An empty S gives 0 with gradient 0.
     Reduction: sum over S and K, divided by |S| * K; so a long text weighs more than a short one.
     Returns (loss, metrics), metrics as detached 0-d tensors over the perturbed decisions:
