@@ -650,8 +650,8 @@ def generate(
     Log-probabilities and routes are those of the forwards that sampled, so no second forward is needed. They are of
     the whole tempered distribution, also with top_p < 1 (Decision: the importance ratio compares policies, not
     nuclei). `routes` imposes decisions on tokens read and written: index t of a row is its position t, and there are
-    at least (longest prompt + max_new_tokens - 1) of them; ValueError if there are fewer. Raises ValueError for an empty prompt, for prompts too long for the context, for a negative temperature
-    and for top_p outside (0, 1].
+    at least (longest prompt + max_new_tokens - 1) of them. Raises ValueError for fewer routes, an empty prompt, prompts
+    too long for the context, a negative temperature and top_p outside (0, 1].
     """
     if temperature < 0:
         raise ValueError(f"temperature must be at least 0, not {temperature}")
@@ -803,10 +803,16 @@ def load_gpt2(source: str = "openai-community/gpt2") -> GPT:
         if os.path.isdir(source):
             folder = source
         else:
-            from huggingface_hub import hf_hub_download
+            from huggingface_hub import get_hf_file_metadata, hf_hub_download, hf_hub_url
+            from huggingface_hub.errors import LocalEntryNotFoundError
 
             for file in ("config.json", "model.safetensors"):
-                folder = os.path.dirname(hf_hub_download(source, file))
+                try:
+                    path = hf_hub_download(source, file, local_files_only=True)  # the cache needs no network
+                except LocalEntryNotFoundError:
+                    get_hf_file_metadata(hf_hub_url(source, file))  # fails at once; a download tries for half a minute
+                    path = hf_hub_download(source, file)
+                folder = os.path.dirname(path)
         with open(os.path.join(folder, "config.json")) as file:
             theirs = dict(json.load(file))
         weights = load_file(os.path.join(folder, "model.safetensors"))
