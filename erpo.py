@@ -26,8 +26,8 @@ def erpo_loss(log_probs, old_log_probs, rewards, response_mask, experts, old_exp
     alpha                           weight of the entropy reward, within [0, 1]
     entropy_reward                  "relative" (eq. 9), "absolute" (the ablation sigma * H) or "none" (as alpha = 0)
 
-    Decision (alignment): a token belongs to the clusters of position t, the forward pass that predicted it, not to those
-    of the position at which it is read.
+    Decision (alignment): a token belongs to the clusters of position t, the forward pass that predicted it, not to
+    those of the position at which it is read.
     Reduction: mean over the pairs that have a ratio in a row, then mean over all B rows.
     Padded positions may hold anything. An all-false mask gives 0 with gradient 0.
     Returns (loss, metrics), metrics as detached 0-d tensors; the ratios are those of all rows' pairs:
