@@ -115,7 +115,7 @@ def parser() -> Parser:
     add("--moe-every", type=count, default=2, help="every n-th block holds experts")
     add("--gate", type=one_of("gate", ("renorm", "prob")), default="renorm", help="weights of chosen experts")
     add("--expert-capacity", type=number(int, low=0), default=0, help="tokens of a sequence an expert takes; 0: all")
-    add("--init", default="scratch", help="scratch, gpt2, a run folder, a checkpoint file, a folder with GPT-2's weights")
+    add("--init", default="scratch", help="scratch, gpt2, a run folder, a checkpoint file, a folder of GPT-2's weights")
     add("--pretrain-steps", type=number(int, low=0), help="steps of next-token prediction before the algorithm")
     add("--pretrain-lr", type=positive, default=1e-3, help="learning rate of those steps")
     add("--steps", type=count, help="steps of the algorithm")
@@ -342,8 +342,8 @@ def load_task(args, config: MoEConfig) -> Task:
         for key, sentence in (("cut", "had their prompt cut from the left"), ("skipped", "were left out")):
             if counts[key]:
                 whole = counts["kept"] + counts["skipped"]
-                print(f"{args.dataset}: {counts[key]} of {whole} training examples {sentence} (context {config.context} "
-                      "tokens)", file=sys.stderr)  # fmt: skip
+                print(f"{args.dataset}: {counts[key]} of {whole} training examples {sentence} "
+                      f"(context {config.context} tokens)", file=sys.stderr)  # fmt: skip
         if not encoded:
             raise UserError(f"no training example of {args.dataset} fits into {config.context} tokens")
         batches = TaskBatches(encoded, args.batch_size, args.seed, tokenizer.end)
@@ -689,7 +689,7 @@ def run(args) -> dict:
         model, state = load_checkpoint(folder)
         optimizer_state = state.pop("optimizer")
         if state["step"] == args.pretrain_steps:
-            optimizer_state = None  # the last step of the first phase: the algorithm begins with an optimizer of its own
+            optimizer_state = None  # the first phase is over: the algorithm has an optimizer of its own
     out = open_run(args)
     with locked(out):
         return main_loop(args, out, device, model.to(device), target, task, state, optimizer_state)
