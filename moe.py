@@ -690,7 +690,7 @@ def generate(
         last = features[:, 0]
         experts[rows, positions] = routing.experts[:, 0]
         expert_log_probs[rows, positions] = routing.expert_log_probs()[:, 0].float()
-    T = int(positions.max())
+    T = int((lengths + mask.sum(1)).max()) - 1
     return Rollout(
         tokens[:, : T + 1], mask[:, :T], log_probs[:, :T], entropies[:, :T], experts[:, :T], expert_log_probs[:, :T]
     )
