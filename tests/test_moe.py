@@ -973,7 +973,7 @@ def fresh_compiler():
 @pytest.mark.parametrize("V", [23, 5000])
 def test_compiled_training_step_equals_the_eager_one(V, fresh_compiler):
     """Float32 on the CPU: the grouped product stays outside the graph. Loss and gradients."""
-    model = make(8, vocab_size=V, n_shared_expert=1)
+    model = make(8, vocab_size=V, n_shared_expert=1, n_layer=2)
     tokens = words(model)
     compiled = torch.compile(model, backend="aot_eager")
     results = []
@@ -988,7 +988,7 @@ def test_compiled_training_step_equals_the_eager_one(V, fresh_compiler):
 @pytest.mark.parametrize("V", [23, 5000])
 def test_bfloat16_step_compiles_without_a_graph_break(V, fresh_compiler):
     """No host read (`.tolist()`, `nonzero`) in the bfloat16 path, the one that a GPU takes: fullgraph would raise."""
-    model = make(9, vocab_size=V, n_shared_expert=1, expert_capacity=4)
+    model = make(9, vocab_size=V, n_shared_expert=1, expert_capacity=4, n_layer=2)
     tokens = words(model)
     routes = random_routes(model, *tokens.shape)
     compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
