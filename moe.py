@@ -608,7 +608,11 @@ def sample_tokens(logits: Tensor, top_p: float = 1.0, generator: torch.Generator
 
 
 def _read_prompts(model: GPT, prompts: list[list[int]], max_new_tokens: int, end_token: int, routes=None):
-    """Prompts of different lengths, padded on the right, and the cache after reading them."""
+    """Prompts of different lengths, padded on the right, and the cache after reading them.
+
+    A prompt that several rows share (a group's responses, the beams) is read once. -> tokens [B, P + max_new_tokens],
+    lengths [B], cache, experts and their log P [B, P, L, K], features [B, D] of each prompt's last token.
+    """
     if not prompts or min(map(len, prompts)) == 0:
         raise ValueError("every prompt needs at least one token")
     width = max(map(len, prompts))
@@ -616,21 +620,30 @@ def _read_prompts(model: GPT, prompts: list[list[int]], max_new_tokens: int, end
         raise ValueError(
             f"a prompt of {width} tokens and {max_new_tokens} new ones exceed the context of {model.config.context}"
         )
+    imposed, keys = None, [tuple(p) for p in prompts]
+    if routes is not None:  # each row has routes of its own, and is read on its own
+        imposed = Routes(routes.experts[:, :width], routes.forced[:, :width], routes.uniform)
+        keys = list(range(len(prompts)))
+    first = {key: row for row, key in reversed(list(enumerate(keys)))}  # the first row of each distinct prompt
+    place = {key: i for i, key in enumerate(dict.fromkeys(keys))}
     device = model.wte.weight.device
     tokens = torch.tensor([p + [end_token] * (width + max_new_tokens - len(p)) for p in prompts], device=device)
     lengths = torch.tensor([len(p) for p in prompts], device=device)
-    cache = Cache(model, len(prompts), width + max_new_tokens)
-    imposed = None if routes is None else Routes(routes.experts[:, :width], routes.forced[:, :width], routes.uniform)
-    features, routing = model.branch(model.stem(tokens[:, :width], cache), imposed, cache)
+    rows = torch.tensor([first[key] for key in place], device=device)
+    cache = Cache(model, len(rows), width + max_new_tokens)
+    features, routing = model.branch(model.stem(tokens[rows, :width], cache), imposed, cache)
     # Padding on the right is invisible to the causal prompt, and generated tokens overwrite its keys. Only the places
     # it took from experts of limited capacity must be given back.
     if model.config.expert_capacity:
-        inside = torch.arange(width, device=device) < lengths[:, None]
+        inside = torch.arange(width, device=device) < lengths[rows, None]
         for layer, block in enumerate(model.config.moe_blocks):
             slots = F.one_hot(routing.experts[:, :, layer], model.config.n_expert).sum(2)  # [B, P, E]
             cache.used[block] = (slots * inside[..., None]).sum(1)
-    last = features[torch.arange(len(prompts), device=device), lengths - 1]
-    return tokens, lengths, cache, routing, last
+    back = torch.tensor([place[key] for key in keys], device=device)  # each row's place among the distinct prompts
+    if len(rows) < len(prompts):
+        cache.reorder(back)
+    last = features[back, lengths - 1]
+    return tokens, lengths, cache, routing.experts[back], routing.expert_log_probs()[back].float(), last
 
 
 @torch.no_grad()
@@ -658,13 +671,10 @@ def generate(
     most = max(map(len, prompts), default=0) + max_new_tokens - 1  # the last token written is never read
     if routes is not None and (len(routes.experts) != len(prompts) or routes.experts.shape[1] < most):
         raise ValueError(f"routes must cover {len(prompts)} rows and {most} positions, not {routes.experts.shape[:2]}")
-    tokens, lengths, cache, routing, last = _read_prompts(model, prompts, max_new_tokens, end_token, routes)
-    B, width = len(prompts), int(lengths.max())
-    L, K = routing.experts.shape[2:]
-    device = tokens.device
-    experts = torch.zeros(B, tokens.shape[1], L, K, dtype=torch.long, device=device)
-    expert_log_probs = torch.zeros(B, tokens.shape[1], L, K, device=device)
-    experts[:, :width], expert_log_probs[:, :width] = routing.experts, routing.expert_log_probs().float()
+    tokens, lengths, cache, *read, last = _read_prompts(model, prompts, max_new_tokens, end_token, routes)
+    device, B, width = tokens.device, len(prompts), read[0].shape[1]
+    # places for the tokens still to come behind those of the prompt
+    experts, expert_log_probs = (F.pad(t, (0, 0, 0, 0, 0, max_new_tokens)) for t in read)
     log_probs, entropies = torch.zeros(2, B, tokens.shape[1], device=device)
     mask = torch.zeros(B, tokens.shape[1], dtype=torch.bool, device=device)
     done = torch.zeros(B, dtype=torch.bool, device=device)
@@ -706,7 +716,7 @@ def beam_search(
     """
     P, V = len(prompts), model.config.vocab_size
     copies = [p for p in prompts for _ in range(beams)]
-    tokens, lengths, cache, _, last = _read_prompts(model, copies, max_new_tokens, end_token)
+    tokens, lengths, cache, _, _, last = _read_prompts(model, copies, max_new_tokens, end_token)
     device, width = tokens.device, int(lengths.max())
     scores = torch.full((P, beams), -math.inf, device=device)
     scores[:, 0] = 0  # all beams of a prompt start equal: only one may branch
