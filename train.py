@@ -140,7 +140,7 @@ def parser() -> Parser:
     g.add_argument("--inner-epochs", type=count, default=1, help="optimizer steps on the same perturbed routes")
     g = p.add_argument_group("generated answers")
     g.add_argument("--group-size", type=number(int, low=2), default=8, help="responses a prompt")
-    g.add_argument("--prompts-per-step", type=count, default=16)
+    g.add_argument("--prompts-per-step", type=count, help="default 16; 64 for the generated problems, which are short")
     g.add_argument("--minibatches", type=count, default=4, help="optimizer steps on one batch of responses")
     g.add_argument("--max-new-tokens", type=count, help="longest response; default: fits the data set")
     g.add_argument("--temperature", type=positive, default=1.0)
@@ -199,28 +199,31 @@ def parse(argv: list[str]) -> argparse.Namespace:
     if args.steps and args.epochs:
         raise UserError("--steps and --epochs say the same thing: give one of them")
     generative, text, pretrained = args.algo in GENERATIVE, spec.kind == "text", args.init != "scratch"
-    if generative and args.prompts_per_step % args.minibatches:
-        raise UserError(f"--prompts-per-step {args.prompts_per_step} is not divisible by --minibatches "
-                        f"{args.minibatches}: a group's responses stay together")  # fmt: skip
+    short = spec.problems is not None  # generated problems of a few bytes
     if args.init == "gpt2":
         args.model = "gpt2"
     defaults = {
         "tokenizer": "gpt2" if args.init == "gpt2" else spec.tokenizer,
         "top_k": 2 if generative else 1,
-        "pretrain_steps": 0 if pretrained or args.algo == "dense" else 1500 if generative else 1000,
+        "pretrain_steps": 0 if pretrained or args.algo == "dense" else 600 if generative else 1000,
         # ERL table 7: batch 4 of 1,024 tokens for text, 8 for tasks, learning rate 1e-5 on published weights; models
         # that start from scratch are small and want more
-        "batch_size": 32 if not text and spec.tokenizer == "bytes" else 4 if text and args.model == "gpt2" else 8,
-        "lr": 1e-5 if args.init == "gpt2" else 1e-3 if args.algo == "dense" and not pretrained else 3e-4,
+        "batch_size": 32 if short else 4 if text and args.model == "gpt2" else 8,
+        "lr": 1e-5 if args.init == "gpt2" else 1e-4 if generative else 1e-3 if args.algo == "dense" and not pretrained
+        else 3e-4,
         "alpha": 0.6 if text else 0.7,
         "delta": 0.5 if text else 2.0,
         "max_new_tokens": min(spec.max_new_tokens, SIZES[args.model]["context"] // 2),
         "beams": 6 if args.dataset in ("samsum", "xsum", "squad") else 1,
-        "eval_samples": 64 if text else 200,
-    }
+        "eval_samples": 64 if text else 0 if short else 200,
+        "prompts_per_step": 64 if short else 16,
+    }  # fmt: skip
     for name, value in defaults.items():
         if getattr(args, name) is None:
             setattr(args, name, value)
+    if generative and args.prompts_per_step % args.minibatches:
+        raise UserError(f"--prompts-per-step {args.prompts_per_step} is not divisible by --minibatches "
+                        f"{args.minibatches}: a group's responses stay together")  # fmt: skip
     if args.steps is None and args.epochs is None:
         args.steps = 200 if generative else 1000
     return args
@@ -745,9 +748,10 @@ def main_loop(args, out, device, model: GPT, target: MoEConfig, task: Task, stat
 
     with stop_politely() as stop, tqdm(total=total, initial=step, disable=None, unit="step") as bar, autocast:
         while step < total:
-            if step == P > 0:  # the algorithm begins
+            if step == P:  # the algorithm begins
                 model, stem, branch, optimizer = begin_phase(model)
-                log(step=step, phase="evaluation", **evaluate(model, task, "validation", args))
+                for name in task.held_out if task.spec.kind == "task" else ("validation",):
+                    log(step=step, phase="evaluation", split=name, **evaluate(model, task, name, args))
             algo = args.algo if step >= P else "supervised"
             within, length, peak = (step, P, args.pretrain_lr) if step < P else (step - P, args.steps, args.lr)
             for group in optimizer.param_groups:
@@ -787,7 +791,7 @@ def main_loop(args, out, device, model: GPT, target: MoEConfig, task: Task, stat
                 log(step=step, phase=algo, lr=optimizer.param_groups[0]["lr"], **metrics,
                     seconds=round(seconds, 2), tokens_per_second=round(tokens_seen / seconds, 1))  # fmt: skip
             if step % args.eval_every == 0 and step < total and not stop.asked:
-                log(step=step, phase="evaluation", **evaluate(model, task, "validation", args))
+                log(step=step, phase="evaluation", split="validation", **evaluate(model, task, "validation", args))
             if stop.asked or step % args.checkpoint_every == 0 or step == total:
                 save()
             if stop.asked:
@@ -797,12 +801,17 @@ def main_loop(args, out, device, model: GPT, target: MoEConfig, task: Task, stat
         seconds = time.perf_counter() - begun
         results = {name: evaluate(model, task, name, args, final=True) for name in task.held_out}
 
-    log(step=step, phase="evaluation", **results["validation"])
+    for name, scores in results.items():
+        log(step=step, phase="evaluation", split=name, **scores)
     tests = {name: scores for name, scores in results.items() if name != "validation"}
     summary = {k: sum(s[k] for s in tests.values()) / len(tests) for k in next(iter(tests.values()))}
     if len(tests) > 1:  # several test sets: their mean, and each
         summary |= {f"{k}_{name}": v for name, scores in tests.items() for k, v in scores.items()}
     summary |= {f"validation_{k}": v for k, v in results["validation"].items()}
+    for row in read_metrics(out):  # where the first phase left the model, on the first test set
+        if row["phase"] == "evaluation" and row["step"] == P and row["split"] == next(iter(tests)):
+            summary |= {f"before_{k}": v for k, v in row.items() if k in summary}
+            break
     total_parameters, active = model.count_parameters()
     summary |= {
         "parameters": total_parameters, "active_parameters": active, "algo": args.algo, "dataset": args.dataset,
@@ -913,7 +922,7 @@ def plot_curves(out: str):
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    rows = read_metrics(out)
+    rows = [row for row in read_metrics(out) if row.get("split", "validation") == "validation"]
     names = ["loss", "perplexity", "accuracy", "f1", "rouge2", "reward_mean", "clip_share", "entropy", "load_max"]
     names = [n for n in names if sum(n in r for r in rows) > 1]
     figure, axes = plt.subplots(1, len(names), figsize=(4 * len(names), 3), squeeze=False, layout="constrained")
