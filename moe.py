@@ -602,8 +602,8 @@ def sample_tokens(logits: Tensor, top_p: float = 1.0, generator: torch.Generator
     cdf = probs.cumsum(-1)
     device = logits.device if generator is None else generator.device
     u = torch.rand(len(probs), 1, generator=generator, device=device).to(logits.device)
-    # u < 1, but u * total can round up to the total: stay one step below, or a word of probability 0 could be drawn.
-    index = torch.searchsorted(cdf, u * cdf[:, -1:] * (1 - 2**-22), right=True).clamp_(max=probs.shape[-1] - 1)
+    # u is at most 1 - 2^-24, so u * total stays below the total in float32 too: the word found has probability above 0.
+    index = torch.searchsorted(cdf, u * cdf[:, -1:], right=True).clamp_(max=probs.shape[-1] - 1)
     return (index if top_p >= 1 else words.gather(-1, index)).squeeze(-1)
 
 
