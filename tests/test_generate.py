@@ -83,6 +83,18 @@ def test_the_ends_of_the_unit_interval_draw_possible_words(monkeypatch):
         assert sample_tokens(logits, 0.999).item() == (2 if u == 0 else 3)
 
 
+@settings(deadline=None, max_examples=50)
+@given(seeds)
+def test_the_largest_number_below_one_draws_a_possible_word(seed):
+    g = rng(seed)
+    logits = 3 * torch.randn(200, 40, generator=g)
+    logits[:, -(seed % 20 + 1) :] = -torch.inf
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch, "rand", lambda *shape, **_: torch.full(shape, 1 - 2**-24))
+        words = sample_tokens(logits)
+    assert (logits[torch.arange(200), words] > -torch.inf).all()
+
+
 def test_samples_come_from_the_generator_given():
     logits = torch.randn(50, 100, generator=rng(3))
     assert torch.equal(sample_tokens(logits, 0.9, rng(4)), sample_tokens(logits, 0.9, rng(4)))

@@ -606,6 +606,8 @@ def test_jitter_is_asked_for_and_touches_the_router_alone():
     router = model.blocks[1].mlp.router.weight  # of the only MoE block: it sees the same, and its router does not
     torch.testing.assert_close(jittered.routing.logits[:, :, 0], (plain.routing.inputs[0] * noise[0]) @ router.T)
     assert torch.equal(jittered.routing.inputs[0], plain.routing.inputs[0])
+    routes = random_routes(model, *tokens.shape, alpha=1.0)
+    assert torch.equal(model(tokens, routes=routes).logits, model(tokens, routes=routes, noise=noise).logits)
     dense = make(n_expert=1, top_k=1)
     assert dense.jitter(tokens.shape, 0.01, rng()) is None
 
@@ -718,6 +720,7 @@ def test_model_loss_is_the_mean_over_the_masked_tokens(small_blocks):
         (dict(n_expert=1), 124_439_808, 124_439_808),
         (dict(), 322_818_816, 124_476_672),
         (dict(n_shared_expert=1), 351_153_408, 152_811_264),
+        (dict(top_k=2), 322_818_816, 152_811_264),  # a second routed expert is as large as a shared one
     ],
 )
 def test_parameter_counts_of_gpt2(variant, total, active):
