@@ -861,7 +861,10 @@ def reinforce(model: GPT, stem, branch, optimizer, task: Task, args, step: int) 
 
     sums, updates = {}, 0
     for part in torch.arange(N * G, device=device).chunk(args.minibatches):
-        if silent[part[::G] // G].all():
+        # The rows of a silent group add exactly 0 to the loss, a mean over rows: they need no forward.
+        share, part = len(part), part[~silent[part // G]]
+        share = len(part) / share
+        if not share:
             continue
         rows = Rollout(*(t[part] for t in rollout))
         mask = rows.response_mask
@@ -873,6 +876,7 @@ def reinforce(model: GPT, stem, branch, optimizer, task: Task, args, step: int) 
         else:
             old = Policy(rows.log_probs, rows.experts, rows.expert_log_probs, rows.expert_log_probs)
         loss, metrics = policy_loss(args, new, old, rewards[part], advantages[part], mask, model.config.n_expert)
+        loss = loss * share
         metrics = {**metrics, "loss": loss.detach(), "grad_norm": update(model, optimizer, loss)}
         same = (new.experts[..., :, None] == rows.experts[..., None, :]).any(-1)  # [b, T, L, K]
         metrics["experts_changed"] = 1 - same[mask].float().mean()
