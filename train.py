@@ -462,7 +462,7 @@ def policy_loss(args, new: Policy, old: Policy, rewards: Tensor, advantages: Ten
         )  # fmt: skip
     if args.algo == "rais":
         return rais_loss(
-            new.log_probs, old.log_probs, advantages, mask, new.old_expert_log_probs, old.expert_log_probs,
+            new.log_probs, old.log_probs, advantages, mask, new.old_expert_log_probs, old.old_expert_log_probs,
             base=args.shift_base, floor=args.shift_floor, **ranges,
         )  # fmt: skip
     loss = {"grpo": grpo_loss, "gspo": gspo_loss, "gmpo": gmpo_loss}[args.algo]
@@ -859,6 +859,11 @@ def reinforce(model: GPT, stem, branch, optimizer, task: Task, args, step: int) 
         "entropy": (rollout.entropies.sum(1) / lengths.clamp(min=1)).mean(), "tokens": lengths.sum(),
     }  # fmt: skip
 
+    if args.dtype != "float32":  # bfloat16 forwards of other shapes differ by more than rounding: ask once more
+        with torch.no_grad():
+            said = ask_policy(model, stem, branch, rollout, args)
+        rollout = rollout._replace(log_probs=said.log_probs, experts=said.experts,
+                                   expert_log_probs=said.expert_log_probs)  # fmt: skip
     sums, updates = {}, 0
     for part in torch.arange(N * G, device=device).chunk(args.minibatches):
         # The rows of a silent group add exactly 0 to the loss, a mean over rows: they need no forward.
