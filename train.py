@@ -58,6 +58,10 @@ GENERATIVE = ("grpo", "gspo", "gmpo", "erpo", "rais")  # learn from what the mod
 LOG_EVERY = 10  # steps between two lines of metrics.jsonl in the supervised algorithms
 AUX_COEFFICIENT = 1e-3  # of the balance and of the z loss, as switch-base-8 (ERL section 4.3)
 ROUTER_JITTER = 0.01  # likewise; only where no second forward is compared with the first
+# Decision: two log-probabilities of a token closer than this many nats are equal. Experts that are copies of each other
+# (a freshly upcycled model), and forwards of different batch size, differ by float32 rounding, up to 1e-6 measured;
+# the sign in ERL's advantage would make +1 and -1 of it.
+ROUNDING = 1e-5
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -418,7 +422,10 @@ def erl_losses(model: GPT, stem, branch, tokens: Tensor, mask: Tensor, args, gen
         with torch.no_grad():  # the RL loss has no gradient through the head
             both = torch.cat([features, perturbed_features]).detach()
             predicted = token_log_probs(both, model.wte.weight, tokens[:, 1:].repeat(1 + m, 1))
-            advantages = erl_advantage(predicted[B:], predicted[:B].repeat(m, 1), args.advantage)
+            explored_log_probs, original_log_probs = predicted[B:], predicted[:B].repeat(m, 1)  # [mB, T]
+            equal = (explored_log_probs - original_log_probs).abs() <= ROUNDING
+            explored_log_probs = torch.where(equal, original_log_probs, explored_log_probs)
+            advantages = erl_advantage(explored_log_probs, original_log_probs, args.advantage)
         explored = Explored(routes, advantages, log_probs.detach())
     S = routes.forced & mask.repeat(m, 1)[..., None]  # perturbed decisions at positions that predict a token
     rl, metrics = erl_loss(log_probs, explored.old_log_probs, explored.advantages, S, clip_eps=args.clip_eps)
