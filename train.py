@@ -18,6 +18,7 @@ import hashlib
 import json
 import math
 import os
+import shlex
 import shutil
 import signal
 import sys
@@ -187,6 +188,8 @@ def parse(argv: list[str]) -> argparse.Namespace:
                 saved = json.load(file)
         except (OSError, json.JSONDecodeError):
             raise UserError(f"{args.out} holds no run to resume (no readable config.json)") from None
+        if not isinstance(saved, dict) or set(vars(args)) - set(saved) - {"resume"}:
+            raise UserError(f"{args.out}/config.json is not that of a run of this program")
         for name in given - set(FREE_ON_RESUME):
             if saved.get(name) != getattr(args, name):
                 flag = "--" + name.replace("_", "-")
@@ -202,6 +205,8 @@ def parse(argv: list[str]) -> argparse.Namespace:
         raise UserError(f"{args.dataset} is a test set: train on gsm8k or deepscaler, which is tested on it")
     if args.steps and args.epochs:
         raise UserError("--steps and --epochs say the same thing: give one of them")
+    if args.algo != "dense" and args.n_expert == 1:
+        raise UserError(f"--n-expert 1 leaves nothing to route: --algo {args.algo} needs at least 2 (dense has one)")
     generative, text, pretrained = args.algo in GENERATIVE, spec.kind == "text", args.init != "scratch"
     short = spec.problems is not None  # generated problems of a few bytes
     if args.init == "gpt2":
@@ -345,12 +350,19 @@ def load_task(args, config: MoEConfig) -> Task:
         empty = [name for name, split in held_out.items() if not split]
         if empty:
             raise UserError(f"{args.dataset} has no example to evaluate on in {', '.join(empty)}")
-        encoded, counts = data.encode_examples(examples, tokenizer, config.context)
+        encoded, counts = data.encode_examples(examples, tokenizer, config.context,
+                                               min_new_tokens=args.max_new_tokens if generative else 0)  # fmt: skip
         for key, sentence in (("cut", "had their prompt cut from the left"), ("skipped", "were left out")):
             if counts[key]:
                 whole = counts["kept"] + counts["skipped"]
                 print(f"{args.dataset}: {counts[key]} of {whole} training examples {sentence} "
                       f"(context {config.context} tokens)", file=sys.stderr)  # fmt: skip
+        questions, room = [e for split in held_out.values() for e in split], config.context - args.max_new_tokens
+        cut = sum(len(tokenizer.encode(e.prompt)) > room for e in questions)
+        skipped = sum(split.skipped for split in held_out.values())
+        if cut or skipped:
+            print(f"{args.dataset}: {cut} of {len(questions)} held-out prompts are cut from the left to {room} tokens, "
+                  f"{skipped} held-out records lack a prompt or a reference", file=sys.stderr)  # fmt: skip
         if not encoded:
             raise UserError(f"no training example of {args.dataset} fits into {config.context} tokens")
         batches = TaskBatches(encoded, args.batch_size, args.seed, tokenizer.end)
@@ -707,7 +719,12 @@ def run(args) -> dict:
             optimizer_state = None  # the first phase is over: the algorithm has an optimizer of its own
     out = open_run(args)
     with locked(out):
-        return main_loop(args, out, device, model.to(device), target, task, state, optimizer_state)
+        try:
+            return main_loop(args, out, device, model.to(device), target, task, state, optimizer_state)
+        except KeyboardInterrupt as stop:
+            again = f"python train.py --resume --out {shlex.quote(out)}"
+            print(f"\ninterrupted{stop}; continue with: {again}", file=sys.stderr)
+            raise
 
 
 @contextlib.contextmanager
@@ -764,6 +781,9 @@ def main_loop(args, out, device, model: GPT, target: MoEConfig, task: Task, stat
                 model, stem, branch, optimizer = begin_phase(model)
                 for name in task.held_out if task.spec.kind == "task" else ("validation",):
                     log(step=step, phase="evaluation", split=name, **evaluate(model, task, name, args))
+            elif step and step % args.eval_every == 0:
+                # after the checkpoint of this step: a run that is interrupted here evaluates when it goes on
+                log(step=step, phase="evaluation", split="validation", **evaluate(model, task, "validation", args))
             algo = args.algo if step >= P else "supervised"
             within, length, peak = (step, P, args.pretrain_lr) if step < P else (step - P, args.steps, args.lr)
             for group in optimizer.param_groups:
@@ -788,12 +808,17 @@ def main_loop(args, out, device, model: GPT, target: MoEConfig, task: Task, stat
             step += 1
             bar.update()
 
-            if step % LOG_EVERY == 0 or algo in GENERATIVE or step == total:
-                seconds = time.perf_counter() - begun
+            stopping = stop.asked
+            saving = stopping or step % args.checkpoint_every == 0 or step == total
+            logging = step % LOG_EVERY == 0 or algo in GENERATIVE or step == total
+            if logging or saving:
                 metrics = {k: v.item() if isinstance(v, Tensor) else v for k, v in metrics.items()}
-                if not math.isfinite(metrics.get("loss", 0.0)):
-                    raise UserError(f"the loss is {metrics['loss']} at step {step}: lower --lr; {out} keeps the last "
-                                    "checkpoint")  # fmt: skip
+                for name in ("loss", "grad_norm"):  # a gradient that is not finite has spoilt the weights just now
+                    if not math.isfinite(metrics.get(name, 0.0)):
+                        raise UserError(f"{name} is {metrics[name]} at step {step}: lower --lr; {out} keeps the last "
+                                        "checkpoint")  # fmt: skip
+            if logging:
+                seconds = time.perf_counter() - begun
                 shown = {"loss": f"{metrics['loss']:.3f}", "tok/s": f"{tokens_seen / seconds:.0f}"}
                 if "reward_mean" in metrics:
                     shown["reward"] = f"{metrics['reward_mean']:.3f}"
@@ -802,14 +827,11 @@ def main_loop(args, out, device, model: GPT, target: MoEConfig, task: Task, stat
                 bar.set_postfix(shown, refresh=False)
                 log(step=step, phase=algo, lr=optimizer.param_groups[0]["lr"], **metrics,
                     seconds=round(seconds, 2), tokens_per_second=round(tokens_seen / seconds, 1))  # fmt: skip
-            if step % args.eval_every == 0 and step < total and not stop.asked:
-                log(step=step, phase="evaluation", split="validation", **evaluate(model, task, "validation", args))
-            if stop.asked or step % args.checkpoint_every == 0 or step == total:
+            if saving:
                 save()
-            if stop.asked:
-                again = f"python train.py --resume --out {out}"
-                print(f"\ninterrupted at step {step} of {total}, state saved; continue with: {again}", file=sys.stderr)
-                raise KeyboardInterrupt
+            if stopping:
+                raise KeyboardInterrupt(f" at step {step} of {total}, state saved")
+        stop.at_once = True  # all steps are saved: nothing to wait for
         seconds = time.perf_counter() - begun
         results = {name: evaluate(model, task, name, args, final=True) for name in task.held_out}
 
@@ -908,6 +930,7 @@ def reinforce(model: GPT, stem, branch, optimizer, task: Task, args, step: int) 
 
 class Stop:
     asked = False
+    at_once = False
 
 
 @contextlib.contextmanager
@@ -916,7 +939,7 @@ def stop_politely():
     stop = Stop()
 
     def handler(signum, frame):
-        if stop.asked:
+        if stop.asked or stop.at_once:
             raise KeyboardInterrupt
         stop.asked = True
 
@@ -945,13 +968,14 @@ def plot_curves(out: str):
 
     rows = [row for row in read_metrics(out) if row.get("split", "validation") == "validation"]
     names = ["loss", "perplexity", "accuracy", "f1", "rouge2", "reward_mean", "clip_share", "entropy", "load_max"]
-    names = [n for n in names if sum(n in r for r in rows) > 1]
+    names = [n for n in names if any(n in r for r in rows)]
     figure, axes = plt.subplots(1, len(names), figsize=(4 * len(names), 3), squeeze=False, layout="constrained")
     for axis, name in zip(axes[0], names, strict=True):
         for phase in dict.fromkeys(r["phase"] for r in rows):
             points = [(r["step"], r[name]) for r in rows if r["phase"] == phase and name in r]
             if points:
-                axis.plot(*zip(*points, strict=True), marker="o" if phase == "evaluation" else "", ms=3, label=phase)
+                dots = "o" if phase == "evaluation" or len(points) == 1 else ""
+                axis.plot(*zip(*points, strict=True), marker=dots, ms=3, label=phase)
         axis.set(xlabel="step", ylabel=name)
         axis.legend(fontsize=8)
         axis.grid(alpha=0.3)
@@ -1004,7 +1028,7 @@ def main(argv: list[str] | None = None) -> int:
         run(parse(argv))
         return 0
     except UserError as error:
-        print(f"train.py: {error}", file=sys.stderr)
+        print(f"train.py: {' '.join(str(error).split())}", file=sys.stderr)  # one line, whatever it quotes
         return 2
     except KeyboardInterrupt:
         return 130
