@@ -624,23 +624,23 @@ def _read_prompts(model: GPT, prompts: list[list[int]], max_new_tokens: int, end
     if routes is not None:  # each row has routes of its own, and is read on its own
         imposed = Routes(routes.experts[:, :width], routes.forced[:, :width], routes.uniform)
         keys = list(range(len(prompts)))
-    first = {key: row for row, key in reversed(list(enumerate(keys)))}  # the first row of each distinct prompt
     place = {key: i for i, key in enumerate(dict.fromkeys(keys))}
+    back = [place[key] for key in keys]  # each row's place among the distinct prompts
+    first = [back.index(i) for i in range(len(place))]  # the first row of each distinct prompt
     device = model.wte.weight.device
     tokens = torch.tensor([p + [end_token] * (width + max_new_tokens - len(p)) for p in prompts], device=device)
     lengths = torch.tensor([len(p) for p in prompts], device=device)
-    rows = torch.tensor([first[key] for key in place], device=device)
-    cache = Cache(model, len(rows), width + max_new_tokens)
-    features, routing = model.branch(model.stem(tokens[rows, :width], cache), imposed, cache)
+    cache = Cache(model, len(first), width + max_new_tokens)
+    features, routing = model.branch(model.stem(tokens[first, :width], cache), imposed, cache)
     # Padding on the right is invisible to the causal prompt, and generated tokens overwrite its keys. Only the places
     # it took from experts of limited capacity must be given back.
     if model.config.expert_capacity:
-        inside = torch.arange(width, device=device) < lengths[rows, None]
+        inside = torch.arange(width, device=device) < lengths[first, None]
         for layer, block in enumerate(model.config.moe_blocks):
             slots = F.one_hot(routing.experts[:, :, layer], model.config.n_expert).sum(2)  # [B, P, E]
             cache.used[block] = (slots * inside[..., None]).sum(1)
-    back = torch.tensor([place[key] for key in keys], device=device)  # each row's place among the distinct prompts
-    if len(rows) < len(prompts):
+    back = torch.tensor(back, device=device)
+    if len(first) < len(prompts):
         cache.reorder(back)
     last = features[back, lengths - 1]
     return tokens, lengths, cache, routing.experts[back], routing.expert_log_probs()[back].float(), last
