@@ -18,7 +18,7 @@ VARIANTS = [
     dict(top_k=1, expert_capacity=3),
     dict(top_k=2, expert_capacity=2, moe_every=1),
 ]
-PROMPTS = [[3, 1, 2], [4], [2, 2, 2, 2, 2, 1], [1, 4]]
+PROMPTS = [[3, 1, 2], [4], [2, 2, 2, 2, 2, 1], [4], [1, 4]]  # of different lengths, one of them twice
 END = 0
 seeds = st.integers(0, 10_000)
 name_of = lambda v: " ".join(f"{k}={x}" for k, x in v.items())  # noqa: E731
@@ -138,7 +138,7 @@ def test_recorded_while_generating_equals_a_teacher_forced_forward(variant, temp
 @pytest.mark.parametrize("variant", VARIANTS[1:], ids=name_of)
 def test_imposed_routes_are_used_while_generating(variant):
     model = small(5, **variant)
-    routes = random_routes(model, 4, 6 + 9 - 1, seed=1)
+    routes = random_routes(model, len(PROMPTS), 6 + 9 - 1, seed=1)
     rollout = generate(model, PROMPTS, max_new_tokens=9, end_token=END, generator=rng(), routes=routes)
     T = rollout.tokens.shape[1] - 1
     out = model(rollout.tokens[:, :-1], routes=Routes(routes.experts[:, :T], routes.forced[:, :T]))
