@@ -1,0 +1,673 @@
+"""Benchmarks: what a mixture of experts, ERL's exploration, rollouts and the losses cost, beside their peers.
+
+    python bench/bench.py step       training step with our MoE, a dense model and transformers' MoE blocks
+    python bench/bench.py layer      MoE layer against the number of experts, and K = 8 against K = 1
+    python bench/bench.py erl        ERL step against our own LM step
+    python bench/bench.py rollout    generation against transformers' GPT-2
+    python bench/bench.py loss       ERPO and RAIS at the paper's scale
+    python bench/bench.py growth     step time against experts, length, m, vocabulary
+
+Each writes results/bench-NAME.json and .png. The arms of a group run interleaved, A B C A B C ..., in one process,
+`--pairs` times after one warm-up; every figure is a median, with the quartiles. A ratio is the median over rounds of
+(arm / first arm of the group) within the round. On a CPU the time is the process' CPU time with one thread (a shared
+machine disturbs it least), on CUDA it lies between two events. Memory is the peak during a step beyond what was there
+before it: on a CPU the resident memory of a fresh process, on CUDA the allocator's.
+"""
+
+import argparse
+import json
+import os
+import platform
+import resource
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from types import SimpleNamespace
+from typing import NamedTuple
+
+import torch
+import torch.nn as nn
+
+ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+sys.path.insert(0, ROOT)
+
+import train  # noqa: E402
+from erl import erl_advantage, erl_loss, random_routes  # noqa: E402
+from erpo import erpo_loss  # noqa: E402
+from moe import GPT, SIZES, MoE, MoEConfig, Routes, generate  # noqa: E402
+from rais import rais_loss  # noqa: E402
+
+
+class Arm(NamedTuple):
+    name: str
+    make: Callable  # () -> a function without arguments that does the work once
+    goal: float | None = None  # of the ratio to the group's first arm, or of seconds (see Group.relative)
+    memory_goal: float | None = None  # GB
+    work: float = 0.0  # floating-point operations of one call that MFU counts; 0: not known
+    tokens: int = 0  # tokens that one call works on
+
+
+class Group(NamedTuple):
+    name: str
+    arms: list[Arm]
+    relative: str  # "time" (goal: at most), "speed" (goal: at least), or "seconds" (no ratio; goal: at most)
+    memory: bool = False  # measure it
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Measuring
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def seconds_of(f: Callable, device: torch.device, wall: bool = False) -> float:
+    if device.type == "cuda":
+        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        torch.cuda.synchronize()
+        start.record()
+        f()
+        end.record()
+        torch.cuda.synchronize()
+        return start.elapsed_time(end) / 1000
+    clock = time.perf_counter if wall else time.process_time
+    begun = clock()
+    f()
+    return clock() - begun
+
+
+def quartiles(values: list[float]) -> dict[str, float]:
+    q1, median, q3 = torch.tensor(values, dtype=torch.float64).quantile(torch.tensor([0.25, 0.5, 0.75]).double())
+    return {"median": median.item(), "q1": q1.item(), "q3": q3.item()}
+
+
+def memory_of(group: int, arm: int, args) -> float:
+    """GB that one call adds at its peak, in a process that does nothing else (with --quick: a guess, in this one)."""
+    env = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536"}  # what is freed goes back to the system at once
+    command = [sys.executable, os.path.abspath(__file__), *args.argv, "--memory-of", f"{group},{arm}"]
+    return float(subprocess.run(command, env=env, stdout=subprocess.PIPE, check=True, text=True).stdout.split()[-1])
+
+
+def peak_memory(f: Callable, device: torch.device) -> float:
+    if device.type == "cuda":
+        before = torch.cuda.memory_allocated()
+        f()  # what compilation and tuning allocate once is not the step's
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        f()
+        torch.cuda.synchronize()
+        return (torch.cuda.max_memory_allocated() - before) / 1e9
+    try:  # Linux: forget the peak of what was built before
+        with open("/proc/self/clear_refs", "w") as file:
+            file.write("5")
+        with open("/proc/self/statm") as file:
+            before = int(file.read().split()[1]) * resource.getpagesize()
+        f()
+        with open("/proc/self/status") as file:
+            peak = next(int(line.split()[1]) * 1024 for line in file if line.startswith("VmHWM"))
+    except OSError:
+        unit = 1 if sys.platform == "darwin" else 1024
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+        f()
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+    return (peak - before) / 1e9
+
+
+def measure(groups: list[Group], args) -> list[dict]:
+    results = []
+    for g, group in enumerate(groups):
+        work = [arm.make() for arm in group.arms]
+        for f in work:
+            f()
+            if args.compile:  # the first calls compile
+                f()
+        times = [[] for _ in work]
+        for _ in range(args.pairs):
+            for f, t in zip(work, times, strict=True):
+                t.append(seconds_of(f, args.device, wall=group.relative == "seconds"))
+        del work
+        arms = []
+        for i, (arm, t) in enumerate(zip(group.arms, times, strict=True)):
+            row = {"name": arm.name, "seconds": quartiles(t)}
+            if arm.tokens:
+                row["tokens_per_second"] = arm.tokens / row["seconds"]["median"]
+            if group.relative != "seconds":
+                ratios = [a / b if group.relative == "time" else b / a for a, b in zip(t, times[0], strict=True)]
+                row["relative"] = quartiles(ratios)
+            if arm.goal is not None:
+                value = row["seconds" if group.relative == "seconds" else "relative"]["median"]
+                row["goal"] = arm.goal
+                row["met"] = value >= arm.goal if group.relative == "speed" else value <= arm.goal
+            if arm.work and peak_flops(args):
+                row["mfu"] = arm.work / row["seconds"]["median"] / peak_flops(args)
+            if group.memory:
+                row["memory_gb"] = peak_memory(arm.make(), args.device) if args.quick else memory_of(g, i, args)
+                if arm.memory_goal is not None:
+                    row["memory_goal_gb"], row["memory_met"] = arm.memory_goal, row["memory_gb"] <= arm.memory_goal
+            arms.append(row)
+        results.append({"name": group.name, "relative": group.relative, "arms": arms})
+        show(results[-1])
+    return results
+
+
+def show(group: dict):
+    sign = "<=" if group["relative"] != "speed" else ">="
+    relative = {"time": "time / first", "speed": "speed / first", "seconds": ""}[group["relative"]]
+    print(f"\n{group['name']}\n{'':34}{'ms (quartiles)':>26}{relative:>22}{'goal':>9}{'GB':>14}{'MFU':>7}")
+    for arm in group["arms"]:
+        s, r = arm["seconds"], arm.get("relative")
+        cells = [f"{1000 * s['median']:.1f} ({1000 * s['q1']:.1f}-{1000 * s['q3']:.1f})".rjust(26)]
+        cells.append((f"{r['median']:.2f} ({r['q1']:.2f}-{r['q3']:.2f})" if r else "").rjust(22))
+        goal = f"{sign} {arm['goal']:g}" + ("" if arm["met"] else " !") if "goal" in arm else ""
+        memory = f"{arm['memory_gb']:.2f}" if "memory_gb" in arm else ""
+        if "memory_goal_gb" in arm:
+            memory += f" <= {arm['memory_goal_gb']:g}" + ("" if arm["memory_met"] else " !")
+        cells += [goal.rjust(9), memory.rjust(14), (f"{arm['mfu']:.1%}" if "mfu" in arm else "").rjust(7)]
+        print(f"{arm['name']:34}{''.join(cells)}", flush=True)
+
+
+def peak_flops(args) -> float | None:
+    """Dense bfloat16 operations a second that the maker states for the device; None: not known, no MFU."""
+    if args.device.type != "cuda" or args.dtype != "bfloat16":
+        return None
+    name = torch.cuda.get_device_name(args.device)
+    known = {"H100": 989e12, "H200": 989e12, "A100": 312e12, "B200": 2250e12, "4090": 165e12, "L40": 181e12}
+    return next((flops for part, flops in known.items() if part in name), None)
+
+
+def model_flops(model: GPT, B: int, T: int) -> float:
+    """Forward and backward of an LM step: 6 a parameter of the matrices that a token passes, and the attention."""
+    c = model.config
+    active = model.count_parameters()[1] - model.wpe.weight.numel()  # the tied wte counts once, as the head
+    return B * T * (6 * active + 12 * c.n_layer * c.n_embd * T)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Models
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def build(args, vocab_size: int, n_expert: int = 8, context: int = 0, seed: str = "model", **changes) -> GPT:
+    size = {**SIZES[args.model], "vocab_size": vocab_size, "n_expert": n_expert, **changes}
+    if args.quick:
+        size |= dict(n_layer=2, n_embd=32, n_head=2, context=32)
+    if context:
+        size["context"] = context
+    return GPT(MoEConfig(**size), generator=train.rng(0, seed)).to(args.device)
+
+
+def words(model: GPT, args, T: int = 0):
+    """tokens [B, T + 1] and a mask [B, T] without padding."""
+    T = T or model.config.context
+    tokens = torch.randint(model.config.vocab_size, (args.batch_size, T + 1), generator=train.rng(0, "words"))
+    return tokens.to(args.device), torch.ones(args.batch_size, T, dtype=torch.bool, device=args.device)
+
+
+def parts(model: GPT, args):
+    """stem and branch, compiled where asked for, as train.py does it."""
+    return (torch.compile(model.stem), torch.compile(model.branch)) if args.compile else (model.stem, model.branch)
+
+
+def autocast(args):
+    return torch.autocast(args.device.type, torch.bfloat16, enabled=args.dtype == "bfloat16")
+
+
+class Peer(nn.Module):
+    """A MoE block of transformers in the place of ours. What its router said is caught by a hook, so that the balance
+    and z losses around it are the same."""
+
+    def __init__(self, block: nn.Module, router: nn.Module, ours: MoE, logits_of: Callable):
+        super().__init__()
+        self.block, self.logits_of, self.said = block, logits_of, None
+        with torch.no_grad():
+            for p in block.parameters():
+                p.normal_(std=0.02)
+            next(router.parameters()).copy_(ours.router.weight)  # the same tokens go to the same experts
+        router.register_forward_hook(self.listen)
+
+    def listen(self, module, inputs, output):
+        self.said = self.logits_of(output)
+
+    def forward(self, x, imposed=None, noise=None, used=None):
+        out = self.block(x)
+        logits = self.said.view(*x.shape[:2], -1).float()
+        return out, logits, logits.topk(1).indices, used
+
+
+def switch_block(ours: MoE, args) -> Peer:
+    from transformers import SwitchTransformersConfig
+    from transformers.models.switch_transformers.modeling_switch_transformers import SwitchTransformersSparseMLP
+
+    D = ours.config.n_embd
+    config = SwitchTransformersConfig(
+        d_model=D, d_ff=4 * D, num_experts=ours.config.n_expert, expert_capacity=1 << 30, router_jitter_noise=0.0,
+        dropout_rate=0.0, dense_act_fn="gelu_pytorch_tanh",
+    )  # fmt: skip
+    block = SwitchTransformersSparseMLP(config)
+    return Peer(block, block.router, ours, lambda output: output[2])
+
+
+def qwen_block(ours: MoE, args, implementation: str) -> Peer:
+    from transformers import Qwen3MoeConfig
+    from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeSparseMoeBlock
+
+    D, aligned = ours.config.n_embd, 8 if args.dtype == "bfloat16" else 4
+    config = Qwen3MoeConfig(
+        hidden_size=D, num_experts=ours.config.n_expert, num_experts_per_tok=1, norm_topk_prob=False,
+        moe_intermediate_size=8 * D // 3 // aligned * aligned,  # three matrices of it hold what our two of 4D hold
+        experts_implementation=implementation,
+    )  # fmt: skip
+    block = Qwen3MoeSparseMoeBlock(config)
+    return Peer(block, block.gate, ours, lambda output: output[0])
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The benchmarks: each returns its groups of arms
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def step(args) -> list[Group]:
+    """Whole training step (losses, backward, clip, AdamW) of models that differ in their MoE blocks alone."""
+    V = 257 if args.model == "tiny" else 50304
+
+    def arm(name, n_expert=8, replace=None, **goal):
+        model = build(args, V, n_expert, gate="prob")  # what Switch and Qwen do with K = 1
+
+        def make():
+            if replace is not None:
+                for i in model.config.moe_blocks:
+                    model.blocks[i].mlp = replace(model.blocks[i].mlp, args).to(args.device)
+            tokens, mask = words(model, args)
+            optimizer, (stem, branch) = train.make_optimizer(model, 0.1), parts(model, args)
+            for group in optimizer.param_groups:
+                group["lr"] = 1e-5
+
+            def once():
+                with autocast(args):
+                    loss, _ = train.lm_losses(model, stem, branch, tokens, mask)
+                train.update(model, optimizer, loss)
+
+            return once
+
+        B, T = args.batch_size, model.config.context
+        return Arm(name, make, work=model_flops(model, B, T), tokens=B * T, **goal)
+
+    arms = [arm("dense", 1), arm("ours, 8 experts", goal=0.95 if args.model == "tiny" else 0.8)]
+    if has_transformers():
+        arms.append(arm("transformers Switch", replace=switch_block))
+        for kind in ("eager", "grouped_mm"):
+            arms.append(arm(f"transformers Qwen3-MoE, {kind}", replace=lambda o, a, k=kind: qwen_block(o, a, k)))
+    else:
+        print("transformers is not installed: its blocks are left out", file=sys.stderr)
+    return [Group(f"training step, {args.model}, V = {V}, top-1", arms, "speed")]
+
+
+def layer(args) -> list[Group]:
+    """Forward and backward of one MoE layer on 2,048 tokens."""
+    D = SIZES[args.model]["n_embd"] if not args.quick else 32
+    N = 256 if args.quick else 2048
+
+    def arm(name, n_expert, top_k=1, narrower=1, **goal):
+        def make():
+            torch.manual_seed(0)
+            config = MoEConfig(n_embd=D, n_expert=n_expert, top_k=top_k, n_layer=2)
+            moe = MoE(config).to(args.device) if n_expert > 1 else None
+            if moe is None:
+                module = GPT(config).blocks[1].mlp.to(args.device)
+            else:
+                module = lambda x: moe(x[None])[0][0]  # noqa: E731
+                with torch.no_grad():
+                    moe.router.weight.normal_(std=0.1)
+                    e = moe.experts  # experts take any hidden width: K of 4D / K make the work of one of 4D
+                    e.w_in = nn.Parameter(torch.randn(n_expert, D, 4 * D // narrower, device=args.device) * 0.02)
+                    e.b_in = nn.Parameter(torch.zeros(n_expert, 4 * D // narrower, device=args.device))
+                    e.w_out = nn.Parameter(torch.randn(n_expert, 4 * D // narrower, D, device=args.device) * 0.02)
+            parameters = list((moe or module).parameters())
+            x = torch.randn(N, D, generator=train.rng(0, "x")).to(args.device).requires_grad_()
+            grad = torch.randn(N, D, generator=train.rng(0, "grad")).to(args.device)
+
+            def once():
+                with autocast(args):
+                    out = module(x)
+                torch.autograd.grad(out, [x, *parameters], grad.to(out.dtype), allow_unused=True)
+
+            return once
+
+        return Arm(name, make, tokens=N, **goal)
+
+    experts = [8, 16] if args.quick else [8, 16, 32, 64, 128]
+    goals = {64: 1.5, 128: 3.0}
+    return [
+        Group(f"MoE layer, {N} tokens, width {D}, top-1", [
+            *(arm(f"{E} experts", E, goal=goals.get(E)) for E in experts), arm("dense, the same active size", 1),
+        ], "time"),
+        Group("K experts of 1/K the width, the same active and total size", [
+            arm("8 experts, K = 1", 8), arm("16 experts, K = 2", 16, 2, 2), arm("32 experts, K = 4", 32, 4, 4),
+            arm("64 experts, K = 8", 64, 8, 8, goal=1.4),
+        ], "time"),
+        Group("K experts of 1/K the width, 64 experts each", [
+            arm("64 experts, K = 1", 64), arm("64 experts, K = 8", 64, 8, 8, goal=1.4),
+        ], "time"),
+    ]  # fmt: skip
+
+
+def erl_arguments(grad: str, m: int = 3):
+    return SimpleNamespace(
+        n_perturb=m, alpha=0.6, delta=0.5, erl_grad=grad, wpl=False, advantage="static", clip_eps=0.2
+    )
+
+
+def lm_arm(name, args, V, n_expert=8, context=0):
+    """Losses and backward of a plain LM step; the optimizer is left out, here and in ERL's arms."""
+
+    def make():
+        model = build(args, V, n_expert, context)
+        (tokens, mask), (stem, branch) = words(model, args), parts(model, args)
+
+        def once():
+            model.zero_grad(set_to_none=True)
+            with autocast(args):
+                loss, _ = train.lm_losses(model, stem, branch, tokens, mask)
+            loss.backward()
+
+        return once
+
+    return Arm(name, make, tokens=args.batch_size * build(args, V, n_expert, context).config.context)
+
+
+def erl_arm(name, args, V, grad, n_expert=8, context=0, m=3, losses=train.erl_losses, **goal):
+    def make():
+        model = build(args, V, n_expert, context)
+        (tokens, mask), (stem, branch) = words(model, args), parts(model, args)
+        generator = train.rng(0, "routes")
+
+        def once():
+            model.zero_grad(set_to_none=True)
+            with autocast(args):
+                loss, *_ = losses(model, stem, branch, tokens, mask, erl_arguments(grad, m), generator, None)
+            loss.backward()
+
+        return once
+
+    return Arm(name, make, tokens=args.batch_size * build(args, V, n_expert, context).config.context, **goal)
+
+
+def naive_erl_losses(model, stem, branch, tokens, mask, args, generator, explored):
+    """ERL as the equations read: one forward after the other from the first block on, log-softmax over all words."""
+    config, targets = model.config, tokens[:, 1:, None]
+    B, T = mask.shape
+
+    def forward(routes=None):
+        features, routing = branch(stem(tokens[:, :-1]), routes)
+        return model.head(features).float().log_softmax(-1).gather(-1, targets).squeeze(-1), routing
+
+    original, routing = forward()
+    balance, z, _ = train.router_losses(routing.logits, routing.experts, mask)
+    loss = -(original * mask).sum() / mask.sum() + train.AUX_COEFFICIENT * (balance.sum() + z.sum())
+    for _ in range(args.n_perturb):
+        drawn = random_routes(B, T, len(config.moe_blocks), config.n_expert, config.top_k, args.alpha,
+                              generator=generator)  # fmt: skip
+        routes = Routes(*(t.to(tokens.device) for t in drawn))
+        log_probs, routing = forward(routes)
+        chosen = routing.expert_log_probs(routes.experts)
+        rl, _ = erl_loss(chosen, chosen.detach(), erl_advantage(log_probs, original, args.advantage), routes.forced)
+        loss = loss + args.delta * rl / args.n_perturb
+    return (loss,)
+
+
+def erl(args) -> list[Group]:
+    """ERL step against our own LM step, m = 3."""
+    tiny = args.model == "tiny"
+    vocabularies = [257, 500] if args.quick else [257, 50257] if tiny else [50304]
+    goals = {257: (2.8, 1.75), 50257: (2.15, 1.8), 50304: (2.0, 2.0)}
+    groups = []
+    for V in vocabularies:
+        exact, router = goals.get(V, (None, None))
+        room = 0.6 if V == 50257 else None
+        groups.append(Group(f"ERL step, {args.model}, V = {V}, m = 3", [
+            lm_arm("LM step", args, V),
+            erl_arm("ERL, exact gradient (all)", args, V, "all", goal=exact, memory_goal=room),
+            erl_arm("ERL, gradient of routers (router)", args, V, "router", goal=router, memory_goal=room),
+            erl_arm("ERL, m forwards in turn", args, V, "all", losses=naive_erl_losses),
+        ], "time", memory=True))  # fmt: skip
+    return groups
+
+
+def rollout(args) -> list[Group]:
+    """Sampled generation, every row to its full length. Ours also records log-probabilities, entropies and routes."""
+    R, new, prompt = (4, 4, 8) if args.quick else (64, 64, 32)
+    groups = []
+    for V in ([257, 500] if args.quick else [257, 50257]):
+        prompts = torch.randint(V, (R, prompt), generator=train.rng(0, "prompts"))
+
+        def theirs(V=V, prompts=prompts):
+            from transformers import GPT2Config, GPT2LMHeadModel
+
+            c = build(args, V).config
+            torch.manual_seed(0)
+            config = GPT2Config(
+                vocab_size=V, n_positions=c.context, n_embd=c.n_embd, n_layer=c.n_layer, n_head=c.n_head,
+                eos_token_id=None, bos_token_id=None, pad_token_id=0,
+            )  # fmt: skip
+            model, ids = GPT2LMHeadModel(config).to(args.device).eval(), prompts.to(args.device)
+            seen = torch.ones_like(ids)
+
+            def once():
+                with autocast(args):
+                    model.generate(ids, attention_mask=seen, do_sample=True, top_k=0, top_p=1.0, temperature=1.0,
+                                   max_new_tokens=new, use_cache=True)  # fmt: skip
+
+            return once
+
+        def ours(n_expert, V=V, prompts=prompts):
+            model, draw = build(args, V, n_expert), train.rng(0, "rollout")
+
+            def once():
+                with autocast(args):  # an end token that no model writes: all rows keep their full length
+                    generate(model, prompts.tolist(), max_new_tokens=new, end_token=-1, generator=draw)
+
+            return once
+
+        arms = [Arm("transformers GPT-2", theirs, tokens=R * new)] if has_transformers() else []
+        arms.append(Arm("ours, dense", lambda o=ours: o(1), 1.3 if V == 257 else 3.0, tokens=R * new))
+        arms.append(Arm("ours, 8 experts", lambda o=ours: o(8), 1.0, tokens=R * new))
+        name = f"rollout, {R} prompts of {prompt} x {new} new tokens, {args.model}, V = {V}"
+        groups.append(Group(name, arms, "speed"))
+    return groups
+
+
+def loss(args) -> list[Group]:
+    """ERPO and RAIS, forward and backward, at ERPO's scale: wall seconds with two threads."""
+    B, T, L, K, E, G = (4, 64, 2, 2, 8, 4) if args.quick else (8, 14336, 48, 8, 128, 4)
+
+    def inputs(id_type, prob_type):
+        draw, rows = train.rng(0, "loss"), []
+        for _ in range(2):  # new, old
+            experts = torch.empty(B, T, L, K, dtype=id_type)
+            probs = torch.empty(B, T, L, K, dtype=prob_type)
+            for layer in range(L):  # distinct experts a token, a layer at a time
+                top = torch.rand(B, T, E, generator=draw).topk(K)
+                experts[:, :, layer], probs[:, :, layer] = top.indices.to(id_type), top.values.softmax(-1).to(prob_type)
+            rows.append((experts.to(args.device), probs.to(args.device)))
+        log_probs, old = -torch.rand(2, B, T, generator=draw).to(args.device)
+        rewards = torch.rand(B, generator=draw)
+        mask = (torch.arange(T) < torch.randint(T // 2, T + 1, (B, 1), generator=draw)).to(args.device)
+        return log_probs.requires_grad_(), old, rewards, mask, rows
+
+    def erpo(id_type, prob_type):
+        log_probs, old, rewards, mask, ((experts, probs), (old_experts, old_probs)) = inputs(id_type, prob_type)
+
+        def once():
+            value, _ = erpo_loss(log_probs, old, rewards, mask, experts, old_experts, probs, old_probs,
+                                 num_experts=E, group_size=G)  # fmt: skip
+            torch.autograd.grad(value, log_probs)
+
+        return once
+
+    def rais(prob_type):
+        log_probs, old, rewards, mask, ((_, probs), (_, old_probs)) = inputs(torch.uint8, prob_type)
+        new_router, old_router, advantages = probs.log_(), old_probs.log_(), rewards.to(args.device)
+
+        def once():
+            value, _ = rais_loss(log_probs, old, advantages, mask, new_router, old_router)
+            torch.autograd.grad(value, log_probs)
+
+        return once
+
+    torch.set_num_threads(args.threads or 2)
+    shape = f"B {B}, T {T}, L {L}, K {K}, E {E}"
+    return [Group(f"loss, forward and backward, {shape}", [
+        Arm("ERPO, int64 and float32", lambda: erpo(torch.int64, torch.float32), 2.0, 0.3),
+        Arm("ERPO, uint8 and bfloat16", lambda: erpo(torch.uint8, torch.bfloat16), 2.0, 0.3),
+        Arm("RAIS, float32", lambda: rais(torch.float32), 2.0),
+        Arm("RAIS, bfloat16", lambda: rais(torch.bfloat16), 2.0),
+    ], "seconds", memory=True)]  # fmt: skip
+
+
+def growth(args) -> list[Group]:
+    """Step time when one size grows; the others stay at 8 experts, T = 256, m = 3, V = 257."""
+    V, context = 257, 0 if args.quick else 256
+    experts, lengths, ms, vocabularies = [8, 16, 32, 64, 128], [64, 128, 256, 512, 1024], [1, 2, 3, 5, 8], \
+        [257, 1024, 4096, 16384, 50257]  # fmt: skip
+    if args.quick:
+        experts, lengths, ms, vocabularies = [2, 4], [8, 16], [1, 2], [257, 500]
+    kinds = {"LM": None, "ERL all": "all", "ERL router": "router"}
+
+    def arms(axis, values):
+        found = []
+        for kind, grad in kinds.items():
+            for value in values:
+                options = {"V": V, "n_expert": 8, "context": context, "m": 3} | {axis: value}
+                m, size = options.pop("m"), options.pop("V")
+                if grad:
+                    found.append(erl_arm(f"{kind} {value}", args, size, grad, m=m, **options))
+                elif axis != "m" or value == values[0]:
+                    found.append(lm_arm(f"{kind} {value}", args, size, **options))
+        return found
+
+    return [
+        Group("experts", arms("n_expert", experts), "time"), Group("sequence length", arms("context", lengths), "time"),
+        Group("perturbed forwards m", arms("m", ms), "time"), Group("vocabulary", arms("V", vocabularies), "time"),
+    ]  # fmt: skip
+
+
+def has_transformers() -> bool:
+    try:
+        import transformers
+
+        transformers.logging.set_verbosity_error()
+    except ImportError:
+        return False
+    return True
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Pictures and the entry
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def draw(results: dict, path: str):
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    groups = results["groups"]
+    if results["benchmark"] == "growth":
+        figure, axes = plt.subplots(1, 4, figsize=(16, 3.6), layout="constrained")
+        for axis, group in zip(axes, groups, strict=True):
+            for kind in ("LM", "ERL all", "ERL router"):
+                rows = [(a["name"].removeprefix(kind + " "), a["seconds"]) for a in group["arms"]
+                        if a["name"].startswith(kind + " ")]  # fmt: skip
+                if len(rows) == 1:  # the LM step does not depend on m
+                    axis.axhline(1000 * rows[0][1]["median"], color="C0", label=kind)
+                    continue
+                x, y = [int(v) for v, _ in rows], [1000 * s["median"] for _, s in rows]
+                spread = [[1000 * (s["median"] - s["q1"]) for _, s in rows],
+                          [1000 * (s["q3"] - s["median"]) for _, s in rows]]  # fmt: skip
+                color = {"LM": "C0", "ERL all": "C1", "ERL router": "C2"}[kind]
+                axis.errorbar(x, y, spread, marker="o", ms=4, capsize=2, label=kind, color=color)
+                axis.set_xticks(x, [str(v) for v in x])
+            axis.set(xlabel=group["name"], ylabel="step, ms")
+            if group["name"] != "perturbed forwards m":
+                axis.set_xscale("log", base=2)
+                axis.set_xticks(x, [str(v) for v in x])
+                axis.minorticks_off()
+            axis.set_ylim(bottom=0)
+            axis.grid(alpha=0.3)
+        axes[0].legend()
+    else:
+        count = [len(g["arms"]) for g in groups]
+        figure, axes = plt.subplots(len(groups), 1, figsize=(8, 1.0 * len(groups) + 0.36 * sum(count)), squeeze=False,
+                                    layout="constrained", gridspec_kw={"height_ratios": count})  # fmt: skip
+        for axis, group in zip(axes[:, 0], groups, strict=True):
+            key = "seconds" if group["relative"] == "seconds" else "relative"
+            for y, arm in enumerate(group["arms"]):
+                s = arm[key]
+                axis.barh(y, s["median"], color="C0", height=0.6)
+                axis.plot([s["q1"], s["q3"]], [y, y], color="black", lw=1.5)
+                if "goal" in arm:
+                    axis.plot([arm["goal"]] * 2, [y - 0.4, y + 0.4], color="C3", lw=2)
+            axis.set_yticks(range(len(group["arms"])), [a["name"] for a in group["arms"]])
+            axis.invert_yaxis()
+            axis.set_title(group["name"], fontsize=10)
+            label = {"time": "time relative to the first", "speed": "speed relative to the first", "seconds": "seconds"}
+            axis.set_xlabel(label[group["relative"]] + " (red: goal)")
+    figure.savefig(path, dpi=120)
+    plt.close(figure)
+
+
+def device_name(device: torch.device) -> str:
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    try:
+        with open("/proc/cpuinfo") as file:
+            return next(line.split(":", 1)[1].strip() for line in file if line.startswith("model name"))
+    except (OSError, StopIteration):
+        return platform.machine()
+
+
+BENCHMARKS = {f.__name__: f for f in (step, layer, erl, rollout, loss, growth)}
+
+
+def main(argv: list[str] | None = None) -> dict:
+    argv = sys.argv[1:] if argv is None else argv
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("benchmark", choices=list(BENCHMARKS))
+    parser.add_argument("--pairs", type=int, default=7, help="rounds of A B C ...")
+    parser.add_argument("--device", default="cpu", help="cpu or cuda")
+    parser.add_argument("--model", choices=list(SIZES), default="tiny")
+    parser.add_argument("--batch-size", type=int, default=8)
+    parser.add_argument("--dtype", choices=["float32", "bfloat16"], help="of the products; default: bfloat16 on CUDA")
+    parser.add_argument("--compile", action="store_true", help="torch.compile the model, as train.py --compile does")
+    parser.add_argument("--threads", type=int, default=0, help="CPU threads; default 1, 2 for loss")
+    parser.add_argument("--out", default="results", help="folder of the JSON and the picture")
+    parser.add_argument("--quick", action="store_true", help="smallest sizes, one round: does it run?")
+    parser.add_argument("--memory-of", help=argparse.SUPPRESS)
+    args = parser.parse_args(argv)
+    args.argv = argv
+    args.device = torch.device(args.device)
+    args.dtype = args.dtype or ("bfloat16" if args.device.type == "cuda" else "float32")
+    if args.quick:
+        args.pairs, args.batch_size = 1, 2
+    torch.set_num_threads(args.threads or 1)
+    groups = BENCHMARKS[args.benchmark](args)
+    if args.memory_of:
+        group, arm = map(int, args.memory_of.split(","))
+        print(peak_memory(groups[group].arms[arm].make(), args.device))
+        return {}
+    results = {
+        "benchmark": args.benchmark, "torch": torch.__version__, "device": device_name(args.device),
+        "dtype": args.dtype, "compiled": args.compile, "threads": torch.get_num_threads(), "pairs": args.pairs,
+        "model": args.model, "batch_size": args.batch_size, "groups": measure(groups, args),
+    }  # fmt: skip
+    os.makedirs(args.out, exist_ok=True)
+    path = os.path.join(args.out, f"bench-{args.benchmark}")
+    with open(path + ".json", "w") as file:
+        json.dump(results, file, indent=1)
+        file.write("\n")
+    draw(results, path + ".png")
+    return results
+
+
+if __name__ == "__main__":
+    main()

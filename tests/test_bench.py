@@ -1,0 +1,67 @@
+"""Every benchmark runs from its command line to its JSON and its picture, at the smallest sizes."""
+
+import importlib.util
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+spec = importlib.util.spec_from_file_location("bench", Path(__file__).parents[1] / "bench" / "bench.py")
+bench = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(bench)
+
+
+@pytest.mark.parametrize("name", list(bench.BENCHMARKS))
+def test_quick_run(name, tmp_path):
+    threads = torch.get_num_threads()
+    try:
+        returned = bench.main([name, "--quick", "--out", str(tmp_path)])
+    finally:
+        torch.set_num_threads(threads)
+    results = json.loads((tmp_path / f"bench-{name}.json").read_text())
+    assert results == json.loads(json.dumps(returned))
+    assert results.keys() >= {"benchmark", "torch", "device", "dtype", "threads", "pairs", "groups"}
+    assert results["benchmark"] == name and results["pairs"] == 1
+    for group in results["groups"]:
+        assert len(group["arms"]) > 1
+        for i, arm in enumerate(group["arms"]):
+            assert 0 < arm["seconds"]["q1"] <= arm["seconds"]["median"] <= arm["seconds"]["q3"]
+            if group["relative"] != "seconds" and i == 0:
+                assert arm["relative"]["median"] == 1
+            if "goal" in arm:
+                key = "seconds" if group["relative"] == "seconds" else "relative"
+                better = 1 if group["relative"] == "speed" else -1
+                assert arm["met"] == (better * arm[key]["median"] >= better * arm["goal"])
+    assert (tmp_path / f"bench-{name}.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_quartiles_and_speed_ratio(monkeypatch):
+    """A ratio is taken within a round, and speed is its inverse."""
+    assert bench.quartiles([4.0, 1.0, 2.0, 3.0, 5.0]) == {"median": 3.0, "q1": 2.0, "q3": 4.0}
+    times = iter([1.0, 2.0, 10.0, 40.0, 100.0, 300.0])  # rounds of A, B: B takes 2, 4 and 3 times as long
+    monkeypatch.setattr(bench, "seconds_of", lambda f, device, wall=False: next(times))
+    args = bench.argparse.Namespace(pairs=3, compile=False, device=torch.device("cpu"), dtype="float32", quick=True)
+    arms = [bench.Arm("A", lambda: lambda: None), bench.Arm("B", lambda: lambda: None, goal=0.5)]
+    (group,) = bench.measure([bench.Group("both", arms, "speed")], args)
+    assert group["arms"][1]["relative"]["median"] == pytest.approx(1 / 3)
+    assert group["arms"][1]["met"] is False
+
+
+def test_naive_erl_is_the_same_algorithm(monkeypatch):
+    """The slow peer of the ERL benchmark and `erl_losses` agree on the same routes: loss and gradient."""
+    args = bench.argparse.Namespace(model="tiny", quick=True, device=torch.device("cpu"), batch_size=2, compile=False)
+    model = bench.build(args, 50)
+    tokens, mask = bench.words(model, args)
+    config, options = model.config, bench.erl_arguments("all")
+    options.advantage = "log"  # a sign would turn the rounding of other matrix shapes into +1 or -1
+    drawn = bench.random_routes(3 * 2, mask.shape[1], 1, config.n_expert, 1, 1.0, generator=bench.train.rng(1))
+    in_turn = iter(zip(*(t.split(2) for t in drawn), strict=True))  # alpha 1: as many decisions in every forward
+    monkeypatch.setattr(bench, "random_routes", lambda *a, **k: next(in_turn))
+    monkeypatch.setattr(bench.train, "random_routes", lambda *a, **k: drawn)
+    results = []
+    for f in (bench.train.erl_losses, bench.naive_erl_losses):
+        loss, *_ = f(model, model.stem, model.branch, tokens, mask, options, None, None)
+        results.append((loss.detach(), *torch.autograd.grad(loss, list(model.parameters()))))
+    for a, b in zip(*results, strict=True):
+        torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-3)
