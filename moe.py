@@ -779,7 +779,8 @@ def save_model(model: GPT, path: str, **metadata):
     """Weights as safetensors; the configuration and `metadata` (JSON values) travel in the file's header."""
     from safetensors.torch import save_file
 
-    header = {"config": json.dumps(asdict(model.config)), "metadata": json.dumps(metadata)}
+    # one entry alone: safetensors writes several in an order that changes from run to run, and so would the bytes
+    header = {"config": json.dumps(asdict(model.config) | {"metadata": metadata})}
     save_file({k: v.contiguous() for k, v in model.state_dict().items()}, path, metadata=header)
 
 
@@ -793,10 +794,12 @@ def load_model(path: str) -> tuple[GPT, dict]:
             if "config" not in header:
                 raise ValueError("there are weights in it, but no configuration")
             weights = {k: file.get_tensor(k) for k in file.keys()}
+        config = dict(json.loads(header["config"]))
+        metadata = config.pop("metadata", {})
         with torch.device("meta"):  # no weights are drawn, so no random generator moves
-            model = GPT(MoEConfig(**json.loads(header["config"])))
+            model = GPT(MoEConfig(**config))
         model.load_state_dict(weights, assign=True)
-        return model, json.loads(header.get("metadata", "{}"))
+        return model, metadata
     except (SafetensorError, OSError, TypeError, RuntimeError, ValueError) as error:
         reason = str(error).splitlines()[0]
         raise ValueError(f"{path} is not a readable checkpoint of this program: {reason}") from error
