@@ -793,7 +793,8 @@ def load_model(path: str) -> tuple[GPT, dict]:
             header = file.metadata() or {}
             if "config" not in header:
                 raise ValueError("there are weights in it, but no configuration")
-            weights = {k: file.get_tensor(k) for k in file.keys()}
+            # copies, for their alignment: CPU products of tensors that lie in the mapped file round otherwise
+            weights = {k: file.get_tensor(k).clone() for k in file.keys()}
         config = dict(json.loads(header["config"]))
         metadata = config.pop("metadata", {})
         with torch.device("meta"):  # no weights are drawn, so no random generator moves
@@ -855,7 +856,7 @@ def load_gpt2(source: str = "openai-community/gpt2") -> GPT:
             raise ValueError(f"{source!r} lacks {theirs_name} of {parameter.numel()} numbers: only GPT-2 can be loaded")
         # Conv1D keeps [in, out]: what our experts use too, and the transpose of nn.Linear.
         w = w.T if name.endswith(("qkv.weight", "proj.weight")) else w.view(parameter.shape)
-        state[name] = w.float().contiguous()
+        state[name] = w.float().clone(memory_format=torch.contiguous_format)  # aligned, see load_model
     model.load_state_dict(state, assign=True)
     return model
 
