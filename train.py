@@ -988,35 +988,36 @@ def plot_curves(out: str):
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def demo(argv: list[str]) -> int:
-    """Dense -> upcycled MoE and ERL from the same start, on the embedded text; ends in a table of their routing."""
+def demo() -> int:
+    """A dense model of the embedded text, upcycled and trained on in three ways; ends in a table of their routing."""
     import eval_routing
 
     out = "runs/demo"
     if os.path.exists(out):
         out = next(p for i in range(2, 10**6) if not os.path.exists(p := f"runs/demo-{i}"))
-    common = ["--dataset", "pydocs", "--eval-every", "1000", *argv]
+    common = ["--dataset", "pydocs", "--batch-size", "4", "--eval-every", "1000"]
+    start = ["--init", f"{out}/dense", "--steps", "80"]
     arms = {
-        "dense": ["--algo", "dense", "--steps", "500"],
-        "MoE": ["--algo", "lm", "--init", f"{out}/dense", "--steps", "150"],
-        "ERL": ["--algo", "erl", "--init", f"{out}/dense", "--steps", "150"],
+        "dense": ["--algo", "dense", "--steps", "300"],
+        "MoE": ["--algo", "lm", *start],
+        "ERL": ["--algo", "erl", *start],
+        "ERL-router": ["--algo", "erl", "--erl-grad", "router", *start],
     }
     table = []
     for name, flags in arms.items():
-        folder = f"{out}/{name}"
-        summary = run(parse([*common, *flags, "--out", folder]))
-        row = {"perplexity": summary["perplexity"]}
+        print(f"\n{name}: python train.py {' '.join(common + flags)}", file=sys.stderr)
+        row = run(parse([*common, *flags, "--out", f"{out}/{name}"]))
         if name != "dense":
-            routing = eval_routing.run(eval_routing.parse([folder, "--samples", "40"]))
-            row |= {k: routing[k] for k in ("perturbed_score", "mrr", "hit1")}
-            chance = routing["chance_mrr"], routing["chance_hit1"]
+            row |= eval_routing.run(eval_routing.parse([f"{out}/{name}", "--samples", "20"]))
         table.append((name, row))
-    print(f"\n{'':8}{'perplexity':>12}{'perturbed':>12}{'MRR':>8}{'Hit@1':>8}")
+    columns = ("perplexity", "original_score", "perturbed_score", "mrr", "hit1")
+    print(f"\n{'':12}{'perplexity':>12}{'original':>12}{'perturbed':>12}{'MRR':>12}{'Hit@1':>12}")
     for name, row in table:
-        cells = [row.get(k) for k in ("perturbed_score", "mrr", "hit1")]
-        cells = ["-".rjust(w) if v is None else f"{v:{w}.3f}" for v, w in zip(cells, (12, 8, 8), strict=True)]
-        print(f"{name:8}{row['perplexity']:12.3f}{''.join(cells)}")
-    print(f"chance:{'':25}{chance[0]:8.3f}{chance[1]:8.3f}\npictures and metrics: {out}")
+        cells = "".join(f"{row[c]:12.3f}" if c in row else f"{'-':>12}" for c in columns)
+        print(f"{name:12}{cells}")
+    print(f"{'chance':12}{row['chance_mrr']:48.3f}{row['chance_hit1']:12.3f}")
+    print(f"perplexity: of the test split; original, perturbed: of {row['samples']} windows of it, along the router's "
+          f"route and along 99 random ones\npictures and metrics: {out}")  # fmt: skip
     return 0
 
 
@@ -1024,7 +1025,7 @@ def main(argv: list[str] | None = None) -> int:
     argv = sys.argv[1:] if argv is None else argv
     try:
         if not argv:
-            return demo(argv)
+            return demo()
         run(parse(argv))
         return 0
     except UserError as error:
