@@ -81,7 +81,7 @@ def erpo_loss(log_probs, old_log_probs, rewards, response_mask, experts, old_exp
             "clip_share": (clipped < unclipped).sum() / n,
             "clusters": valid.sum(),
             "dropped_clusters": ((size > 0) ^ (old_size > 0)).sum(),
-            "entropy": (H * valid).sum() / n,
+            "expert_entropy": (H * valid).sum() / n,
             "entropy_reward": R_ent.sum() / n,
         }
     return loss, metrics

@@ -677,16 +677,11 @@ def make_optimizer(model: GPT, weight_decay: float):
     return torch.optim.AdamW(groups, lr=0.0, betas=(0.9, 0.999), fused=model.wte.weight.is_cuda or None)
 
 
-def learning_rate(step: int, steps: int, peak: float, decay: bool = True) -> float:
-    """Linear schedule: up over the first twentieth (at most 100 steps), then down to a tenth of the peak.
-
-    Decision: on generated answers it stays at the peak (decay False), as is usual there.
-    """
+def learning_rate(step: int, steps: int, peak: float) -> float:
+    """Linear schedule: up over the first twentieth (at most 100 steps), then down to a tenth of the peak."""
     warmup = min(100, max(1, steps // 20))
     if step < warmup:
         return peak * (step + 1) / warmup
-    if not decay:
-        return peak
     return peak * (1 - 0.9 * (step - warmup) / max(1, steps - warmup))
 
 
@@ -787,7 +782,7 @@ def main_loop(args, out, device, model: GPT, target: MoEConfig, task: Task, stat
             algo = args.algo if step >= P else "supervised"
             within, length, peak = (step, P, args.pretrain_lr) if step < P else (step - P, args.steps, args.lr)
             for group in optimizer.param_groups:
-                group["lr"] = learning_rate(within, length, peak, decay=algo not in GENERATIVE)
+                group["lr"] = learning_rate(within, length, peak)
 
             if algo in GENERATIVE:
                 metrics = reinforce(model, stem, branch, optimizer, task, args, step - P)
