@@ -35,7 +35,7 @@ def erpo_loss(log_probs, old_log_probs, rewards, response_mask, experts, old_exp
       ratio_mean, ratio_std, ratio_neg_log  of e; the last is the mean of -log e
       clip_share                            share of ratios whose gradient the clip cuts off
       clusters, dropped_clusters            pairs with a ratio; pairs active under one policy only
-      entropy, entropy_reward               mean H and mean R_ent over pairs with a ratio (0 with "none")
+      expert_entropy, entropy_reward        mean H and mean R_ent over pairs with a ratio (0 with "none")
     ValueError: wrong shapes or types, G below 2 or no divisor of B, rewards that are not finite, unknown options, and
     on the CPU expert ids outside 0..E-1 (elsewhere the device reports them in its own way).
     """
