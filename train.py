@@ -740,7 +740,9 @@ def locked(out: str):
 def main_loop(args, out, device, model: GPT, target: MoEConfig, task: Task, state: dict, optimizer_state) -> dict:
     P, total = args.pretrain_steps, args.pretrain_steps + args.steps
     print(json.dumps({k: v for k, v in vars(args).items() if v is not None}), file=sys.stderr)
-    autocast = torch.autocast(device.type, torch.bfloat16, enabled=args.dtype == "bfloat16")
+    # Without its cache: the bfloat16 copies of the weights would outlive the updates, and those that generation makes
+    # without a gradient would serve the forward that needs one.
+    autocast = torch.autocast(device.type, torch.bfloat16, enabled=args.dtype == "bfloat16", cache_enabled=False)
     metrics_path = os.path.join(out, "metrics.jsonl")
     with open(metrics_path, "ab") as file:
         file.truncate(state["metrics_bytes"])  # lines after the checkpoint will be written again
