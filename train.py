@@ -234,7 +234,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
         raise UserError(f"--prompts-per-step {args.prompts_per_step} is not divisible by --minibatches "
                         f"{args.minibatches}: a group's responses stay together")  # fmt: skip
     if args.steps is None and args.epochs is None:
-        args.steps = 200 if generative else 1000
+        args.steps = 400 if generative else 1000
     return args
 
 
