@@ -230,6 +230,9 @@ def test_erl_is_its_equations_in_value_and_gradient(erl_grad, top_k, wpl, advant
     expected, A, P = erl_by_the_book(model, tokens, mask, args, explored.routes)
     torch.testing.assert_close(loss, expected)
     assert_same_gradients(model, loss, expected)
+    S = (explored.routes.forced & mask.repeat(args.n_perturb, 1)[..., None]).any(-1)
+    assert explored.advantages[~S].abs().max() == 0  # nobody asks for these
+    A = {(j, b, t): a if S[j * 2 + b, t] else 0.0 for (j, b, t), a in A.items()}
     ours = {(j, b, t): float(explored.advantages[j * 2 + b, t]) for j, b, t in A}
     assert ours == pytest.approx(A)
     assert len(set(ours.values())) > 1  # both better and worse routes were met
@@ -305,11 +308,13 @@ def test_the_credit_goes_to_the_position_that_predicts(says):
         model.wte.weight.copy_(torch.eye(16))  # a feature is a vote for a token
     tokens = torch.arange(1, T + 2)[None]
     mask = torch.ones(1, T, dtype=torch.bool)
-    leaf = torch.randn(1 + m, T, 2, 4, generator=rng(1), requires_grad=True)
+    leaf = torch.randn(m, T, 2, 4, generator=rng(1), requires_grad=True)
 
-    def branch(hidden, routes):
-        features = torch.zeros(1 + m, T, 16)
-        features[1:, t0, tokens[0, t0 + 1 if says == "next" else t0]] = 5.0
+    def branch(hidden, routes=None):
+        features = torch.zeros(len(hidden), T, 16)
+        if routes is None:
+            return features, model.branch(hidden)[1]
+        features[:, t0, tokens[0, t0 + 1 if says == "next" else t0]] = 5.0
         return features, Routing(leaf, routes.experts, routes.forced, (hidden, hidden))
 
     args = erl_args(n_perturb=m, alpha=0.8)
@@ -318,7 +323,7 @@ def test_the_credit_goes_to_the_position_that_predicts(says):
     expected[:, t0] = 1 if says == "next" else -1  # a token that is not the next one is worse than no opinion
     assert torch.equal(explored.advantages, expected)
     (gradient,) = torch.autograd.grad(loss, leaf)
-    touched = gradient[1:].abs().sum(-1) > 0  # [m, T, L], the perturbed passes
+    touched = gradient.abs().sum(-1) > 0  # [m, T, L]
     assert explored.routes.forced[:, t0].any()
     expected = explored.routes.forced.clone()
     expected[:, torch.arange(T) != t0] = False
@@ -360,8 +365,6 @@ def test_learning_rate_goes_up_to_the_peak_and_down_to_a_tenth(steps):
     assert all(0 < a < b for a, b in zip(rates[:warmup], rates[1:warmup], strict=False))
     assert all(a > b > 0 for a, b in zip(rates[warmup:], rates[warmup + 1 :], strict=False))
     assert train.learning_rate(steps, steps, 2e-3) == pytest.approx(2e-4 if steps > 1 else 2e-3)
-    constant = [train.learning_rate(step, steps, 2e-3, decay=False) for step in range(steps)]
-    assert constant[:warmup] == rates[:warmup] and set(constant[warmup:]) <= {2e-3}
 
 
 def test_only_matrices_decay():
@@ -820,7 +823,7 @@ RUNS = {
     "grpo": "--algo grpo --dataset addition --batch-size 4 --prompts-per-step 4 --group-size 4 --minibatches 2 "
     "--eval-samples 8 --max-new-tokens 4 --temperature 1.3",
     "erpo": "--algo erpo --dataset addition --batch-size 4 --prompts-per-step 4 --group-size 4 --minibatches 2 "
-    "--eval-samples 8 --max-new-tokens 4 --expert-capacity 6",
+    "--eval-samples 8 --max-new-tokens 4 --expert-capacity 6 --dtype bfloat16",
 }
 
 
