@@ -160,12 +160,12 @@ class _Rearrange(torch.autograd.Function):
     def forward(ctx, x, order, inverse, copies):
         ctx.save_for_backward(inverse)
         ctx.copies = copies
-        return x[order // copies] if copies > 1 else x[order]
+        return x.index_select(0, order // copies if copies > 1 else order)  # x[order] takes 8 times as long on a CPU
 
     @staticmethod
     def backward(ctx, grad):
         (inverse,) = ctx.saved_tensors
-        grad = grad[inverse]
+        grad = grad.index_select(0, inverse)
         return (grad.view(-1, ctx.copies, grad.shape[-1]).sum(1) if ctx.copies > 1 else grad), None, None, None
 
 
@@ -188,7 +188,7 @@ def grouped_linear(x: Tensor, weight: Tensor, bias: Tensor, expert_ids: Tensor, 
         # neither (bfloat16 sums on the CPU, atomic additions in compiled CUDA code).
         one_hot = F.one_hot(expert_ids, len(bias)).to(x.dtype)
         return torch.addmm(F.grouped_mm(x, weight, offs=ends), one_hot, bias)
-    return _uncompiled_grouped_mm(x, weight, ends) + F.embedding(expert_ids, bias)
+    return _uncompiled_grouped_mm(x, weight, ends).add_(F.embedding(expert_ids, bias))
 
 
 @torch.compiler.disable  # it knows the grouped product in bfloat16 only, and the turns read `ends` on the host
@@ -316,7 +316,11 @@ class Attention(nn.Module):
             cache.keys[layer, rows, :, cache.positions] = k[:, :, 0].to(cache.keys.dtype)
             cache.values[layer, rows, :, cache.positions] = v[:, :, 0].to(cache.keys.dtype)
             keys, values = cache.keys[layer, :, :, : cache.longest], cache.values[layer, :, :, : cache.longest]
-            y = F.scaled_dot_product_attention(q, keys.to(q.dtype), values.to(q.dtype), attn_mask=cache.mask)
+            if x.is_cuda:
+                y = F.scaled_dot_product_attention(q, keys.to(q.dtype), values.to(q.dtype), attn_mask=cache.mask)
+            else:  # the CPU's kernel is made for many queries, and several times slower with one
+                scores = (q @ keys.to(q.dtype).mT * q.shape[-1] ** -0.5).masked_fill(~cache.mask, -torch.inf)
+                y = scores.softmax(-1).to(q.dtype) @ values.to(q.dtype)
         return self.proj(y.transpose(1, 2).reshape(B, T, D))
 
 
@@ -462,49 +466,85 @@ class GPT(nn.Module):
 
 # ---------------------------------------------------------------------------------------------------------------------
 # The output head. With 50,257 words a [N, V] log-softmax costs more than the rest of a small model, so no function
-# here makes one: they work on blocks of tokens. Their plain twins are in tests/test_moe.py.
+# here makes one: they work on blocks of tokens, and on a CPU on tiles of them that stay in its cache. Their plain twins
+# are in tests/test_moe.py.
 # ---------------------------------------------------------------------------------------------------------------------
 
 BLOCK_ELEMENTS = 1 << 23  # logits that exist at a time
+CPU_TILE = (256, 1024)  # tokens x words
 
 
 def _blocks(x: Tensor, weight: Tensor):
-    """Slices of the tokens of x, and operands in the dtype that autocast asks for."""
+    """Operands in the dtype that autocast asks for, slices of the tokens, slices of the words."""
     if torch.is_autocast_enabled(x.device.type):
         dtype = torch.get_autocast_dtype(x.device.type)
         x, weight = x.to(dtype), weight.to(dtype)
-    size = max(16, BLOCK_ELEMENTS // weight.shape[0])
-    return x, weight, [slice(i, i + size) for i in range(0, x.shape[0], size)]
+    N, V = x.shape[0], weight.shape[0]
+    size, width = CPU_TILE if x.device.type == "cpu" else (max(16, BLOCK_ELEMENTS // V), V)
+    words = [slice(i, min(i + width, V)) for i in range(0, V, width)]
+    return x, weight, [slice(i, i + size) for i in range(0, N, size)], words
+
+
+def _place(targets: Tensor, words: slice) -> tuple[Tensor, Tensor]:
+    """Where targets [n, 1] stand among some of the words, and whether they do."""
+    place, last = targets - words.start, words.stop - words.start - 1
+    return place.clamp(0, last), (place >= 0) & (place <= last)
+
+
+def _block_log_probs(x, w, targets, words, temperature, tiles=None) -> tuple[Tensor, Tensor]:
+    """log p(target) and the log normaliser of a block, both [n, 1]. tiles: a list that receives the logits."""
+    dtype = torch.promote_types(x.dtype, torch.float32)
+    target_logits, norms = torch.zeros(targets.shape, device=x.device, dtype=dtype), []
+    for v in words:
+        logits = (x @ w[v].T).to(dtype)
+        if temperature != 1:
+            logits.div_(temperature)
+        place, inside = _place(targets, v)
+        picked = logits.gather(-1, place)
+        target_logits += picked.masked_fill(~inside, 0)
+        # logsumexp, in fewer passes over the logits
+        norms.append(picked + F.cross_entropy(logits, place.squeeze(-1), reduction="none")[:, None])
+        if tiles is not None:
+            tiles.append(logits)
+    log_norm = torch.cat(norms, -1).logsumexp(-1, keepdim=True)
+    return target_logits - log_norm, log_norm
+
+
+def _softmax_less_target(logits, log_norm, targets, words) -> Tensor:
+    """The gradient of -log p(target) with respect to a tile of logits, which it overwrites."""
+    place, inside = _place(targets, words)
+    return logits.sub_(log_norm).exp_().scatter_add_(-1, place, -inside.to(logits.dtype))
 
 
 class _LMLoss(torch.autograd.Function):
-    """sum_n scale_n * -log p(target_n). The gradient is computed in the forward, where the logits are at hand."""
+    """sum_n scale_n * -log p(target_n), and log p(target_n). The gradient is computed in the forward, where the logits
+    are at hand."""
 
     @staticmethod
     def forward(ctx, features, weight, targets, scale):
-        x, w, blocks = _blocks(features, weight)
-        loss = torch.zeros((), device=x.device, dtype=torch.promote_types(x.dtype, torch.float32))
-        grad_x = torch.empty_like(x) if ctx.needs_input_grad[0] else None
-        grad_w = torch.zeros_like(w, dtype=weight.dtype) if ctx.needs_input_grad[1] else None
+        x, w, blocks, words = _blocks(features, weight)
+        need_x, need_w, *_ = ctx.needs_input_grad
+        log_probs = torch.empty(x.shape[0], 1, device=x.device, dtype=torch.promote_types(x.dtype, torch.float32))
+        grad_x = torch.zeros_like(x, dtype=log_probs.dtype) if need_x else None
+        grad_w = torch.zeros_like(w, dtype=weight.dtype) if need_w else None
+        targets, scale = targets[:, None], scale[:, None]
         for s in blocks:
-            logits = (x[s] @ w.T).to(loss.dtype)  # [n, V]
-            log_norm = logits.logsumexp(-1, keepdim=True)
-            target = targets[s, None]
-            loss += ((log_norm - logits.gather(-1, target)).squeeze(-1) * scale[s]).sum()
-            if grad_x is None and grad_w is None:
-                continue
-            d = logits.sub_(log_norm).exp_()  # softmax, then its difference from the one-hot target
-            d.scatter_add_(-1, target, torch.full_like(target, -1, dtype=d.dtype))
-            d = d.mul_(scale[s, None]).to(x.dtype)
-            if grad_x is not None:
-                torch.mm(d, w, out=grad_x[s])
-            if grad_w is not None:
-                grad_w += d.T @ x[s]
-        ctx.save_for_backward(None if grad_x is None else grad_x.to(features.dtype), grad_w)
-        return loss
+            tiles = [] if need_x or need_w else None
+            log_probs[s], log_norm = _block_log_probs(x[s], w, targets[s], words, 1.0, tiles)
+            scaled = (x[s] * scale[s]).to(x.dtype)
+            for v, logits in zip(words, tiles or (), strict=False):
+                d = _softmax_less_target(logits, log_norm, targets[s], v).to(x.dtype)
+                if need_x:
+                    grad_x[s] += d @ w[v]
+                if need_w:
+                    grad_w[v] += d.T @ scaled
+        ctx.save_for_backward((grad_x * scale).to(features.dtype) if need_x else None, grad_w)
+        log_probs = log_probs.squeeze(-1)
+        ctx.mark_non_differentiable(log_probs)
+        return -(log_probs * scale.squeeze(-1)).sum(), log_probs
 
     @staticmethod
-    def backward(ctx, grad):
+    def backward(ctx, grad, _):
         grad_x, grad_w = ctx.saved_tensors
         return None if grad_x is None else grad_x * grad, None if grad_w is None else grad_w * grad, None, None
 
@@ -514,30 +554,34 @@ class _TokenLogProbs(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, features, weight, targets, temperature):
-        x, w, blocks = _blocks(features, weight)
-        out = torch.empty(x.shape[0], device=x.device, dtype=torch.promote_types(x.dtype, torch.float32))
+        x, w, blocks, words = _blocks(features, weight)
+        out, log_norm = torch.empty(
+            2, x.shape[0], 1, device=x.device, dtype=torch.promote_types(x.dtype, torch.float32)
+        )  # fmt: skip
         for s in blocks:
-            logits = (x[s] @ w.T).to(out.dtype).div_(temperature)
-            out[s] = logits.gather(-1, targets[s, None]).squeeze(-1) - logits.logsumexp(-1)
-        ctx.save_for_backward(features, weight, targets)
+            out[s], log_norm[s] = _block_log_probs(x[s], w, targets[s, None], words, temperature)
+        ctx.save_for_backward(features, weight, targets, log_norm)
         ctx.temperature, ctx.dtype = temperature, x.dtype
-        return out
+        return out.squeeze(-1)
 
     @staticmethod
     def backward(ctx, grad):
-        features, weight, targets = ctx.saved_tensors
-        x, w, blocks = _blocks(features.to(ctx.dtype), weight.to(ctx.dtype))
-        grad_x = torch.empty_like(x) if ctx.needs_input_grad[0] else None
-        grad_w = torch.zeros_like(weight) if ctx.needs_input_grad[1] else None
+        features, weight, targets, log_norm = ctx.saved_tensors
+        x, w, blocks, words = _blocks(features.to(ctx.dtype), weight.to(ctx.dtype))
+        need_x, need_w, *_ = ctx.needs_input_grad
+        grad_x = torch.zeros_like(x, dtype=log_norm.dtype) if need_x else None
+        grad_w = torch.zeros_like(weight) if need_w else None
+        scale = -grad[:, None] / ctx.temperature
         for s in blocks:
-            d = (x[s] @ w.T).to(grad.dtype).div_(ctx.temperature).softmax(-1).neg_()
-            d.scatter_add_(-1, targets[s, None], torch.ones_like(targets[s, None], dtype=d.dtype))
-            d = d.mul_(grad[s, None] / ctx.temperature).to(x.dtype)
-            if grad_x is not None:
-                torch.mm(d, w, out=grad_x[s])
-            if grad_w is not None:
-                grad_w += d.T @ x[s]
-        return None if grad_x is None else grad_x.to(features.dtype), grad_w, None, None
+            scaled = (x[s] * scale[s]).to(x.dtype)
+            for v in words:
+                logits = (x[s] @ w[v].T).to(log_norm.dtype).div_(ctx.temperature)
+                d = _softmax_less_target(logits, log_norm[s], targets[s, None], v).to(x.dtype)
+                if need_x:
+                    grad_x[s] += d @ w[v]
+                if need_w:
+                    grad_w[v] += d.T @ scaled
+        return (grad_x * scale).to(features.dtype) if need_x else None, grad_w, None, None
 
 
 def lm_loss(features: Tensor, weight: Tensor, targets: Tensor, mask: Tensor | None = None) -> Tensor:
@@ -545,13 +589,19 @@ def lm_loss(features: Tensor, weight: Tensor, targets: Tensor, mask: Tensor | No
 
     features [B, T, D], weight [V, D], targets int64 [B, T], mask bool [B, T] -> 0-d. An empty mask gives 0.
     """
-    features, targets = features.flatten(0, -2), targets.flatten()
+    return lm_loss_and_log_probs(features, weight, targets, mask)[0]
+
+
+def lm_loss_and_log_probs(features, weight, targets, mask=None) -> tuple[Tensor, Tensor]:
+    """`lm_loss`, and log p(target) of every token [B, T] as `token_log_probs` gives it, without gradient."""
+    shape, features, targets = targets.shape, features.flatten(0, -2), targets.flatten()
     keep = torch.ones_like(targets, dtype=torch.bool) if mask is None else mask.flatten()
     scale = keep.to(torch.promote_types(features.dtype, torch.float32)) / keep.sum().clamp(min=1)
     if weight.shape[0] <= 4096:  # the logits are small: one product is fastest
         nll = F.cross_entropy(F.linear(features, weight).to(scale.dtype), targets, reduction="none")
-        return (nll * scale).sum()
-    return _LMLoss.apply(features, weight, targets, scale)
+        return (nll * scale).sum(), -nll.detach().view(shape)
+    loss, log_probs = _LMLoss.apply(features, weight, targets, scale)
+    return loss, log_probs.view(shape)
 
 
 def token_log_probs(features: Tensor, weight: Tensor, targets: Tensor, temperature: float = 1.0) -> Tensor:
@@ -593,15 +643,19 @@ def sample_tokens(logits: Tensor, top_p: float = 1.0, generator: torch.Generator
 
     By the inverse of the cumulative distribution: torch.multinomial over 50,257 words costs more than the model.
     """
+    return _draw(logits.softmax(-1, dtype=torch.promote_types(logits.dtype, torch.float32)), top_p, generator)
+
+
+def _draw(probs: Tensor, top_p: float, generator: torch.Generator | None) -> Tensor:
+    """`sample_tokens` of probabilities [B, V]."""
     if not 0 < top_p <= 1:
         raise ValueError(f"top_p must be above 0 and at most 1, not {top_p}")
-    probs = logits.softmax(-1, dtype=torch.promote_types(logits.dtype, torch.float32))
+    device = probs.device if generator is None else generator.device
     if top_p < 1:
         probs, words = probs.sort(-1, descending=True)
         probs = probs.masked_fill(probs.cumsum(-1) - probs >= top_p, 0.0)  # the first word always stays
     cdf = probs.cumsum(-1)
-    device = logits.device if generator is None else generator.device
-    u = torch.rand(len(probs), 1, generator=generator, device=device).to(logits.device)
+    u = torch.rand(len(probs), 1, generator=generator, device=device).to(probs.device)
     # u is at most 1 - 2^-24, so u * total stays below the total in float32 too: the word found has probability above 0.
     index = torch.searchsorted(cdf, u * cdf[:, -1:], right=True).clamp_(max=probs.shape[-1] - 1)
     return (index if top_p >= 1 else words.gather(-1, index)).squeeze(-1)
@@ -679,16 +733,19 @@ def generate(
     mask = torch.zeros(B, tokens.shape[1], dtype=torch.bool, device=device)
     done = torch.zeros(B, dtype=torch.bool, device=device)
     rows, positions = torch.arange(B, device=device), lengths - 1
+    wrote, routed = [], []  # what each step decided: all written to its places at the end
     for step in range(max_new_tokens):
-        logits = model.head(last).float() / (temperature or 1.0)  # [B, V]
-        new = sample_tokens(logits, top_p, generator) if temperature else logits.argmax(-1)
+        logits = model.head(last).float()  # [B, V]
+        if temperature not in (0, 1):
+            logits = logits / temperature
+        probs = logits.softmax(-1)
+        log_norm = logits.amax(-1) - probs.amax(-1).log()  # logsumexp, in the two cheapest passes over the words
+        new = _draw(probs, top_p, generator) if temperature else logits.argmax(-1)
+        log_prob = logits.gather(-1, new[:, None]).squeeze(-1) - log_norm
+        entropy = (log_norm - torch.linalg.vecdot(probs, logits)).clamp_(min=0)  # -sum p (logit - log_norm)
         new = new.masked_fill(done, end_token)
-        all_log_probs = logits.log_softmax(-1)
-        mask[rows, positions] = ~done
-        log_probs[rows, positions] = all_log_probs.gather(-1, new[:, None]).squeeze(-1).masked_fill(done, 0)
-        entropies[rows, positions] = -(all_log_probs.exp() * all_log_probs).sum(-1).masked_fill(done, 0)
+        wrote.append((new, ~done, log_prob.masked_fill(done, 0), entropy.masked_fill(done, 0)))
         positions = positions + 1
-        tokens[rows, positions] = new
         done = done | (new == end_token)
         if step + 1 == max_new_tokens or done.all():
             break
@@ -698,8 +755,12 @@ def generate(
             imposed = Routes(*(t[rows, positions][:, None] for t in routes[:2]), routes.uniform)
         features, routing = model.branch(model.stem(new[:, None], cache), imposed, cache)
         last = features[:, 0]
-        experts[rows, positions] = routing.experts[:, 0]
-        expert_log_probs[rows, positions] = routing.expert_log_probs()[:, 0].float()
+        routed.append((routing.experts[:, 0], routing.expert_log_probs()[:, 0].float()))
+    places = lengths[:, None] - 1 + torch.arange(len(wrote), device=device)  # [B, steps]
+    records = (tokens[:, 1:], mask, log_probs, entropies), (experts, expert_log_probs)
+    for kept, values, at in zip(records, (wrote, routed), (places, places[:, 1:]), strict=True):
+        for record, value in zip(kept, zip(*values, strict=True), strict=False):  # no routes of a single step
+            record[rows[:, None], at] = torch.stack(value, 1)
     T = int((lengths + mask.sum(1)).max()) - 1
     return Rollout(
         tokens[:, : T + 1], mask[:, :T], log_probs[:, :T], entropies[:, :T], experts[:, :T], expert_log_probs[:, :T]

@@ -44,6 +44,7 @@ from moe import (
     beam_search,
     generate,
     lm_loss,
+    lm_loss_and_log_probs,
     load_gpt2,
     load_model,
     pick_device,
@@ -387,18 +388,19 @@ class Explored(NamedTuple):
 def lm_losses(model: GPT, stem, branch, tokens: Tensor, mask: Tensor, noise=None):
     """L_o: LM + balance + z loss of the original forward (ERL section 3.3). tokens [B, T + 1], mask [B, T]."""
     features, routing = branch(stem(tokens[:, :-1]), noise=noise)
-    return original_loss(model, features, routing, tokens, mask)
+    return original_loss(model, features, routing, tokens, mask)[:2]
 
 
 def original_loss(model: GPT, features, routing, tokens, mask):
-    nll = lm_loss(features, model.wte.weight, tokens[:, 1:], mask)
+    """-> L_o, metrics, log p(target) [B, T] without gradient."""
+    nll, log_probs = lm_loss_and_log_probs(features, model.wte.weight, tokens[:, 1:], mask)
     balance, z, load = router_losses(routing.logits, routing.experts, mask)
     loss = nll + AUX_COEFFICIENT * (balance.sum() + z.sum())  # Switch: each MoE layer adds its own
     metrics = {"loss": nll.detach()}
     if len(load):
         metrics |= {"balance_loss": balance.detach().mean(), "z_loss": z.detach().mean(),
                     "load_min": load.min(), "load_max": load.max()}  # fmt: skip
-    return loss, metrics
+    return loss, metrics, log_probs
 
 
 def erl_losses(model: GPT, stem, branch, tokens: Tensor, mask: Tensor, args, generator, explored: Explored | None):
@@ -415,33 +417,27 @@ def erl_losses(model: GPT, stem, branch, tokens: Tensor, mask: Tensor, args, gen
         routes = Routes(*(t.to(hidden.device) for t in drawn))
     else:
         routes = explored.routes
-    if args.erl_grad == "all" or args.wpl:  # 1 + m copies in one batch, the first with nothing imposed
-        nothing = routes.forced.new_zeros(B, *routes.forced.shape[1:])
-        everyone = Routes(torch.cat([routes.experts[:B], routes.experts]), torch.cat([nothing, routes.forced]))
-        features, routing = branch(hidden.repeat(1 + m, 1, 1), everyone)
-        features, perturbed_features = features[:B], features[B:]
-        original = routing._replace(logits=routing.logits[:B], experts=routing.experts[:B])
-        logits, inputs = routing.logits[B:], [h[B:] for h in routing.inputs]
-    else:  # the perturbed forwards carry no gradient: the routers are asked again about what they saw
-        features, original = branch(hidden)
-        with torch.no_grad():
-            perturbed_features, perturbed = branch(hidden.detach().repeat(m, 1, 1), routes)
-        inputs = perturbed.inputs
-    if args.erl_grad == "router":
-        logits = model.route_again(inputs)
+    # Apart from the original, not in one batch with it: the backward then leaves out what follows the last router of
+    # the perturbed forwards, which nothing but the perturbed LM loss needs.
+    features, original = branch(hidden)
+    with torch.set_grad_enabled(args.erl_grad == "all" or args.wpl):
+        perturbed_features, perturbed = branch(hidden.repeat(m, 1, 1), routes)
+    # "router": the routers are asked again about what they saw, and the gradient stops there
+    logits = model.route_again(perturbed.inputs) if args.erl_grad == "router" else perturbed.logits
     log_probs = logits.log_softmax(-1).gather(-1, routes.experts)  # [mB, T, L, K], log P of the random experts
-    if explored is None:
-        with torch.no_grad():  # the RL loss has no gradient through the head
-            both = torch.cat([features, perturbed_features]).detach()
-            predicted = token_log_probs(both, model.wte.weight, tokens[:, 1:].repeat(1 + m, 1))
-            explored_log_probs, original_log_probs = predicted[B:], predicted[:B].repeat(m, 1)  # [mB, T]
-            equal = (explored_log_probs - original_log_probs).abs() <= ROUNDING
-            explored_log_probs = torch.where(equal, original_log_probs, explored_log_probs)
-            advantages = erl_advantage(explored_log_probs, original_log_probs, args.advantage)
-        explored = Explored(routes, advantages, log_probs.detach())
+    loss, lm_metrics, original_log_probs = original_loss(model, features, original, tokens, mask)
     S = routes.forced & mask.repeat(m, 1)[..., None]  # perturbed decisions at positions that predict a token
+    if explored is None:
+        with torch.no_grad():  # the RL loss has no gradient through the head, and needs it at S alone
+            answering = S.any(-1)  # [mB, T]
+            before = original_log_probs.repeat(m, 1)[answering]
+            targets = tokens[:, 1:].repeat(m, 1)[answering]
+            after = token_log_probs(perturbed_features[answering], model.wte.weight, targets)
+            after = torch.where((after - before).abs() <= ROUNDING, before, after)
+            advantages = before.new_zeros(answering.shape)
+            advantages[answering] = erl_advantage(after, before, args.advantage)
+        explored = Explored(routes, advantages, log_probs.detach())
     rl, metrics = erl_loss(log_probs, explored.old_log_probs, explored.advantages, S, clip_eps=args.clip_eps)
-    loss, lm_metrics = original_loss(model, features, original, tokens, mask)
     perturbed_loss = rl
     if args.wpl:
         extra = lm_loss(perturbed_features, model.wte.weight, tokens[:, 1:].repeat(m, 1), mask.repeat(m, 1))

@@ -617,7 +617,7 @@ def test_jitter_is_asked_for_and_touches_the_router_alone():
 
 @pytest.fixture
 def small_blocks(monkeypatch):
-    monkeypatch.setattr(moe, "BLOCK_ELEMENTS", 16 * 5000)  # 16 tokens at a time
+    monkeypatch.setattr(moe, "CPU_TILE", (16, 1500))  # 16 tokens at a time, and a last tile of 500 words
 
 
 def head_case(seed, dtype=torch.float32, V=5000, masked=0.7):
