@@ -134,10 +134,11 @@ class _ClusterSums(torch.autograd.Function):
         for layer in range(experts.shape[2]):
             ids = _bucket_ids(experts, mask, layer, num_experts)
             p = expert_probs[:, :, layer].to(log_probs.dtype)
+            entropy = p.clamp(min=torch.finfo(p.dtype).tiny).log_().mul_(p).neg_()  # -P log P, 0 at P = 0
             sums.append(torch.stack((
                 _bucket_sums(torch.ones_like(p), ids, num_experts + 1),
                 _bucket_sums(log_probs.unsqueeze(-1).expand(shape), ids, num_experts + 1),  # in each of K clusters
-                _bucket_sums(torch.special.entr(p), ids, num_experts + 1),  # -P log P, 0 at P = 0
+                _bucket_sums(entropy, ids, num_experts + 1),
             )))  # fmt: skip
         size, log_prob_sum, entropy_sum = torch.stack(sums, 2)[..., :num_experts].unbind()
         ctx.mark_non_differentiable(size, entropy_sum)
@@ -204,7 +205,8 @@ def _check(log_probs, old_log_probs, rewards, response_mask, experts, old_expert
         if ids.dtype.is_floating_point or ids.dtype == torch.bool:
             raise ValueError(f"{name} must be of an integer type, got {ids.dtype}")
         for layer in range(L if ids.device.type == "cpu" else 0):  # elsewhere the check would wait for the device
-            used = ids[:, :, layer][response_mask]  # [response tokens, K]
-            if used.numel() and not 0 <= used.min() <= used.max() < num_experts:
+            lowest, highest = ids[:, :, layer].masked_fill(~response_mask.unsqueeze(-1), 0).aminmax()  # 0 is valid
+            if not 0 <= lowest <= highest < num_experts:
+                used = ids[:, :, layer][response_mask]  # [response tokens, K]
                 raise ValueError(f"{name} must lie in 0..{num_experts - 1} at response positions, "
                                  f"got {used.min()}..{used.max()} in layer {layer}")  # fmt: skip
