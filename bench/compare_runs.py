@@ -1,0 +1,72 @@
+"""One table and one picture of several runs: python bench/compare_runs.py runs/*-addition-seed* --out results/addition
+
+Groups the run folders by algorithm, prints before -> after of the test metric (mean, lowest and highest over the seeds)
+as a Markdown table, and draws the validation metric and the reward over the steps, a line a run, a colour an algorithm.
+"""
+
+import argparse
+import json
+import sys
+from collections import defaultdict
+from pathlib import Path
+
+import matplotlib
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+
+
+def spread(values) -> str:
+    return f"{sum(values) / len(values):.3f} ({min(values):.3f}-{max(values):.3f})"
+
+
+def main(argv=None) -> int:
+    p = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    p.add_argument("runs", nargs="+", metavar="RUN")
+    p.add_argument("--metric", default="accuracy")
+    p.add_argument("--out", required=True, help="writes OUT.png and OUT.json")
+    args = p.parse_args(argv)
+    groups = defaultdict(list)
+    for run in map(Path, args.runs):
+        try:
+            summary = json.loads((run / "summary.json").read_text())
+            rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+        except (OSError, ValueError) as error:
+            print(f"compare_runs.py: {run} is no finished run ({error})", file=sys.stderr)
+            return 2
+        if args.metric not in summary:
+            print(f"compare_runs.py: {run} has no {args.metric} in its summary.json", file=sys.stderr)
+            return 2
+        groups[summary["algo"]].append((summary, rows))
+
+    figure, axes = plt.subplots(1, 2, figsize=(11, 4), layout="constrained")
+    panels = (("evaluation", args.metric, f"validation {args.metric}"), (None, "reward_mean", "mean reward of samples"))
+    table = {}
+    print(f"| algorithm | seeds | test {args.metric} before | after | minutes |\n| --- | --- | --- | --- | --- |")
+    for i, (algo, runs) in enumerate(sorted(groups.items())):
+        before, after = [s.get(f"before_{args.metric}") for s, _ in runs], [s[args.metric] for s, _ in runs]
+        minutes = [s["seconds"] / 60 for s, _ in runs]
+        seeds = sorted(s["seed"] for s, _ in runs)
+        table[algo] = {"seeds": seeds, "before": before, "after": after, "minutes": minutes}
+        shown = "-" if None in before else spread(before)
+        print(f"| `{algo}` | {len(seeds)} | {shown} | {spread(after)} | {sum(minutes) / len(minutes):.1f} |")
+        for axis, (phase, name, _) in zip(axes, panels, strict=True):
+            for j, (_, rows) in enumerate(runs):
+                rows = [r for r in rows if name in r and r.get("split", "validation") == "validation"]
+                points = [(r["step"], r[name]) for r in rows if phase is None or r["phase"] == phase]
+                if points:
+                    label = algo if j == 0 else None
+                    axis.plot(*zip(*points, strict=True), color=f"C{i}", alpha=0.7, lw=1, label=label)
+    for axis, (_, _, title) in zip(axes, panels, strict=True):
+        axis.set(xlabel="step", ylabel=title)
+        axis.grid(alpha=0.3)
+        axis.legend()
+    out = Path(args.out)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(out.with_suffix(".png"), dpi=110)
+    out.with_suffix(".json").write_text(json.dumps(table, indent=2) + "\n")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
