@@ -40,7 +40,7 @@ def test_quartiles_and_speed_ratio(monkeypatch):
     """A ratio is taken within a round, and speed is its inverse."""
     assert bench.quartiles([4.0, 1.0, 2.0, 3.0, 5.0]) == {"median": 3.0, "q1": 2.0, "q3": 4.0}
     times = iter([1.0, 2.0, 10.0, 40.0, 100.0, 300.0])  # rounds of A, B: B takes 2, 4 and 3 times as long
-    monkeypatch.setattr(bench, "seconds_of", lambda f, device, wall=False: next(times))
+    monkeypatch.setattr(bench, "seconds_of", lambda f, device: next(times))
     args = bench.argparse.Namespace(pairs=3, compile=False, device=torch.device("cpu"), dtype="float32", quick=True)
     arms = [bench.Arm("A", lambda: lambda: None), bench.Arm("B", lambda: lambda: None, goal=0.5)]
     (group,) = bench.measure([bench.Group("both", arms, "speed")], args)

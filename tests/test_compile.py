@@ -1,0 +1,70 @@
+"""What a CPU can check of the CUDA path: under torch.compile neither a training step's forward parts nor the losses break
+the graph (`fullgraph` raises where the host would read a tensor), in bfloat16, where the experts' product is grouped."""
+
+import pytest
+import torch
+
+from erl import erl_advantage, erl_loss, random_routes
+from moe import GPT, MoEConfig, Routes, lm_loss, router_losses, token_log_probs
+from rais import rais_loss
+
+
+@pytest.fixture(autouse=True)
+def fresh_compiler():
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
+
+
+def whole(f):
+    return torch.compile(f, backend="aot_eager", fullgraph=True)
+
+
+CONFIG = MoEConfig(vocab_size=31, n_layer=2, n_head=2, n_embd=32, context=16, n_expert=4, top_k=2, gate="prob")
+
+
+@pytest.fixture
+def model():
+    return GPT(CONFIG, torch.Generator().manual_seed(0))
+
+
+def test_stem_and_branch_with_and_without_routes(model):
+    """As train.py compiles them: forward and backward, plain, and along imposed routes."""
+    tokens = torch.randint(31, (2, 16), generator=torch.Generator().manual_seed(1))
+    drawn = random_routes(2, 16, 1, 4, 2, 0.5, generator=torch.Generator().manual_seed(2))
+    stem, branch = whole(model.stem), whole(model.branch)
+    with torch.autocast("cpu", torch.bfloat16):
+        for routes in (None, Routes(*drawn)):
+            compiled, eager = branch(stem(tokens), routes), model.branch(model.stem(tokens), routes)
+            assert torch.equal(compiled[1].experts, eager[1].experts)
+            results = []
+            for features, routing in (compiled, eager):
+                loss = features.float().square().mean() + router_losses(routing.logits, routing.experts)[0].sum()
+                results.append(torch.autograd.grad(loss, list(model.blocks.parameters()), allow_unused=True))
+            for a, b in zip(*results, strict=True):
+                assert (a is None) == (b is None)
+                assert a is None or (a - b).norm() <= 0.05 * b.norm() + 1e-4
+
+
+def test_no_gradient_branch(model):
+    """The perturbed forwards of ERL whose gradient stops at the routers."""
+    hidden = torch.randn(2, 16, 32, generator=torch.Generator().manual_seed(1))
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        features, routing = whole(model.branch)(hidden)
+        expected = model.branch(hidden)
+    torch.testing.assert_close(features, expected[0], atol=0.05, rtol=0.05)
+    assert torch.equal(routing.experts, expected[1].experts)
+
+
+def test_losses():
+    """Each against its eager value; V = 5000 takes the head in blocks."""
+    g = torch.Generator().manual_seed(0)
+    x, w, targets = torch.randn(2, 8, 16, generator=g), torch.randn(5000, 16, generator=g), torch.arange(16).view(2, 8)
+    P = torch.randn(2, 8, 3, 4, generator=g).log_softmax(-1)
+    log_probs, A, mask = -torch.rand(2, 8, generator=g), torch.randn(2, 8, generator=g), targets % 5 > 0
+    for f, arguments in (
+        (lm_loss, (x, w, targets, mask)), (token_log_probs, (x, w, targets)),
+        (erl_advantage, (log_probs, A)), (erl_loss, (P, P + 0.1, A, mask[..., None].expand(2, 8, 3))),
+        (rais_loss, (log_probs, log_probs + 0.1, A[:, 0], mask, P, P + 0.1)),
+    ):  # fmt: skip
+        torch.testing.assert_close(whole(f)(*arguments), f(*arguments))
