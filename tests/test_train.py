@@ -457,6 +457,22 @@ def test_later_minibatches_see_an_older_policy(algo, micro, monkeypatch):
         assert (gap == 0 and shift == 0) if i == 0 else (gap > 1e-4 and shift > 1e-4)
         torch.testing.assert_close(old.log_probs[mask], rows.log_probs[mask])  # what was recorded while sampling
     assert report["ratio_std"] > 0
+    if "rais" in algo:
+        assert report["gamma_min"] < report["gamma_mean"] < 1.0  # the router has moved
+
+
+def test_router_shift_compares_the_same_experts(micro, monkeypatch):
+    """Where the update's forward chooses other experts than the rollout did, an unmoved router is still unmoved."""
+    run = Rollouts(monkeypatch, "--algo rais --minibatches 1")
+    run.step()
+    rows = run.asked[0]._replace(experts=(run.asked[0].experts + 1) % 8)
+    new = train.ask_policy(run.model, run.model.stem, run.model.branch, rows, run.args)
+    assert not torch.equal(new.expert_log_probs, new.old_expert_log_probs)
+    old = train.Policy(*(t.detach() for t in new))
+    rewards = run.losses[0][2]
+    advantages = train.group_advantages(rewards, 4)
+    _, metrics = train.policy_loss(run.args, new, old, rewards, advantages, rows.response_mask, 8)
+    assert metrics["gamma_min"] == 1.0
 
 
 def test_a_group_stays_together(micro, monkeypatch):
