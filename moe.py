@@ -178,12 +178,34 @@ def has_grouped_mm(x: Tensor, weight: Tensor) -> bool:
     return x.device.type == "cpu" and x.dtype in (torch.float32, torch.bfloat16)
 
 
-def grouped_linear(x: Tensor, weight: Tensor, bias: Tensor, expert_ids: Tensor, ends: Tensor) -> Tensor:
-    """x_s @ weight[e_s] + bias[e_s] for token slots sorted by expert.
+def expert_networks(x, w_in, b_in, w_out, b_out, expert_ids, ends) -> Tensor:
+    """gelu(x_s @ w_in[e_s] + b_in[e_s]) @ w_out[e_s] + b_out[e_s] for token slots sorted by expert.
 
-    x [S, I], weight [E, I, O], bias [E, O], expert_ids [S] ascending, ends int32 [E]: where each expert's slots end.
+    x [S, D], w_in [E, D, H], b_in [E, H], w_out [E, H, D], b_out [E, D], expert_ids [S] ascending, ends int32 [E]:
+    where each expert's slots end -> [S, D].
     """
-    if x.dtype == torch.bfloat16 and has_grouped_mm(x, weight):
+    long_turns = x.device.type == "cpu" and x.dtype == torch.float32 and len(x) >= 128 * len(w_in)
+    if long_turns or not (has_grouped_mm(x, w_in) and has_grouped_mm(x, w_out)):
+        return _experts_in_turn(x, w_in, b_in, w_out, b_out, ends)
+    hidden = F.gelu(_grouped_linear(x, w_in, b_in, expert_ids, ends), approximate="tanh")  # [S, H]
+    return _grouped_linear(hidden, w_out, b_out, expert_ids, ends)
+
+
+@torch.compiler.disable  # it reads `ends` on the host
+def _experts_in_turn(x, w_in, b_in, w_out, b_out, ends) -> Tensor:
+    """One expert after the other: where there is no grouped kernel (float64, MPS, ...), and fastest where each has many
+    slots, as its hidden layer stays in a CPU's cache. They take slices of `unbind`, never `w_in[e]`: autograd would
+    fill a gradient of all experts with zeros for each expert."""
+    parts = x.tensor_split(ends[:-1].tolist())
+    weights = zip(w_in.unbind(0), b_in.unbind(0), w_out.unbind(0), b_out.unbind(0), strict=True)
+    return torch.cat([
+        torch.addmm(b2, F.gelu(torch.addmm(b1, part, w1), approximate="tanh"), w2)
+        for part, (w1, b1, w2, b2) in zip(parts, weights, strict=True)
+    ])  # fmt: skip
+
+
+def _grouped_linear(x: Tensor, weight: Tensor, bias: Tensor, expert_ids: Tensor, ends: Tensor) -> Tensor:
+    if x.dtype == torch.bfloat16:
         # A product adds up the bias' gradient in float32 and always in the same order; that of an embedding does
         # neither (bfloat16 sums on the CPU, atomic additions in compiled CUDA code).
         one_hot = F.one_hot(expert_ids, len(bias)).to(x.dtype)
@@ -191,14 +213,9 @@ def grouped_linear(x: Tensor, weight: Tensor, bias: Tensor, expert_ids: Tensor, 
     return _uncompiled_grouped_mm(x, weight, ends).add_(F.embedding(expert_ids, bias))
 
 
-@torch.compiler.disable  # it knows the grouped product in bfloat16 only, and the turns read `ends` on the host
+@torch.compiler.disable  # it knows the grouped product in bfloat16 only
 def _uncompiled_grouped_mm(x: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
-    """Without a grouped kernel (float64, MPS, ...) the experts take turns. They take slices of `unbind`, never
-    `weight[e]`: autograd would fill a gradient of all experts with zeros for each expert."""
-    if has_grouped_mm(x, weight):
-        return F.grouped_mm(x, weight, offs=ends)
-    parts = x.tensor_split(ends[:-1].tolist())
-    return torch.cat([part @ w for part, w in zip(parts, weight.unbind(0), strict=True)])
+    return F.grouped_mm(x, weight, offs=ends)
 
 
 class Experts(nn.Module):
@@ -229,8 +246,7 @@ class Experts(nn.Module):
         every = torch.arange(w_in.shape[0], device=x.device)
         ends = torch.searchsorted(expert_ids, every, right=True, out_int32=True)  # on the device: no host read
         slots = _Rearrange.apply(x, order, inverse, K)  # [S, D]
-        hidden = F.gelu(grouped_linear(slots, w_in, b_in, expert_ids, ends), approximate="tanh")  # [S, 4D]
-        slots = grouped_linear(hidden, w_out, b_out, expert_ids, ends)  # [S, D]
+        slots = expert_networks(slots, w_in, b_in, w_out, b_out, expert_ids, ends)  # [S, D]
         slots = _Rearrange.apply(slots, inverse, order, 1).view(N, K, -1)
         return (slots * weights[..., None].to(slots.dtype)).sum(1)
 
