@@ -253,7 +253,7 @@ def qwen_block(ours: MoE, args, implementation: str) -> Peer:
     config = Qwen3MoeConfig(
         hidden_size=D, num_experts=ours.config.n_expert, num_experts_per_tok=1, norm_topk_prob=False,
         moe_intermediate_size=8 * D // 3 // aligned * aligned,  # three matrices of it hold what our two of 4D hold
-        experts_implementation=implementation,
+        experts_implementation=implementation, hidden_act="gelu_pytorch_tanh",  # as in all arms: SiLU is cheaper
     )  # fmt: skip
     block = Qwen3MoeSparseMoeBlock(config)
     return Peer(block, block.gate, ours, lambda output: output[0])

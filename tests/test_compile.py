@@ -1,5 +1,6 @@
-"""What a CPU can check of the CUDA path: under torch.compile neither a training step's forward parts nor the losses break
-the graph (`fullgraph` raises where the host would read a tensor), in bfloat16, where the experts' product is grouped."""
+"""What a CPU can check of the CUDA path: under torch.compile neither the parts of a training step nor the losses break
+the graph (`fullgraph` raises where the host would read a tensor), in bfloat16, where the experts' product is grouped.
+"""
 
 import pytest
 import torch
