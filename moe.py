@@ -184,7 +184,7 @@ def expert_networks(x, w_in, b_in, w_out, b_out, expert_ids, ends) -> Tensor:
     x [S, D], w_in [E, D, H], b_in [E, H], w_out [E, H, D], b_out [E, D], expert_ids [S] ascending, ends int32 [E]:
     where each expert's slots end -> [S, D].
     """
-    long_turns = x.device.type == "cpu" and x.dtype == torch.float32 and len(x) >= 128 * len(w_in)
+    long_turns = x.device.type == "cpu" and x.dtype == torch.float32 and len(w_in) <= min(16, len(x) // 128)
     if long_turns or not (has_grouped_mm(x, w_in) and has_grouped_mm(x, w_out)):
         return _experts_in_turn(x, w_in, b_in, w_out, b_out, ends)
     hidden = F.gelu(_grouped_linear(x, w_in, b_in, expert_ids, ends), approximate="tanh")  # [S, H]
@@ -196,7 +196,7 @@ def _experts_in_turn(x, w_in, b_in, w_out, b_out, ends) -> Tensor:
     """One expert after the other: where there is no grouped kernel (float64, MPS, ...), and fastest where each has many
     slots, as its hidden layer stays in a CPU's cache. They take slices of `unbind`, never `w_in[e]`: autograd would
     fill a gradient of all experts with zeros for each expert."""
-    parts = x.tensor_split(ends[:-1].tolist())
+    parts = x.split(ends.diff(prepend=ends.new_zeros(1)).tolist())  # unlike that of slices, its gradient is one cat
     weights = zip(w_in.unbind(0), b_in.unbind(0), w_out.unbind(0), b_out.unbind(0), strict=True)
     return torch.cat([
         torch.addmm(b2, F.gelu(torch.addmm(b1, part, w1), approximate="tanh"), w2)
