@@ -670,11 +670,30 @@ def _draw(probs: Tensor, top_p: float, generator: torch.Generator | None) -> Ten
     if top_p < 1:
         probs, words = probs.sort(-1, descending=True)
         probs = probs.masked_fill(probs.cumsum(-1) - probs >= top_p, 0.0)  # the first word always stays
-    cdf = probs.cumsum(-1)
     u = torch.rand(len(probs), 1, generator=generator, device=device).to(probs.device)
-    # u is at most 1 - 2^-24, so u * total stays below the total in float32 too: the word found has probability above 0.
-    index = torch.searchsorted(cdf, u * cdf[:, -1:], right=True).clamp_(max=probs.shape[-1] - 1)
+    index = _invert_long_cdf(probs, u) if probs.shape[-1] > 4096 else _invert_cdf(probs, u)
     return (index if top_p >= 1 else words.gather(-1, index)).squeeze(-1)
+
+
+def _invert_cdf(weights: Tensor, u: Tensor) -> Tensor:
+    """The first index whose running sum of weights [B, V] exceeds the share u [B, 1] of their total -> [B, 1]."""
+    cdf = weights.cumsum(-1)
+    # u is at most 1 - 2^-24, so u * total stays below the total in float32 too: the word found has probability above 0.
+    return torch.searchsorted(cdf, u * cdf[:, -1:], right=True).clamp_(max=weights.shape[-1] - 1)
+
+
+def _invert_long_cdf(weights: Tensor, u: Tensor, run: int = 256) -> Tensor:
+    """The same, first among runs of words and then within one: a running sum over all words is serial work."""
+    V = weights.shape[-1]
+    whole = V // run
+    rest = weights[:, whole * run :].sum(-1, keepdim=True)
+    sums = torch.cat([weights[:, : whole * run].unflatten(1, (whole, run)).sum(-1), rest], -1)  # [B, runs]
+    place = _invert_cdf(sums, u)
+    ends = sums.cumsum(-1)
+    share = (u * ends[:, -1:] - (ends - sums).gather(-1, place)) / sums.gather(-1, place)  # of the run's own sum
+    words = place * run + torch.arange(run, device=u.device)  # [B, run]
+    inside = weights.gather(-1, words.clamp(max=V - 1)).masked_fill(words >= V, 0)
+    return words.gather(-1, _invert_cdf(inside, share.clamp(0, 1 - 2**-24)))
 
 
 def _read_prompts(model: GPT, prompts: list[list[int]], max_new_tokens: int, end_token: int, routes=None):

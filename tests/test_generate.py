@@ -9,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_moe import gpt2, make, random_routes, rng  # noqa: F401 (gpt2 is a fixture)
 
+import moe
 from moe import Routes, beam_search, generate, load_gpt2, sample_tokens
 
 VARIANTS = [
@@ -61,6 +62,21 @@ def test_samples_follow_the_nucleus(top_p):
     counts = np.bincount(words.numpy(), minlength=V)
     assert not counts[expected == 0].any()
     assert (np.abs(counts / N - expected) <= 5 * np.sqrt(expected * (1 - expected) / N)).all()
+
+
+@settings(deadline=None, max_examples=50)
+@given(seeds, st.integers(1, 70), st.integers(1, 20))
+def test_the_search_in_runs_finds_the_same_words(seed, V, run):
+    """Weights with zeros, runs that do not divide V; at the ends of the unit interval too."""
+    g = rng(seed)
+    weights = torch.rand(100, V, generator=g, dtype=torch.float64) * (torch.rand(100, V, generator=g) < 0.5)
+    weights[:, seed % V] += 0.1
+    u = torch.rand(100, 1, generator=g, dtype=torch.float64)
+    u[0], u[1] = 0, 1 - 2**-24
+    found = moe._invert_long_cdf(weights, u, run)
+    assert torch.equal(found, moe._invert_cdf(weights, u))
+    single = moe._invert_long_cdf(weights.float(), u.float(), run)  # rounding may move it, but to no impossible word
+    assert (weights.gather(-1, single) > 0).all()
 
 
 @settings(deadline=None, max_examples=50)
