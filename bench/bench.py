@@ -111,21 +111,32 @@ def peak_memory(f: Callable, device: torch.device) -> float:
     return (peak - before) / 1e9
 
 
+def warmed_up(arm: Arm, args) -> Callable | None:
+    """The arm's work after its first calls; None for a peer that does not run here (some want another device)."""
+    try:
+        f = arm.make()
+        for _ in range(3 if args.compile else 1):  # the first calls compile
+            f()
+        return f
+    except Exception as error:
+        if not arm.name.startswith("transformers"):
+            raise
+        print(f"{arm.name} is left out: {error}", file=sys.stderr)
+        return None
+
+
 def measure(groups: list[Group], args) -> list[dict]:
     results = []
     for g, group in enumerate(groups):
-        work = [arm.make() for arm in group.arms]
-        for f in work:
-            f()
-            if args.compile:  # the first calls compile
-                f()
+        ready = [(i, arm, f) for i, arm in enumerate(group.arms) if (f := warmed_up(arm, args))]
+        work = [f for *_, f in ready]
         times = [[] for _ in work]
         for _ in range(args.pairs):
             for f, t in zip(work, times, strict=True):
                 t.append(seconds_of(f, args.device))
-        del work
-        arms = []
-        for i, (arm, t) in enumerate(zip(group.arms, times, strict=True)):
+        arms, numbers = [], [(i, arm) for i, arm, _ in ready]
+        del ready, work, f
+        for (i, arm), t in zip(numbers, times, strict=True):
             row = {"name": arm.name, "seconds": quartiles(t)}
             if arm.tokens:
                 row["tokens_per_second"] = arm.tokens / row["seconds"]["median"]
@@ -212,11 +223,12 @@ def autocast(args):
 
 class Peer(nn.Module):
     """A MoE block of transformers in the place of ours. What its router said is caught by a hook, so that the balance
-    and z losses around it are the same."""
+    and z losses around it are the same. Autocast does not know its grouped product: bfloat16 takes bfloat16 weights."""
 
-    def __init__(self, block: nn.Module, router: nn.Module, ours: MoE, logits_of: Callable):
+    def __init__(self, block: nn.Module, router: nn.Module, ours: MoE, logits_of: Callable, args):
         super().__init__()
-        self.block, self.logits_of, self.said = block, logits_of, None
+        self.dtype = getattr(torch, args.dtype)
+        self.block, self.logits_of, self.said = block.to(self.dtype), logits_of, None
         with torch.no_grad():
             for p in block.parameters():
                 p.normal_(std=0.02)
@@ -227,7 +239,7 @@ class Peer(nn.Module):
         self.said = self.logits_of(output)
 
     def forward(self, x, imposed=None, noise=None, used=None):
-        out = self.block(x)
+        out = self.block(x.to(self.dtype)).to(x.dtype)
         logits = self.said.view(*x.shape[:2], -1).float()
         return out, logits, logits.topk(1).indices, used
 
@@ -242,7 +254,7 @@ def switch_block(ours: MoE, args) -> Peer:
         dropout_rate=0.0, dense_act_fn="gelu_pytorch_tanh",
     )  # fmt: skip
     block = SwitchTransformersSparseMLP(config)
-    return Peer(block, block.router, ours, lambda output: output[2])
+    return Peer(block, block.router, ours, lambda output: output[2], args)
 
 
 def qwen_block(ours: MoE, args, implementation: str) -> Peer:
@@ -256,7 +268,7 @@ def qwen_block(ours: MoE, args, implementation: str) -> Peer:
         experts_implementation=implementation, hidden_act="gelu_pytorch_tanh",  # as in all arms: SiLU is cheaper
     )  # fmt: skip
     block = Qwen3MoeSparseMoeBlock(config)
-    return Peer(block, block.gate, ours, lambda output: output[0])
+    return Peer(block, block.gate, ours, lambda output: output[0], args)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
