@@ -58,7 +58,7 @@ def rows_of(out="r"):
 
 def command(program, flags, cwd, **env):
     return subprocess.run([sys.executable, str(ROOT / program), *shlex.split(flags)], cwd=cwd, capture_output=True,
-                          text=True, timeout=300, env=os.environ | {"OMP_NUM_THREADS": "1"} | env)  # fmt: skip
+                          text=True, timeout=900, env=os.environ | {"OMP_NUM_THREADS": "1"} | env)  # fmt: skip
 
 
 def png_size(path):
@@ -528,7 +528,7 @@ def test_without_a_network(tmp_path):
         for flags in cases
     ]  # fmt: skip
     for process, (flags, words) in zip(started, cases.items(), strict=True):
-        out, err = process.communicate(timeout=120)
+        out, err = process.communicate(timeout=900)
         assert process.returncode == 2, (flags, err)
         assert len(err.splitlines()) == 1 and err.startswith("train.py: "), (flags, err)
         assert all(word in err for word in words), (flags, err)

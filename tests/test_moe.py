@@ -918,7 +918,7 @@ def load_through_hub(endpoint, cache):
     )
     env = {k: v for k, v in os.environ.items() if "proxy" not in k.lower() and not k.startswith("HF_")}
     env |= dict(HF_ENDPOINT=endpoint, HF_HOME=str(cache), OMP_NUM_THREADS="1", NO_PROXY="*")
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=env, capture_output=True, text=True, timeout=120)
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=env, capture_output=True, text=True, timeout=900)
     assert done.returncode == 0, done.stderr
     return done.stdout.strip().splitlines()[-1]
 
