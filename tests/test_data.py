@@ -577,7 +577,10 @@ def test_bad_text_files_are_named(tmp_path):
 def in_a_new_python(code, home, **env):
     """Runs code that prints JSON: HF_ENDPOINT and the like are read once, when the libraries are imported."""
     env = {k: v for k, v in os.environ.items() if not k.startswith("HF_") and "proxy" not in k.lower()} | env
-    run = subprocess.run([sys.executable, "-c", f"import json, data\n{textwrap.dedent(code)}"], cwd=ROOT, text=True,
+    # The libraries' threads can abort an interpreter that is shutting down ("terminate called without an active
+    # exception", seen once on a busy machine): the process ends before it comes to that.
+    code = f"import json, os, sys, data\n{textwrap.dedent(code)}\nsys.stdout.flush()\nsys.stderr.flush()\nos._exit(0)"
+    run = subprocess.run([sys.executable, "-c", code], cwd=ROOT, text=True,
                          capture_output=True, env=env | {"HF_HOME": str(home)}, timeout=900)
     assert run.returncode == 0, run.stderr
     return json.loads(run.stdout.splitlines()[-1]), run.stderr
