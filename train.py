@@ -507,7 +507,7 @@ def text_windows(tokens, context: int, limit: int = 0):
 @torch.no_grad()
 def evaluate_text(model: GPT, split: data.TextSplit, batch_size: int, limit: int = 0) -> dict[str, float]:
     """Perplexity per token (and bits per byte of the text, over the whole split)."""
-    device, windows, total, count = model.wte.weight.device, [], 0.0, 0
+    device, total, count = model.wte.weight.device, 0.0, 0
     every = list(text_windows(split.tokens, model.config.context, limit))
     for i in range(0, len(every), batch_size):
         windows = every[i : i + batch_size]
@@ -894,9 +894,8 @@ def reinforce(model: GPT, stem, branch, optimizer, task: Task, args, step: int) 
     sums, updates = {}, 0
     for part in torch.arange(N * G, device=device).chunk(args.minibatches):
         # The rows of a silent group add exactly 0 to the loss, a mean over rows: they need no forward.
-        share, part = len(part), part[~silent[part // G]]
-        share = len(part) / share
-        if not share:
+        whole, part = len(part), part[~silent[part // G]]
+        if not len(part):
             continue
         rows = Rollout(*(t[part] for t in rollout))
         mask = rows.response_mask
@@ -908,7 +907,7 @@ def reinforce(model: GPT, stem, branch, optimizer, task: Task, args, step: int) 
         else:
             old = Policy(rows.log_probs, rows.experts, rows.expert_log_probs, rows.expert_log_probs)
         loss, metrics = policy_loss(args, new, old, rewards[part], advantages[part], mask, model.config.n_expert)
-        loss = loss * share
+        loss = loss * (len(part) / whole)
         metrics = {**metrics, "loss": loss.detach(), "grad_norm": update(model, optimizer, loss)}
         same = (new.experts[..., :, None] == rows.experts[..., None, :]).any(-1)  # [b, T, L, K]
         metrics["experts_changed"] = 1 - same[mask].float().mean()
