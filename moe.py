@@ -487,7 +487,7 @@ class GPT(nn.Module):
 # ---------------------------------------------------------------------------------------------------------------------
 
 BLOCK_ELEMENTS = 1 << 23  # logits that exist at a time
-CPU_TILE = (256, 1024)  # tokens x words
+CPU_TILE = (512, 384)  # tokens x words
 
 
 def _blocks(x: Tensor, weight: Tensor):
