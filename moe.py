@@ -58,6 +58,10 @@ class MoEConfig:
         """Indices of the blocks with experts (Switch: every second one)."""
         return [] if self.n_expert == 1 else list(range(self.moe_every - 1, self.n_layer, self.moe_every))
 
+    def dense(self) -> "MoEConfig":
+        """The same model without experts: what it can be upcycled from."""
+        return replace(self, n_expert=1, top_k=1, n_shared_expert=0, expert_capacity=0)
+
 
 SIZES = {
     "tiny": dict(n_layer=4, n_head=4, n_embd=128, context=256),
@@ -853,11 +857,8 @@ def upcycle(dense: GPT, config: MoEConfig, generator: torch.Generator | None = N
     layers are divided by 1 + n, so that routed and shared experts together still add up to the parent's layer.
     Raises ValueError when `dense` has experts already or differs from `config` in another size.
     """
-    sizes = [
-        replace(c, n_expert=1, top_k=1, n_shared_expert=0, expert_capacity=0, moe_every=1, gate="prob")
-        for c in (dense.config, config)
-    ]
-    if dense.config.n_expert > 1 or sizes[0] != sizes[1]:
+    theirs, ours = (replace(c.dense(), moe_every=1, gate="prob") for c in (dense.config, config))
+    if dense.config.n_expert > 1 or theirs != ours:
         raise ValueError(f"cannot upcycle {dense.config} into {config}: only the experts may differ")
     model = GPT(config, generator).to(dense.wte.weight)
     state, source = model.state_dict(), dense.state_dict()

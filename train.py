@@ -642,7 +642,7 @@ def initial_models(args, tokenizer) -> tuple[GPT, MoEConfig]:
         }  # fmt: skip
         if args.init == "scratch":
             target = MoEConfig(vocab_size=tokenizer.vocab_size, **SIZES[args.model], **experts)
-            first = dense_config(target) if args.algo in SUPERVISED else target
+            first = target.dense() if args.algo in SUPERVISED else target
             return GPT(first, rng(args.seed, "weights")), target
         model = load_initial(args.init)
         if model.config.vocab_size != tokenizer.vocab_size:
@@ -662,10 +662,6 @@ def initial_models(args, tokenizer) -> tuple[GPT, MoEConfig]:
             flags = " ".join(f"--{k.replace('_', '-')} {getattr(model.config, k)}" for k in differ)
             raise UserError(f"--init {args.init} has other experts than the flags ask for: add {flags}")
         return model, model.config
-
-
-def dense_config(config: MoEConfig) -> MoEConfig:
-    return replace(config, n_expert=1, top_k=1, n_shared_expert=0, expert_capacity=0)
 
 
 def make_optimizer(model: GPT, weight_decay: float):

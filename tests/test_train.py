@@ -23,7 +23,7 @@ import moe
 import train
 from data import UserError
 from moe import GPT, SIZES, MoEConfig, Routes, Routing, load_model, upcycle
-from train import Order, TextBatches, dense_config, erl_losses, pad, rng, text_windows
+from train import Order, TextBatches, erl_losses, pad, rng, text_windows
 
 ROOT = Path(__file__).parents[1]
 MICRO = dict(n_layer=4, n_head=2, n_embd=32, context=32)
@@ -283,7 +283,7 @@ def test_nothing_perturbed_is_the_plain_step(erl_grad, dtype):
 def test_copies_of_one_expert_are_neither_better_nor_worse(top_k, erl_grad, monkeypatch):
     """A freshly upcycled model: whatever route is taken, what remains is rounding, and no sign must be made of it."""
     config = MoEConfig(vocab_size=257, top_k=top_k, **SIZES["tiny"])
-    model = upcycle(GPT(dense_config(config), rng(0)), config, rng(1))
+    model = upcycle(GPT(config.dense(), rng(0)), config, rng(1))
 
     def advantages(length):
         tokens = torch.randint(0, 257, (2, length + 1), generator=rng(length))
