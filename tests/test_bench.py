@@ -7,9 +7,15 @@ from pathlib import Path
 import pytest
 import torch
 
-spec = importlib.util.spec_from_file_location("bench", Path(__file__).parents[1] / "bench" / "bench.py")
-bench = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(bench)
+
+def load(name):
+    spec = importlib.util.spec_from_file_location(name, Path(__file__).parents[1] / "bench" / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+bench, every_dataset = load("bench"), load("every_dataset")
 
 
 @pytest.mark.parametrize("name", list(bench.BENCHMARKS))
@@ -65,3 +71,16 @@ def test_naive_erl_is_the_same_algorithm(monkeypatch):
         results.append((loss.detach(), *torch.autograd.grad(loss, list(model.parameters()))))
     for a, b in zip(*results, strict=True):
         torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-3)
+
+
+def test_every_algorithm_on_a_data_set(tmp_path, capsys):
+    """The table of all algorithms: a row a run with its score, or with the sentence that it failed with."""
+    options = ["--threads", str(torch.get_num_threads()), "--out", str(tmp_path)]
+    assert every_dataset.main(["--datasets", "addition", *options]) == 0
+    runs = json.loads((tmp_path / "every-dataset.json").read_text())["runs"]
+    assert [r["algo"] for r in runs] == ["dense", "lm", "erl", "grpo", "gspo", "gmpo", "erpo", "rais"]
+    assert all(r["status"] == 0 and 0 <= r["scores"]["accuracy"] <= 1 for r in runs)
+    assert every_dataset.main(["--datasets", "gsm8k", "--data-dir", str(tmp_path / "none"), *options]) == 1
+    assert "8 runs, 8 failed" in capsys.readouterr().out
+    runs = json.loads((tmp_path / "every-dataset.json").read_text())["runs"]
+    assert all(r["status"] == 2 and r["error"].startswith("train.py: ") for r in runs)
