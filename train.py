@@ -394,9 +394,22 @@ def lm_losses(model: GPT, stem, branch, tokens: Tensor, mask: Tensor, noise=None
     return original_loss(model, features, routing, tokens, mask)[:2]
 
 
+def counted(mask: Tensor, features: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+    """What the head is asked: features [n, D] and targets [n] of the n positions where mask [B, T] is True.
+
+    Over 50,257 words the head is most of a small model's work, and prompts and padding are most of a task's rows.
+    """
+    features, targets, places = features.flatten(0, 1), targets.flatten(), mask.flatten().nonzero().squeeze(1)
+    if len(places) == len(targets):
+        return features, targets
+    return features.index_select(0, places), targets.index_select(0, places)
+
+
 def original_loss(model: GPT, features, routing, tokens, mask):
-    """-> L_o, metrics, log p(target) [B, T] without gradient."""
-    nll, log_probs = lm_loss_and_log_probs(features, model.wte.weight, tokens[:, 1:], mask)
+    """-> L_o, metrics, log p(target) [B, T] without gradient, 0 where the mask is False."""
+    features, targets = counted(mask, features, tokens[:, 1:])
+    nll, said = lm_loss_and_log_probs(features, model.wte.weight, targets)
+    log_probs = said.new_zeros(mask.shape).masked_scatter(mask, said)
     balance, z, load = router_losses(routing.logits, routing.experts, mask)
     loss = nll + AUX_COEFFICIENT * (balance.sum() + z.sum())  # Switch: each MoE layer adds its own
     metrics = {"loss": nll.detach()}
@@ -443,7 +456,8 @@ def erl_losses(model: GPT, stem, branch, tokens: Tensor, mask: Tensor, args, gen
     rl, metrics = erl_loss(log_probs, explored.old_log_probs, explored.advantages, S, clip_eps=args.clip_eps)
     perturbed_loss = rl
     if args.wpl:
-        extra = lm_loss(perturbed_features, model.wte.weight, tokens[:, 1:].repeat(m, 1), mask.repeat(m, 1))
+        features, targets = counted(mask.repeat(m, 1), perturbed_features, tokens[:, 1:].repeat(m, 1))
+        extra = lm_loss(features, model.wte.weight, targets)
         perturbed_loss, metrics["perturbed_lm_loss"] = rl + extra, extra.detach()
     return loss + args.delta * perturbed_loss, lm_metrics | metrics, explored
 
@@ -451,7 +465,7 @@ def erl_losses(model: GPT, stem, branch, tokens: Tensor, mask: Tensor, args, gen
 class Policy(NamedTuple):
     """What a policy says of given responses, index t for the token that position t predicts."""
 
-    log_probs: Tensor  # [B, T]
+    log_probs: Tensor  # [B, T], 0 outside the response
     experts: Tensor  # [B, T, L, K]
     expert_log_probs: Tensor  # [B, T, L, K], log P of `experts`
     old_expert_log_probs: Tensor  # [B, T, L, K], log P of the experts that the OLD policy used
@@ -464,7 +478,10 @@ def ask_policy(model: GPT, stem, branch, rollout: Rollout, args) -> Policy:
         forced = torch.ones(rollout.experts.shape[:3], dtype=torch.bool, device=rollout.tokens.device)
         routes = Routes(rollout.experts, forced, uniform=False)
     features, routing = branch(stem(rollout.tokens[:, :-1]), routes)
-    log_probs = token_log_probs(features, model.wte.weight, rollout.tokens[:, 1:], args.temperature)
+    mask = rollout.response_mask
+    features, targets = counted(mask, features, rollout.tokens[:, 1:])
+    said = token_log_probs(features, model.wte.weight, targets, args.temperature)
+    log_probs = said.new_zeros(mask.shape).masked_scatter(mask, said)
     return Policy(log_probs, routing.experts, routing.expert_log_probs(), routing.expert_log_probs(rollout.experts))
 
 
@@ -785,8 +802,9 @@ def main_loop(args, out, device, model: GPT, target: MoEConfig, task: Task, stat
                 metrics = reinforce(model, stem, branch, optimizer, task, args, step - P)
                 tokens_seen += int(metrics.pop("tokens"))
             else:
-                tokens, mask = (t.to(device) for t in task.batches(step))
+                tokens, mask = task.batches(step)
                 tokens_seen += int(mask.sum())
+                tokens, mask = tokens.to(device), mask.to(device)
                 explored = None
                 for _ in range(args.inner_epochs if algo == "erl" else 1):
                     if algo == "erl":

@@ -562,6 +562,23 @@ def test_silent_groups_still_count_in_the_mean_over_rows(algo, micro, monkeypatc
         torch.testing.assert_close(p.grad, q.grad, rtol=1e-3, atol=1e-6, msg=lambda text, name=name: f"{name}: {text}")
 
 
+@pytest.mark.parametrize("V", [257, 5000])
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+def test_the_head_is_asked_at_the_response_alone_and_answers_the_same(temperature, V):
+    """Log-probabilities and gradients are those of a softmax over all positions, under the mask."""
+    model = GPT(MoEConfig(vocab_size=V, **MICRO), rng(0))
+    rollout = moe.generate(model, [[1, 2, 3, 4, 5], [6], [7, 8]], max_new_tokens=6, end_token=0, generator=rng(1))
+    mask, targets = rollout.response_mask, rollout.tokens[:, 1:, None]
+    assert 0 < int(mask.sum()) < mask.numel()
+    args = argparse.Namespace(replay="none", temperature=temperature)
+    ours = train.ask_policy(model, model.stem, model.branch, rollout, args).log_probs
+    plain = (model(rollout.tokens[:, :-1]).logits / temperature).log_softmax(-1).gather(-1, targets).squeeze(-1)
+    assert not ours[~mask].any()
+    torch.testing.assert_close(ours[mask], plain[mask])
+    weight = torch.randn(mask.shape, generator=rng(2))
+    assert_same_gradients(model, (ours * weight).sum(), (plain * weight * mask).sum(), atol=1e-5, rtol=1e-3)
+
+
 def test_replayed_experts_do_not_change(micro, monkeypatch):
     changed = {}
     for replay in ("none", "routing"):
