@@ -15,10 +15,11 @@ The losses share their arguments:
 What they return is (loss, metrics), metrics as detached 0-d tensors:
   loss            the loss
   ratio_mean, ratio_std    of the importance ratios: response tokens for GRPO and GMPO, rows for GSPO
-  ratio_neg_log   mean of -log ratio, an estimate of the divergence of the new policy from the old
+  ratio_neg_log   mean of -log ratio, an estimate of KL(pi_old || pi)
   clip_share      share of those ratios whose gradient the clip cuts off
-Reduction, all three: mean over a row's response tokens, then mean over all B rows, so that every row weighs the same
-however long it is. A row without response tokens adds 0 and still counts. Padded positions may hold anything.
+Reduction, all three: a mean over a row's response tokens (of the surrogate in GRPO, inside the exponent in GSPO and
+GMPO), then the mean over all B rows: every row weighs the same however long it is. A row without response tokens adds 0
+and still counts. Padded positions may hold anything. A log ratio above 40 counts as 40: exp would overflow later on.
 ValueError: other shapes, a mask that is not bool, a negative clip range.
 
 Needs torch alone. B rows (prompts x G responses, the G of a prompt next to each other), T positions.
@@ -37,7 +38,7 @@ def group_advantages(rewards, group_size):
     if rewards.dim() != 1:
         raise ValueError(f"rewards must have shape [B], got {list(rewards.shape)}")
     if group_size < 2:
-        raise ValueError(f"group_size must be at least 2, a group-relative method compares responses; got {group_size}")
+        raise ValueError(f"group_size must be at least 2, got {group_size}")
     if len(rewards) % group_size:
         raise ValueError(f"group_size must divide the number of rows: {len(rewards)} rows, groups of {group_size}")
     if not torch.isfinite(rewards).all():
@@ -52,7 +53,7 @@ def group_advantages(rewards, group_size):
 def grpo_loss(log_probs, old_log_probs, advantages, response_mask, *, clip_low=0.2, clip_high=0.28):
     """GRPO (ERPO eq. 1-2): min(w A, clip(w, 1 - low, 1 + high) A) a token; mean over tokens, then over rows."""
     log_ratio, A, mask = _prepare(log_probs, old_log_probs, advantages, response_mask, clip_low, clip_high)
-    ratio = log_ratio.exp()  # eq. 2 [B, T]
+    ratio = _exp(log_ratio)  # eq. 2 [B, T]
     unclipped, clipped = ratio * A, ratio.clamp(1 - clip_low, 1 + clip_high) * A
     loss = -_row_mean(torch.minimum(unclipped, clipped), mask).mean()  # eq. 1
     return loss, _metrics(loss, log_ratio, clipped < unclipped, mask)
@@ -66,7 +67,7 @@ def gspo_loss(log_probs, old_log_probs, advantages, response_mask, *, clip_low=3
     """
     log_ratio, A, mask = _prepare(log_probs, old_log_probs, advantages, response_mask, clip_low, clip_high)
     log_s, A, rows = _row_mean(log_ratio, mask), A.squeeze(1), mask.any(1)  # [B] each
-    s = log_s.exp()  # eq. 4
+    s = _exp(log_s)  # eq. 4
     unclipped, clipped = s * A, s.clamp(1 - clip_low, 1 + clip_high) * A
     loss = -torch.minimum(unclipped, clipped).mean()  # eq. 3; A is 0 in a row without tokens
     return loss, _metrics(loss, log_s, clipped < unclipped, rows)
@@ -76,11 +77,11 @@ def gmpo_loss(log_probs, old_log_probs, advantages, response_mask, *, clip_low=0
     """GMPO: token log-ratios are clipped, then exp(their mean over the row) * A; mean over rows.
 
     The clip is one-sided and works on log w: at most clip_high where A > 0, at least -clip_low elsewhere. The other
-    side stays open, as min() leaves it open in GRPO.
+    side stays open, as min() leaves it open in GRPO. (clip_share counts tokens of rows with A = 0 too.)
     """
     log_ratio, A, mask = _prepare(log_probs, old_log_probs, advantages, response_mask, clip_low, clip_high)
     clipped = torch.where(A > 0, log_ratio.clamp(max=clip_high), log_ratio.clamp(min=-clip_low))  # [B, T]
-    loss = -(_row_mean(clipped, mask).exp() * A.squeeze(1)).mean()
+    loss = -(_exp(_row_mean(clipped, mask)) * A.squeeze(1)).mean()
     return loss, _metrics(loss, log_ratio, clipped != log_ratio, mask)
 
 
@@ -113,8 +114,8 @@ def _row_mean(x, mask):
 
 @torch.no_grad()
 def _metrics(loss, log_ratio, clip_acts, valid):
-    """Statistics of the ratios where valid; all three arguments of one shape."""
-    n, ratio = valid.sum().clamp(min=1), log_ratio.exp()
+    """Statistics of the ratios where valid; log_ratio, clip_acts and valid of one shape."""
+    n, ratio = valid.sum().clamp(min=1), _exp(log_ratio)
     mean = (ratio * valid).sum() / n
     return {
         "loss": loss.detach(),
@@ -123,6 +124,10 @@ def _metrics(loss, log_ratio, clip_acts, valid):
         "ratio_neg_log": -(log_ratio * valid).sum() / n,
         "clip_share": (clip_acts & valid).sum() / n,
     }
+
+
+def _exp(log_ratio):
+    return log_ratio.clamp(max=40).exp()  # infinity * an advantage of 0 would be NaN
 
 
 def _at_least_float32(x):

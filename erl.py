@@ -5,7 +5,7 @@ routing decisions replaced by random experts. Where the perturbed pass predicts 
 experts become more probable; where it predicts it worse, less.
 
     random_routes    eq. 6-9             which decisions are replaced, and by which experts
-    erl_advantage    eq. 10-11 and 18    +1, 0 or -1 for each predicted token
+    erl_advantage    eq. 10-11 and 18    for each predicted token the sign of the gain, or the gain
     erl_loss         eq. 12-14           the clipped surrogate on the router's probabilities
 
 Needs torch alone. B sequences, T positions, L MoE layers, K active experts a token, E experts a layer.
@@ -40,10 +40,12 @@ def random_routes(batch, length, layers, num_experts, top_k, alpha, *, generator
 def erl_advantage(perturbed_log_probs, original_log_probs, kind="static"):
     """How much better the perturbed pass predicts each token: the sign (eq. 10-11), or with "log" the gap (eq. 18).
 
-    Both inputs are log-probabilities of the token that a position predicts, of one shape (any). Probabilities have
-    the same sign of difference, but underflow. Returns a tensor of that shape, float32 (float64 stays), without
+    Both inputs are finite log-probabilities of the token that a position predicts, of one shape (any). Probabilities
+    have the same sign of difference, but underflow. Returns a tensor of that shape, float32 (float64 stays), without
     gradient. The two passes must differ in their routes and in nothing else: dropout or router jitter between them
-    would turn noise into full +1 / -1 advantages. ValueError: shapes that differ, unknown kind.
+    would turn noise into full +1 / -1 advantages. So does rounding, where two routes compute the same in another order
+    (experts that are copies of each other, batches of other sizes): make gaps of that size 0 before.
+    ValueError: shapes that differ, unknown kind.
     """
     if kind not in ("static", "log"):
         raise ValueError(f'kind must be "static" or "log", got {kind!r}')
@@ -62,10 +64,11 @@ def erl_loss(router_log_probs, old_router_log_probs, advantages, perturbed, *, c
     perturbed             [B, T, L]     bool, the set S: replaced decisions at unpadded positions that predict a token
     clip_eps                            0.2 in the paper, at least 0
 
-    Decisions that the caller takes: with one optimiser step a draw the ratio is 1 and the clip idle, so inner epochs
-    call this again on the same routes; and the gradient reaches the rest of the network through router_log_probs
-    ("all"), or, where their router inputs are detached, the routers alone ("router").
-    m perturbed forwards are m * B rows. Entries outside S may hold anything. An empty S gives 0 with gradient 0.
+    With one optimiser step a draw the ratio is 1 and the clip idle: inner epochs call this again on the same routes.
+    The gradient reaches the rest of the network through router_log_probs, or the routers alone where the caller
+    detached their inputs.
+    For m perturbed forwards pass m * B rows. Entries outside S may hold anything. An empty S gives 0 with gradient 0.
+    A log ratio above 40 counts as 40: exp would overflow later on.
     Reduction: sum over S and K, divided by |S| * K; so a long text weighs more than a short one.
     Returns (loss, metrics), metrics as detached 0-d tensors over the perturbed decisions:
       rl_loss                                  the loss
@@ -75,8 +78,9 @@ def erl_loss(router_log_probs, old_router_log_probs, advantages, perturbed, *, c
       perturbed_share                          |S| / (B * T * L), padding counted in the denominator
     ValueError: a shape or mask type other than the above, clip_eps below 0.
     """
-    if router_log_probs.dim() != 4:
-        raise ValueError(f"router_log_probs must have shape [B, T, L, K], got {list(router_log_probs.shape)}")
+    if router_log_probs.dim() != 4 or not router_log_probs.shape[3]:
+        raise ValueError(f"router_log_probs must have shape [B, T, L, K], K above 0, "
+                         f"got {list(router_log_probs.shape)}")  # fmt: skip
     B, T, L, K = router_log_probs.shape
     _check_shape("old_router_log_probs", old_router_log_probs, (B, T, L, K))
     _check_shape("advantages", advantages, (B, T))
@@ -87,21 +91,20 @@ def erl_loss(router_log_probs, old_router_log_probs, advantages, perturbed, *, c
         raise ValueError(f"clip_eps must be at least 0, got {clip_eps}")
 
     # Entries outside S are replaced before the exp: 0 * NaN would be NaN, in the value and in the gradient.
-    chosen = perturbed.unsqueeze(-1)  # [B, T, L, 1]
+    in_S = perturbed.unsqueeze(-1)  # [B, T, L, 1]
     log_ratio = _at_least_float32(router_log_probs) - _at_least_float32(old_router_log_probs.detach())
-    ratio = log_ratio.masked_fill(~chosen, 0).exp()  # eq. 12 [B, T, L, K]
+    ratio = log_ratio.masked_fill(~in_S, 0).clamp(max=40).exp()  # eq. 12 [B, T, L, K]
     # One advantage a token: the decisions of all layers at position t answer for the token predicted there.
-    A = _at_least_float32(advantages.detach())[:, :, None, None].masked_fill(~chosen, 0)  # [B, T, L, 1]
+    A = _at_least_float32(advantages.detach())[:, :, None, None].masked_fill(~in_S, 0)  # [B, T, L, 1]
     unclipped, clipped = ratio * A, ratio.clamp(1 - clip_eps, 1 + clip_eps) * A
     objective = torch.minimum(unclipped, clipped)  # eq. 13; exactly 0 outside S
     decisions = perturbed.sum().clamp(min=1)  # |S|
     loss = -objective.sum() / (decisions * K)  # eq. 14, with the 1/K of eq. 13
 
     with torch.no_grad():
-        A = A.squeeze(-1)
         metrics = {
             "rl_loss": loss.detach(),
-            "ratio_mean": (ratio * chosen).sum() / (decisions * K),
+            "ratio_mean": (ratio * in_S).sum() / (decisions * K),
             "clip_share": (clipped < unclipped).sum() / (decisions * K),
             "advantage_positive": (A > 0).sum() / decisions,
             "advantage_negative": (A < 0).sum() / decisions,

@@ -13,14 +13,14 @@ import torch
 
 def erpo_loss(log_probs, old_log_probs, rewards, response_mask, experts, old_experts, expert_probs, old_expert_probs, *,
               num_experts, group_size, alpha=0.2, clip_low=0.2, clip_high=0.28, entropy_reward="relative"):  # fmt: skip
-    """-J_ERPO (eq. 11); with E = K = L = 1 and alpha = 0 it is GSPO.
+    """-J_ERPO (eq. 11). With E = K = L = 1, alpha = 0, GSPO's clip range and a response in every row it is GSPO.
 
     log_probs, old_log_probs        [B, T]        of the token that position t predicts; gradient through log_probs only
-    rewards                         [B]           task reward a row, finite; read on the host once (free where it
-                                                  already lies there, whatever the device of the rest)
+    rewards                         [B]           task reward a row, finite; checked on the host (no wait for the
+                                                  device where they lie on the CPU)
     response_mask                   [B, T]        bool, true where the predicted token belongs to the response
-    experts, old_experts            [B, T, L, K]  the experts that the new, the old policy used at position t, of any
-                                                  integer type, distinct within a token
+    experts, old_experts            [B, T, L, K]  the experts that the new, the old policy used at position t: int64,
+                                                  int32, int16, int8 or uint8, distinct within a token
     expert_probs, old_expert_probs  [B, T, L, K]  P(tau)[j] of those experts; no gradient
     num_experts, group_size         E and G; G at least 2
     alpha                           weight of the entropy reward, within [0, 1]
@@ -29,7 +29,7 @@ def erpo_loss(log_probs, old_log_probs, rewards, response_mask, experts, old_exp
     Decision (alignment): a token belongs to the clusters of position t, the forward pass that predicted it, not to
     those of the position at which it is read.
     Reduction: mean over the pairs that have a ratio in a row, then mean over all B rows.
-    Padded positions may hold anything. An all-false mask gives 0 with gradient 0.
+    Padded positions may hold anything. An all-false mask gives 0 with gradient 0. A log ratio above 40 counts as 40.
     Returns (loss, metrics), metrics as detached 0-d tensors; the ratios are those of all rows' pairs:
       loss                                  the loss
       ratio_mean, ratio_std, ratio_neg_log  of e; the last is the mean of -log e
@@ -41,27 +41,25 @@ def erpo_loss(log_probs, old_log_probs, rewards, response_mask, experts, old_exp
     """
     _check(log_probs, old_log_probs, rewards, response_mask, experts, old_experts, expert_probs, old_expert_probs,
            num_experts, group_size, alpha, clip_low, clip_high, entropy_reward)  # fmt: skip
-    if entropy_reward == "none":
-        alpha = 0.0
     dtype = torch.float64 if log_probs.dtype == torch.float64 else torch.float32
     R = rewards.detach().to(dtype).to(log_probs.device, non_blocking=True)  # [B]
 
-    # Counts |X|, mean log-probability T and mean entropy term H of every cluster, all [B, L, E].
+    # Size |X|, mean log-probability (T of eq. 6) and mean entropy term H of every cluster, all [B, L, E].
     # The new policy's clusters come from the new assignment, the old policy's from the old one.
-    size, T, H = _clusters(log_probs.to(dtype), experts, expert_probs, response_mask, num_experts)
+    size, log_p, H = _clusters(log_probs.to(dtype), experts, expert_probs, response_mask, num_experts)
     with torch.no_grad():
-        old_size, old_T, old_H = _clusters(
+        old_size, old_log_p, old_H = _clusters(
             old_log_probs.to(dtype), old_experts, old_expert_probs, response_mask, num_experts)  # fmt: skip
     # Decision: a pair active under one policy only has no ratio and is left out of the sum and of |E^i|.
     valid = (size > 0) & (old_size > 0)
-    log_e = (T - old_T).masked_fill(~valid, 0)
-    e = log_e.exp()  # eq. 7
+    log_e = (log_p - old_log_p).masked_fill(~valid, 0)
+    e = log_e.clamp(max=40).exp()  # eq. 7; infinity * an advantage of 0 would be NaN
 
     with torch.no_grad():  # rewards, entropies and advantages carry no gradient: only e does (eq. 12)
-        dH = H if entropy_reward == "absolute" else H - old_H  # eq. 9
-        R_ent = (_sigma(R, group_size)[:, None, None] * dH).masked_fill(~valid, 0)  # eq. 9
         if entropy_reward == "none":
-            R_ent = torch.zeros_like(R_ent)
+            alpha = 0.0
+        entropy = {"relative": H - old_H, "absolute": H, "none": torch.zeros_like(H)}[entropy_reward]
+        R_ent = (_sigma(R, group_size)[:, None, None] * entropy).masked_fill(~valid, 0)  # eq. 9
         A = _advantages((1 - alpha) * R[:, None, None] + alpha * R_ent, valid, group_size)  # eq. 10
 
     unclipped, clipped = e * A, e.clamp(1 - clip_low, 1 + clip_high) * A
@@ -102,7 +100,8 @@ def _advantages(rewards, valid, group_size):
     """A_ij: the rewards R_ij [B, L, E] of one pair, standardised over the rows of its group.
 
     Decisions: mean and standard deviation run over the rows in which the pair has a ratio; the standard deviation is
-    the sample's (n - 1) plus 1e-6; fewer than two such rows, or equal rewards, give 0.
+    the sample's (n - 1) plus 1e-6; fewer than two such rows, or equal R_ij, give 0. (A pair that served only rows of
+    equal task reward is thus standardised over its entropy rewards alone, however small they are.)
     """
     R, valid = (x.unflatten(0, (-1, group_size)) for x in (rewards, valid))  # [P, G, L, E]
     n = valid.sum(1, keepdim=True)  # [P, 1, L, E]
@@ -123,8 +122,9 @@ def _clusters(log_probs, experts, expert_probs, mask, num_experts):
 class _ClusterSums(torch.autograd.Function):
     """log_probs [B, T] and routing [B, T, L, K] -> size, sum of log_probs, sum of -P log P of the clusters [B, L, E].
 
-    A layer at a time, and with a backward of its own: the largest tensor made is [B, T, K], where autograd would keep
-    several of [B, T, L, K]. Padding goes to a bucket E of its own, which is cut off; so it may hold anything.
+    For one layer, without padding: torch.zeros(B, E).scatter_add(1, ids.flatten(1), values.flatten(1)). Written out, a
+    layer at a time and with a backward of its own, the largest tensor made is [B, T, K] (off the CPU [B, T, E + 1]),
+    where autograd would keep several of [B, T, L, K]. Padding goes to a bucket E of its own, which is cut off.
     """
 
     @staticmethod
@@ -190,7 +190,7 @@ def _check(log_probs, old_log_probs, rewards, response_mask, experts, old_expert
     if response_mask.dtype != torch.bool:
         raise ValueError(f"response_mask must be torch.bool, got {response_mask.dtype}")
     if group_size < 2:
-        raise ValueError(f"group_size must be at least 2, a group-relative method compares responses; got {group_size}")
+        raise ValueError(f"group_size must be at least 2, got {group_size}")
     if B % group_size:
         raise ValueError(f"group_size must divide the number of rows: {B} rows, groups of {group_size}")
     if not torch.isfinite(rewards).all():
@@ -202,8 +202,8 @@ def _check(log_probs, old_log_probs, rewards, response_mask, experts, old_expert
     if entropy_reward not in ("relative", "absolute", "none"):
         raise ValueError(f'entropy_reward must be "relative", "absolute" or "none", got {entropy_reward!r}')
     for name, ids in (("experts", experts), ("old_experts", old_experts)):
-        if ids.dtype.is_floating_point or ids.dtype == torch.bool:
-            raise ValueError(f"{name} must be of an integer type, got {ids.dtype}")
+        if ids.dtype not in (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8):
+            raise ValueError(f"{name} must be of an integer type (int64 ... int8 or uint8), got {ids.dtype}")
         for layer in range(L if ids.device.type == "cpu" else 0):  # elsewhere the check would wait for the device
             lowest, highest = ids[:, :, layer].masked_fill(~response_mask.unsqueeze(-1), 0).aminmax()  # 0 is valid
             if not 0 <= lowest <= highest < num_experts:

@@ -188,7 +188,7 @@ def expert_networks(x, w_in, b_in, w_out, b_out, expert_ids, ends) -> Tensor:
     x [S, D], w_in [E, D, H], b_in [E, H], w_out [E, H, D], b_out [E, D], expert_ids [S] ascending, ends int32 [E]:
     where each expert's slots end -> [S, D].
     """
-    long_turns = x.device.type == "cpu" and x.dtype == torch.float32 and len(w_in) <= min(16, len(x) // 128)
+    long_turns = x.device.type == "cpu" and x.dtype == torch.float32 and len(w_in) <= len(x) // 128
     if long_turns or not (has_grouped_mm(x, w_in) and has_grouped_mm(x, w_out)):
         return _experts_in_turn(x, w_in, b_in, w_out, b_out, ends)
     hidden = F.gelu(_grouped_linear(x, w_in, b_in, expert_ids, ends), approximate="tanh")  # [S, H]

@@ -1,7 +1,7 @@
 """RAIS, router-aware importance sampling (Zhang et al., arXiv 2510.23027; from v2 on RSPO, router-shift policy
 optimization).
 
-Between two updates the router drifts, and a token's importance ratio then compares two different networks. The
+Between two updates the router drifts, and a token's importance ratio then compares different sets of experts. The
 router-shift ratio gamma measures the drift where the token was routed, and shrinks the importance weight with it.
 
     router_shift    gamma = exp(-mean |log P - log P_old|), floored, without gradient
@@ -15,18 +15,20 @@ import torch
 CLIP_RANGES = {"gmpo": (0.4, 0.4), "gspo": (3e-4, 4e-4), "grpo": (0.2, 0.28)}  # (low, high), each base's own
 
 
-@torch.no_grad()  # Without the stop-gradient the policy could buy a larger ratio by moving its router: it collapses.
+@torch.no_grad()  # A gradient through gamma would reward rows with A < 0 for moving the router: training collapses.
 def router_shift(router_log_probs, old_router_log_probs, *, floor=0.8, layers="mean"):
     """gamma [B, T] in [floor, 1]: 1 where the router has not moved, smaller the further it has.
 
     router_log_probs, old_router_log_probs [B, T, L, K]: log P of the K experts that the OLD policy activated, under the
     new and the old router; P the full softmax over all experts (renormalised over the top-K it never moves at K = 1).
+    K at least 1; without a layer (L = 0) gamma is 1.
     floor: within [0, 1], 0 for none. layers: how the layers' shifts are put together, "mean" or "sum".
     Returns float32 (float64 stays), without gradient; NaN in gives NaN out, position by position.
     ValueError: shapes that differ or are not [B, T, L, K], floor outside [0, 1], unknown layers.
     """
-    if router_log_probs.dim() != 4:
-        raise ValueError(f"router_log_probs must have shape [B, T, L, K], got {list(router_log_probs.shape)}")
+    if router_log_probs.dim() != 4 or not router_log_probs.shape[3]:
+        raise ValueError(f"router_log_probs must have shape [B, T, L, K], K above 0, "
+                         f"got {list(router_log_probs.shape)}")  # fmt: skip
     if old_router_log_probs.shape != router_log_probs.shape:
         raise ValueError(f"old_router_log_probs must have shape {list(router_log_probs.shape)}, "
                          f"got {list(old_router_log_probs.shape)}")  # fmt: skip
@@ -37,14 +39,14 @@ def router_shift(router_log_probs, old_router_log_probs, *, floor=0.8, layers="m
     B, T, L, K = router_log_probs.shape
     dtype = torch.float64 if torch.float64 in (router_log_probs.dtype, old_router_log_probs.dtype) else torch.float32
     shift = router_log_probs.new_zeros(B, T, dtype=dtype)
-    for layer in range(L):  # a layer at a time: at 14336 x 48 x 8 a float copy of the inputs would be 176 MB
+    for layer in range(L):  # a layer at a time: 8 rows of 14336 x 48 x 8 are 176 MB in float32
         new, old = router_log_probs[:, :, layer].to(dtype), old_router_log_probs[:, :, layer].to(dtype)  # [B, T, K]
         shift += (new - old).abs().mean(-1)  # over the K experts
-    # Decision: "sum" (a product over layers) exists because a public port does that. Twelve layers that drift by 0.05
-    # each: mean gives 0.951, sum 0.549, already below the floor.
+    # Decision: "sum" (a product over layers) exists because some implementations do that. Twelve layers that drift by
+    # 0.05 each: mean gives 0.951, sum 0.549, already below the floor.
     if layers == "mean":
         shift /= max(L, 1)
-    # The floor 0.8 is what two independent public ports default to; it was not seen in the paper's text.
+    # Decision: a floor of 0.8, the default of the implementations that were seen; the paper's text gives none.
     return (-shift).exp().clamp(min=floor)
 
 
@@ -56,17 +58,19 @@ def rais_loss(log_probs, old_log_probs, advantages, response_mask, router_log_pr
     advantages                [B]           one a row; no gradient
     response_mask             [B, T]        bool, true where the predicted token belongs to the response
     router_log_probs, old_router_log_probs  [B, T, L, K], with floor and layers: see router_shift; no gradient
-    base                      "gmpo" (the paper's own method), "gspo" or "grpo"
+    base                      "gmpo" (the paper's own base), "gspo" or "grpo"
     clip_low, clip_high       at least 0; None is the base's own: gmpo 0.4, 0.4 (in log space), gspo 3e-4, 4e-4,
                               grpo 0.2, 0.28
 
     gamma enters before the clip (v2; v1 multiplied after it). So with GSPO's range a mean gamma of 0.95 is already
-    outside: every row with A < 0 loses its gradient. With GMPO's it is not: log 0.8 = -0.22 lies within -0.4.
-    Reduction: mean over a row's response tokens, then mean over all B rows; a row without any adds 0 and still counts.
-    Padded positions may hold anything. ValueError: wrong shapes or options, a mask that is not bool.
+    outside: as long as pi is near pi_old, every row with A < 0 loses its gradient. With GMPO's it is not: log 0.8 =
+    -0.22 lies within -0.4.
+    Reduction: the base's, a mean over a row's response tokens and then over all B rows; a row without any adds 0 and
+    still counts. Padded positions may hold anything. A log ratio above 40 counts as 40.
+    ValueError: wrong shapes or options, a mask that is not bool.
     Returns (loss, metrics), metrics as detached 0-d tensors:
       loss                                  the loss
-      ratio_mean, ratio_std, ratio_neg_log  of the rescaled ratios (response tokens; rows for gspo)
+      ratio_mean, ratio_std, ratio_neg_log  of the rescaled ratios w' (response tokens; rows for gspo)
       clip_share                            share of those whose gradient the clip cuts off
       gamma_mean, gamma_min                 over response tokens, floored, as they enter the loss
       floor_share                           share of response tokens whose unfloored gamma is below the floor
@@ -83,40 +87,50 @@ def rais_loss(log_probs, old_log_probs, advantages, response_mask, router_log_pr
     for name, tensor, shape in (
         ("old_log_probs", old_log_probs, (B, T)), ("advantages", advantages, (B,)),
         ("response_mask", response_mask, (B, T)),
-        ("router_log_probs", router_log_probs, (B, T, *router_log_probs.shape[2:])),
     ):  # fmt: skip
         if tuple(tensor.shape) != shape:
             raise ValueError(f"{name} must have shape {list(shape)}, got {list(tensor.shape)}")
+    if router_log_probs.dim() == 4 and router_log_probs.shape[:2] != (B, T):
+        raise ValueError(f"router_log_probs must have shape {[B, T, *router_log_probs.shape[2:]]}, "
+                         f"got {list(router_log_probs.shape)}")  # fmt: skip
     if response_mask.dtype != torch.bool:
         raise ValueError(f"response_mask must be torch.bool, got {response_mask.dtype}")
     if not 0 <= floor <= 1:
         raise ValueError(f"floor must lie within [0, 1], got {floor}")
 
     # Padding is replaced before exp and log: 0 * NaN would be NaN, in the value and in the gradient.
-    mask, double = response_mask, torch.float64
+    mask = response_mask
     unfloored = router_shift(router_log_probs, old_router_log_probs, floor=0, layers=layers).masked_fill(~mask, 1)
     gamma = unfloored.clamp(min=floor)  # [B, T]
-    new, old = (x if x.dtype == double else x.float() for x in (log_probs, old_log_probs.detach()))
-    log_ratio = (new - old).masked_fill(~mask, 0) + gamma.log()  # log w' [B, T]
-    A = (advantages if advantages.dtype == double else advantages.float()).detach().masked_fill(~mask.any(1), 0)  # [B]
+    log_probs, old_log_probs, advantages = (
+        x if x.dtype == torch.float64 else x.float()
+        for x in (log_probs, old_log_probs.detach(), advantages.detach())
+    )  # fmt: skip
+    log_ratio = (log_probs - old_log_probs).masked_fill(~mask, 0) + gamma.log()  # log w' [B, T]
+    A = advantages.masked_fill(~mask.any(1), 0)  # [B]
 
     def row_mean(x):
         return x.masked_fill(~mask, 0).sum(1) / mask.sum(1).clamp(min=1)  # [B, T] -> [B]
 
+    def exp(x):
+        return x.clamp(max=40).exp()  # infinity * an advantage of 0 would be NaN
+
     valid = mask
     if base == "gmpo":  # tokens clipped in log space on the side that A opens, then their geometric mean
         clipped = torch.where(A[:, None] > 0, log_ratio.clamp(max=high), log_ratio.clamp(min=-low))
-        loss, clip_acts = -(row_mean(clipped).exp() * A).mean(), clipped != log_ratio
+        loss, clip_acts = -(exp(row_mean(clipped)) * A).mean(), clipped != log_ratio
     elif base == "gspo":  # one ratio a row
         log_ratio, valid = row_mean(log_ratio), mask.any(1)
-        unclipped, clipped = log_ratio.exp() * A, log_ratio.exp().clamp(1 - low, 1 + high) * A
+        ratio = exp(log_ratio)
+        unclipped, clipped = ratio * A, ratio.clamp(1 - low, 1 + high) * A
         loss, clip_acts = -torch.minimum(unclipped, clipped).mean(), clipped < unclipped
     else:  # grpo: one ratio a token
-        unclipped, clipped = log_ratio.exp() * A[:, None], log_ratio.exp().clamp(1 - low, 1 + high) * A[:, None]
+        ratio = exp(log_ratio)
+        unclipped, clipped = ratio * A[:, None], ratio.clamp(1 - low, 1 + high) * A[:, None]
         loss, clip_acts = -row_mean(torch.minimum(unclipped, clipped)).mean(), clipped < unclipped
 
     with torch.no_grad():
-        n, tokens, ratio = valid.sum().clamp(min=1), mask.sum().clamp(min=1), log_ratio.exp()
+        n, tokens, ratio = valid.sum().clamp(min=1), mask.sum().clamp(min=1), exp(log_ratio)
         mean = (ratio * valid).sum() / n
         metrics = {
             "loss": loss.detach(),

@@ -308,6 +308,8 @@ def test_loss_refuses_bad_arguments():
     new, old, advantages, perturbed = make(15)
     with pytest.raises(ValueError, match=r"router_log_probs.*\[B, T, L, K\].*\[2, 4, 2\]"):
         erl_loss(new[..., 0], old, advantages, perturbed)
+    with pytest.raises(ValueError, match=r"router_log_probs.*K above 0.*\[2, 4, 2, 0\]"):
+        erl_loss(new[..., :0], old[..., :0], advantages, perturbed)
     with pytest.raises(ValueError, match=r"old_router_log_probs.*\[2, 4, 2, 2\].*\[2, 4, 2, 1\]"):
         erl_loss(new, old[..., :1], advantages, perturbed)
     with pytest.raises(ValueError, match=r"advantages.*\[2, 4\].*\[2, 3\]"):

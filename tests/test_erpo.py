@@ -428,6 +428,7 @@ def test_loss_refuses_bad_arguments():
         ("experts", good["experts"][0], r"experts.*\[B, T, L, K\].*\[6, 2, 2\]"),
         ("experts", good["experts"][:, :, :0], r"experts.*\[4, 6, 0, 2\]"),
         ("experts", good["experts"].double(), "experts.*integer.*float64"),
+        ("old_experts", good["old_experts"].to(torch.uint16), "old_experts.*integer.*uint16"),
         ("experts", good["experts"] + 4, r"experts.*0\.\.3.*layer 0"),
         ("experts", good["experts"] - 4, r"experts.*0\.\.3.*layer 0"),
         ("old_experts", good["old_experts"] + 4, r"old_experts.*0\.\.3"),
