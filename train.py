@@ -389,7 +389,10 @@ class Explored(NamedTuple):
 
 
 def lm_losses(model: GPT, stem, branch, tokens: Tensor, mask: Tensor, noise=None):
-    """L_o: LM + balance + z loss of the original forward (ERL section 3.3). tokens [B, T + 1], mask [B, T]."""
+    """L_o: LM, balance and z loss of the original forward (ERL section 3.3).
+
+    tokens [B, T + 1], mask [B, T] of the predictions that count, which may stay on the CPU.
+    """
     features, routing = branch(stem(tokens[:, :-1]), noise=noise)
     return original_loss(model, features, routing, tokens, mask)[:2]
 
@@ -397,11 +400,13 @@ def lm_losses(model: GPT, stem, branch, tokens: Tensor, mask: Tensor, noise=None
 def counted(mask: Tensor, features: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
     """What the head is asked: features [n, D] and targets [n] of the n positions where mask [B, T] is True.
 
-    Over 50,257 words the head is most of a small model's work, and prompts and padding are most of a task's rows.
+    Over 50,257 words the head is most of a small model's work, and prompts and padding are most of a task's rows. Where
+    the mask lies on the CPU, nothing waits for the device.
     """
     features, targets, places = features.flatten(0, 1), targets.flatten(), mask.flatten().nonzero().squeeze(1)
     if len(places) == len(targets):
         return features, targets
+    places = places.to(features.device)
     return features.index_select(0, places), targets.index_select(0, places)
 
 
@@ -409,6 +414,7 @@ def original_loss(model: GPT, features, routing, tokens, mask):
     """-> L_o, metrics, log p(target) [B, T] without gradient, 0 where the mask is False."""
     features, targets = counted(mask, features, tokens[:, 1:])
     nll, said = lm_loss_and_log_probs(features, model.wte.weight, targets)
+    mask = mask.to(tokens.device)
     log_probs = said.new_zeros(mask.shape).masked_scatter(mask, said)
     balance, z, load = router_losses(routing.logits, routing.experts, mask)
     loss = nll + AUX_COEFFICIENT * (balance.sum() + z.sum())  # Switch: each MoE layer adds its own
@@ -442,7 +448,8 @@ def erl_losses(model: GPT, stem, branch, tokens: Tensor, mask: Tensor, args, gen
     logits = model.route_again(perturbed.inputs) if args.erl_grad == "router" else perturbed.logits
     log_probs = logits.log_softmax(-1).gather(-1, routes.experts)  # [mB, T, L, K], log P of the random experts
     loss, lm_metrics, original_log_probs = original_loss(model, features, original, tokens, mask)
-    S = routes.forced & mask.repeat(m, 1)[..., None]  # perturbed decisions at positions that predict a token
+    perturbed_mask = mask.repeat(m, 1)
+    S = routes.forced & perturbed_mask.to(hidden.device)[..., None]  # perturbed decisions that predict a token
     if explored is None:
         with torch.no_grad():  # the RL loss has no gradient through the head, and needs it at S alone
             answering = S.any(-1)  # [mB, T]
@@ -456,7 +463,7 @@ def erl_losses(model: GPT, stem, branch, tokens: Tensor, mask: Tensor, args, gen
     rl, metrics = erl_loss(log_probs, explored.old_log_probs, explored.advantages, S, clip_eps=args.clip_eps)
     perturbed_loss = rl
     if args.wpl:
-        features, targets = counted(mask.repeat(m, 1), perturbed_features, tokens[:, 1:].repeat(m, 1))
+        features, targets = counted(perturbed_mask, perturbed_features, tokens[:, 1:].repeat(m, 1))
         extra = lm_loss(features, model.wte.weight, targets)
         perturbed_loss, metrics["perturbed_lm_loss"] = rl + extra, extra.detach()
     return loss + args.delta * perturbed_loss, lm_metrics | metrics, explored
@@ -803,8 +810,7 @@ def main_loop(args, out, device, model: GPT, target: MoEConfig, task: Task, stat
                 tokens_seen += int(metrics.pop("tokens"))
             else:
                 tokens, mask = task.batches(step)
-                tokens_seen += int(mask.sum())
-                tokens, mask = tokens.to(device), mask.to(device)
+                tokens, tokens_seen = tokens.to(device), tokens_seen + int(mask.sum())
                 explored = None
                 for _ in range(args.inner_epochs if algo == "erl" else 1):
                     if algo == "erl":

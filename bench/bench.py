@@ -209,7 +209,7 @@ def words(model: GPT, args, T: int = 0):
     """tokens [B, T + 1] and a mask [B, T] without padding."""
     T = T or model.config.context
     tokens = torch.randint(model.config.vocab_size, (args.batch_size, T + 1), generator=train.rng(0, "words"))
-    return tokens.to(args.device), torch.ones(args.batch_size, T, dtype=torch.bool, device=args.device)
+    return tokens.to(args.device), torch.ones(args.batch_size, T, dtype=torch.bool)
 
 
 def parts(model: GPT, args):
@@ -414,6 +414,7 @@ def naive_erl_losses(model, stem, branch, tokens, mask, args, generator, explore
         return model.head(features).float().log_softmax(-1).gather(-1, targets).squeeze(-1), routing
 
     original, routing = forward()
+    mask = mask.to(tokens.device)
     balance, z, _ = train.router_losses(routing.logits, routing.experts, mask)
     loss = -(original * mask).sum() / mask.sum() + train.AUX_COEFFICIENT * (balance.sum() + z.sum())
     for _ in range(args.n_perturb):
