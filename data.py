@@ -146,6 +146,8 @@ def _summary(text: str, summary: str) -> Example:
 
 def _squad_example(row: dict) -> Example:
     answers = row["answers"]["text"] if isinstance(row["answers"], dict) else row["answers"]  # the hub's form, ours
+    if isinstance(answers, str):
+        raise TypeError("a text where a list of texts should be: its letters would be the answers")
     answers = tuple(a.strip() for a in answers if a.strip()) or ("",)
     question = row["question"].strip()
     return Example(f"{row['context'].strip()}\nQuestion: {question}\nAnswer:" if question else "",
@@ -461,7 +463,7 @@ def _check_split(spec: DatasetSpec, split: str) -> None:
 def _read_file(spec: DatasetSpec, split: str, data_dir: str) -> str:
     path = Path(data_dir, spec.files[split])
     try:
-        text = path.read_bytes().decode("utf-8")  # not read_text: line ends stay as they are
+        text = path.read_bytes().decode("utf-8-sig")  # not read_text: line ends stay as they are
     except FileNotFoundError:
         raise UserError(f"{path} is missing: --data-dir DIR reads {spec.name} from DIR/{spec.files[split]}") from None
     except UnicodeDecodeError:

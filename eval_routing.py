@@ -27,7 +27,18 @@ import data
 from data import UserError
 from erl import random_routes
 from moe import GPT, Routes, generate, load_model, pick_device, token_log_probs
-from train import Parser, find_checkpoint, number, one_of, rng, text_windows, told_plainly, write_json
+from train import (
+    Parser,
+    find_checkpoint,
+    is_finite,
+    number,
+    one_of,
+    rng,
+    text_windows,
+    told_plainly,
+    users_mistake,
+    write_json,
+)
 
 ALPHAS, EACH = (0.25, 0.5, 0.75), 33  # the ranked routes: the original and 33 at each alpha
 RANKED = 1 + EACH * len(ALPHAS)  # 100
@@ -77,6 +88,8 @@ def load_run(folder: str) -> tuple[GPT, dict, dict]:
         model, metadata = load_model(os.path.join(checkpoint, "model.safetensors"))
     if not model.config.moe_blocks:
         raise UserError(f"{folder} is a dense model: it has no routes to rank")
+    if not is_finite(model):
+        raise UserError(f"{folder} holds weights that are not finite: this checkpoint is broken")
     return model, config, metadata
 
 
@@ -418,11 +431,13 @@ def run(args: argparse.Namespace) -> dict:
 def main(argv: list[str] | None = None) -> int:
     try:
         result = run(parse(sys.argv[1:] if argv is None else argv))
-    except UserError as error:
-        print(f"eval_routing.py: {error}", file=sys.stderr)
-        return 2
     except KeyboardInterrupt:
         return 130
+    except Exception as error:
+        if (sentence := users_mistake(error)) is None:
+            raise
+        print(f"eval_routing.py: {' '.join(sentence.split())}", file=sys.stderr)
+        return 2
     print(f"{result['samples']} samples of {result['dataset']} {result['split']}, score: {result['score']}")
     for name in ("mrr", "hit1"):
         error = result[f"{name}_standard_error"]

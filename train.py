@@ -27,6 +27,7 @@ from dataclasses import asdict, replace
 from typing import NamedTuple
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor
 from tqdm import tqdm
 
@@ -112,7 +113,8 @@ def number(kind, low=None, high=None, above=None):
 def parser() -> Parser:
     p = Parser(description=__doc__.split("\n\n")[0], allow_abbrev=False)
     add = p.add_argument
-    count, positive, share = number(int, low=1), number(float, above=0), number(float, low=0, high=1)
+    count, share = number(int, low=1, high=10**8), number(float, low=0, high=1)
+    positive = number(float, above=0, high=1e30)
     add("--algo", type=one_of("algorithm", SUPERVISED + GENERATIVE), help=", ".join(SUPERVISED + GENERATIVE))
     add("--dataset", type=one_of("data set", tuple(data.DATASETS)), help=", ".join(data.DATASETS))
     add("--data-dir", help="read the set from files below this folder instead of the hub")
@@ -190,7 +192,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
         try:
             with open(os.path.join(args.out, "config.json")) as file:
                 saved = json.load(file)
-        except (OSError, json.JSONDecodeError):
+        except (OSError, ValueError):
             raise UserError(f"{args.out} holds no run to resume (no readable config.json)") from None
         if not isinstance(saved, dict) or set(vars(args)) - set(saved) - {"resume"}:
             raise UserError(f"{args.out}/config.json is not that of a run of this program")
@@ -332,7 +334,7 @@ def load_task(args, config: MoEConfig) -> Task:
     """The data set of a run; counts of cut and skipped examples are said once, on stderr."""
     spec, tokenizer = data.get_dataset(args.dataset), data.load_tokenizer(args.tokenizer, args.data_dir)
     generative = args.algo in GENERATIVE
-    if args.max_new_tokens >= config.context:
+    if args.max_new_tokens > config.context - 2:
         raise UserError(f"--max-new-tokens {args.max_new_tokens} leaves no room for a prompt: the context has "
                         f"{config.context} positions")  # fmt: skip
     if spec.kind == "text":
@@ -568,8 +570,16 @@ def respond(model: GPT, task: Task, examples, args, generator=None, samples: int
 def evaluate(model: GPT, task: Task, name: str, args, final: bool = False) -> dict[str, float]:
     """Scores on a held-out set: perplexity of a text, the task metric of generated answers."""
     held_out, samples = task.held_out[name], 16 if name in ("aime24", "aime25") else 1
+    broken = UserError("the model's probabilities are not finite: lower --lr (or --pretrain-lr) in a new run")
     if task.spec.kind == "text":
-        return evaluate_text(model, held_out, 8, 0 if final else args.eval_samples)
+        scores = evaluate_text(model, held_out, 8, 0 if final else args.eval_samples)
+        if not math.isfinite(scores["loss"]):
+            raise broken
+        return scores
+    prompt = data.encode_prompt(held_out[0], task.tokenizer, model.config.context - args.max_new_tokens)
+    with torch.no_grad():  # a broken model answers too: it must not score 0 as if it had been measured
+        if not model(torch.tensor([prompt], device=model.wte.weight.device)).logits.isfinite().all():
+            raise broken
     # ERPO section 5.1: 16 responses a problem of the small AIME sets (Avg@16), one elsewhere
     responses = respond(model, task, held_out, args, rng(args.seed, "evaluation", name), samples)
     return data.score(task.spec, responses, [e for e in held_out for _ in range(samples)])
@@ -617,9 +627,14 @@ def save_checkpoint(out: str, model: GPT, optimizer, step: int, **state):
     """A folder with weights and the rest, written aside and renamed: a killed run leaves a whole checkpoint."""
     new, old, aside = (os.path.join(out, name) for name in ("checkpoint", "checkpoint.old", "checkpoint.tmp"))
     shutil.rmtree(aside, ignore_errors=True)
-    os.makedirs(aside)
-    save_model(model, os.path.join(aside, "model.safetensors"), step=step)
-    torch.save({"step": step, "optimizer": optimizer.state_dict(), **state}, os.path.join(aside, "state.pt"))
+    try:
+        os.makedirs(aside)
+        save_model(model, os.path.join(aside, "model.safetensors"), step=step)
+        torch.save({"step": step, "optimizer": optimizer.state_dict(), **state}, os.path.join(aside, "state.pt"))
+    except (OSError, RuntimeError, SafetensorError) as error:  # each library reports a full disk in its own way
+        shutil.rmtree(aside, ignore_errors=True)
+        raise UserError(f"the checkpoint of step {step} could not be written ({error}): make room for {out}, then "
+                        "continue with --resume from the one before") from error  # fmt: skip
     if os.path.isdir(new):
         shutil.rmtree(old, ignore_errors=True)
         os.rename(new, old)
@@ -636,7 +651,11 @@ def load_checkpoint(folder: str) -> tuple[GPT, dict]:
     with told_plainly():
         model, _ = load_model(os.path.join(folder, "model.safetensors"))
     try:
-        return model, torch.load(os.path.join(folder, "state.pt"), map_location="cpu", weights_only=True)
+        state = torch.load(os.path.join(folder, "state.pt"), map_location="cpu", weights_only=True)
+        numbers = all(isinstance(state[name], (int, float)) for name in ("metrics_bytes", "seconds", "tokens"))
+        if not (isinstance(state["step"], int) and isinstance(state["optimizer"], dict) and numbers):
+            raise TypeError
+        return model, state
     except Exception as error:  # torch.load has no error type of its own for a broken file
         raise UserError(f"{folder}/state.pt is not a readable checkpoint of this program") from error
 
@@ -657,34 +676,45 @@ def load_initial(source: str) -> GPT:
     raise UserError(f"--init {source}: there is no run, checkpoint file or GPT-2 folder of that name")
 
 
-def initial_models(args, tokenizer) -> tuple[GPT, MoEConfig]:
-    """The model a run starts from, and the configuration of the model that the algorithm trains."""
+def is_finite(model: GPT) -> bool:
+    return all(bool(p.isfinite().all()) for p in model.parameters())
+
+
+def initial_models(args, tokenizer, saved: GPT | None = None) -> tuple[GPT, MoEConfig]:
+    """The model that a run starts from, or goes on from (`saved`), and the configuration that its algorithm trains."""
     with told_plainly():
         experts = {"n_expert": 1} if args.algo == "dense" else {
             name: getattr(args, name)
             for name in ("n_expert", "top_k", "n_shared_expert", "moe_every", "gate", "expert_capacity")
         }  # fmt: skip
-        if args.init == "scratch":
+        if args.init == "scratch" and saved is None:
             target = MoEConfig(vocab_size=tokenizer.vocab_size, **SIZES[args.model], **experts)
             first = target.dense() if args.algo in SUPERVISED else target
             return GPT(first, rng(args.seed, "weights")), target
-        model = load_initial(args.init)
+        model, source = load_initial(args.init) if saved is None else saved, f"--init {args.init}"
+        if saved is not None:
+            source = f"the checkpoint in {args.out}"
+        else:  # its own size, whatever --model says
+            size = {name: getattr(model.config, name) for name in SIZES["tiny"]}
+            args.model = next((name for name in SIZES if SIZES[name] == size), "custom")
+        if not is_finite(model):
+            raise UserError(f"{source} holds weights that are not finite: take another one")
         if model.config.vocab_size != tokenizer.vocab_size:
             raise UserError(
-                f"--init {args.init} has a vocabulary of {model.config.vocab_size}, the tokenizer {tokenizer.name} "
+                f"{source} has a vocabulary of {model.config.vocab_size}, the tokenizer {tokenizer.name} "
                 f"one of {tokenizer.vocab_size}: choose the tokenizer that it was trained with"
             )
         if model.config.n_expert == 1:
             return model, replace(model.config, **experts)
         if args.algo == "dense":
-            raise UserError(f"--init {args.init} has experts: --algo dense needs a dense model")
-        if args.pretrain_steps and args.algo in SUPERVISED:
+            raise UserError(f"{source} has experts: --algo dense needs a dense model")
+        if args.pretrain_steps and args.algo in SUPERVISED and saved is None:
             raise UserError("--pretrain-steps trains a dense model, and --init names one with experts: set it to 0")
         wanted = replace(model.config, **experts)
         if wanted != model.config:
             differ = [k for k, v in asdict(wanted).items() if v != asdict(model.config)[k]]
             flags = " ".join(f"--{k.replace('_', '-')} {getattr(model.config, k)}" for k in differ)
-            raise UserError(f"--init {args.init} has other experts than the flags ask for: add {flags}")
+            raise UserError(f"{source} has other experts than the flags ask for: add {flags}")
         return model, model.config
 
 
@@ -714,7 +744,9 @@ def run(args) -> dict:
     with told_plainly():
         device = pick_device(args.device)
     tokenizer = data.load_tokenizer(args.tokenizer, args.data_dir)
-    model, target = initial_models(args, tokenizer)
+    folder = find_checkpoint(args.out) if args.resume else None
+    saved, state = load_checkpoint(folder) if folder else (None, None)
+    model, target = initial_models(args, tokenizer, saved)
     task = load_task(args, target)
     if args.steps is None:
         draws = args.prompts_per_step if args.algo in GENERATIVE else args.batch_size
@@ -724,13 +756,16 @@ def run(args) -> dict:
     args.eval_every = args.eval_every or max(1, total // 10)
     args.checkpoint_every = args.checkpoint_every or args.eval_every
 
-    state = {"step": 0, "metrics_bytes": 0, "seconds": 0.0, "tokens": 0}
-    optimizer_state = None
-    if args.resume and (folder := find_checkpoint(args.out)):
-        model, state = load_checkpoint(folder)
-        optimizer_state = state.pop("optimizer")
-        if state["step"] == args.pretrain_steps:
-            optimizer_state = None  # the first phase is over: the algorithm has an optimizer of its own
+    if state is None:
+        state = {"step": 0, "metrics_bytes": 0, "seconds": 0.0, "tokens": 0, "optimizer": None}
+    else:
+        begun = state["step"] > (args.pretrain_steps if args.algo in SUPERVISED else 0)  # the target is trained already
+        if state["step"] > total or begun and model.config != target:
+            raise UserError(f"the checkpoint in {args.out} is not of this run: it stands at step {state['step']} of "
+                            f"{total} and holds {model.config}")  # fmt: skip
+    optimizer_state = state["optimizer"]
+    if state["step"] == args.pretrain_steps:
+        optimizer_state = None  # the first phase is over: the algorithm has an optimizer of its own
     out = open_run(args)
     with locked(out):
         try:
@@ -764,7 +799,11 @@ def main_loop(args, out, device, model: GPT, target: MoEConfig, task: Task, stat
     autocast = torch.autocast(device.type, torch.bfloat16, enabled=args.dtype == "bfloat16", cache_enabled=False)
     metrics_path = os.path.join(out, "metrics.jsonl")
     with open(metrics_path, "ab") as file:
+        if file.tell() < state["metrics_bytes"]:
+            raise UserError(f"{metrics_path} is shorter than it was when the checkpoint was saved: put the run's own "
+                            f"file back, or start a new run with --init {out}")  # fmt: skip
         file.truncate(state["metrics_bytes"])  # lines after the checkpoint will be written again
+    read_metrics(out)  # better to hear of a spoilt line now than after the last step
     begun, tokens_seen, step = time.perf_counter() - state["seconds"], state["tokens"], state["step"]
 
     def log(**row):
@@ -772,12 +811,18 @@ def main_loop(args, out, device, model: GPT, target: MoEConfig, task: Task, stat
         with open(metrics_path, "a") as file:
             file.write(json.dumps(row) + "\n")
 
+    def spoilt(what: str) -> UserError:
+        kept = f"{out} keeps the last checkpoint" if find_checkpoint(out) else "nothing was saved"
+        return UserError(f"{what} at step {step}: lower --lr (or --pretrain-lr) in a new run; {kept}")
+
     def save():
+        if not is_finite(model):
+            raise spoilt("the weights are not finite")
         save_checkpoint(out, model, optimizer, step, metrics_bytes=os.path.getsize(metrics_path),
                         seconds=time.perf_counter() - begun, tokens=tokens_seen)  # fmt: skip
 
     def begin_phase(model):
-        if step >= P and model.config != target:
+        if model.config != target and (step >= P or args.algo in GENERATIVE):
             model = upcycle(model, target, rng(args.seed, "routers")).to(device)
         stem, branch = model.stem, model.branch
         if args.compile:
@@ -786,10 +831,15 @@ def main_loop(args, out, device, model: GPT, target: MoEConfig, task: Task, stat
 
     model, stem, branch, optimizer = begin_phase(model)
     if optimizer_state is not None:
-        optimizer.load_state_dict(optimizer_state)
+        try:
+            optimizer.load_state_dict(optimizer_state)
+        except (ValueError, KeyError, TypeError) as error:
+            raise UserError(f"{out}/checkpoint/state.pt does not fit the weights beside it: {error}") from error
     if step == 0:
         total_parameters, active = (model if model.config == target else GPT(target)).count_parameters()
         print(f"{total_parameters:,} parameters, {active:,} active a token; run folder {out}", file=sys.stderr)
+    else:
+        print(f"going on at step {step} of {total}", file=sys.stderr)
 
     with stop_politely() as stop, tqdm(total=total, initial=step, disable=None, unit="step") as bar, autocast:
         while step < total:
@@ -829,10 +879,9 @@ def main_loop(args, out, device, model: GPT, target: MoEConfig, task: Task, stat
             logging = step % LOG_EVERY == 0 or algo in GENERATIVE or step == total
             if logging or saving:
                 metrics = {k: v.item() if isinstance(v, Tensor) else v for k, v in metrics.items()}
-                for name in ("loss", "grad_norm"):  # a gradient that is not finite has spoilt the weights just now
+                for name in ("loss", "grad_norm", "entropy"):  # such a gradient has spoilt the weights just now
                     if not math.isfinite(metrics.get(name, 0.0)):
-                        raise UserError(f"{name} is {metrics[name]} at step {step}: lower --lr; {out} keeps the last "
-                                        "checkpoint")  # fmt: skip
+                        raise spoilt(f"{name} is {metrics[name]}")
             if logging:
                 seconds = time.perf_counter() - begun
                 shown = {"loss": f"{metrics['loss']:.3f}", "tok/s": f"{tokens_seen / seconds:.0f}"}
@@ -870,6 +919,8 @@ def main_loop(args, out, device, model: GPT, target: MoEConfig, task: Task, stat
     }  # fmt: skip
     write_json(os.path.join(out, "summary.json"), summary)
     plot_curves(out)
+    scores = ", ".join(f"{k} {summary[k]:.4g}" for k in next(iter(tests.values())))
+    print(f"{out}: {scores} on {' and '.join(tests)} after {total} steps")
     return summary
 
 
@@ -957,6 +1008,7 @@ def stop_politely():
         if stop.asked or stop.at_once:
             raise KeyboardInterrupt
         stop.asked = True
+        print("\nstopping after this step; Ctrl-C once more stops at once", file=sys.stderr)
 
     try:
         previous = signal.signal(signal.SIGINT, handler)
@@ -970,8 +1022,13 @@ def stop_politely():
 
 
 def read_metrics(out: str) -> list[dict]:
-    with open(os.path.join(out, "metrics.jsonl")) as file:
-        return [json.loads(line) for line in file]
+    path = os.path.join(out, "metrics.jsonl")
+    try:
+        with open(path) as file:
+            return [json.loads(line) for line in file]
+    except ValueError:
+        raise UserError(f"{path} holds a line that is not JSON: remove the line, or start a new run with --init {out}"
+                        ) from None  # fmt: skip
 
 
 def plot_curves(out: str):
@@ -1043,11 +1100,22 @@ def main(argv: list[str] | None = None) -> int:
             return demo()
         run(parse(argv))
         return 0
-    except UserError as error:
-        print(f"train.py: {' '.join(str(error).split())}", file=sys.stderr)  # one line, whatever it quotes
-        return 2
     except KeyboardInterrupt:
         return 130
+    except Exception as error:
+        if (sentence := users_mistake(error)) is None:
+            raise
+        print(f"train.py: {' '.join(sentence.split())}", file=sys.stderr)  # one line, whatever it quotes
+        return 2
+
+
+def users_mistake(error: Exception) -> str | None:
+    """What to tell the user; None where the program is to blame."""
+    if isinstance(error, OSError) and error.filename:
+        return f"{error.filename}: {error.strerror}"
+    if isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "can't allocate memory" in str(error):
+        return "out of memory: lower --batch-size, --prompts-per-step, --n-expert or --model"
+    return str(error) if isinstance(error, UserError) else None
 
 
 if __name__ == "__main__":

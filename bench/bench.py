@@ -644,18 +644,25 @@ def main(argv: list[str] | None = None) -> dict:
     argv = sys.argv[1:] if argv is None else argv
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("benchmark", choices=list(BENCHMARKS))
-    parser.add_argument("--pairs", type=int, default=7, help="rounds of A B C ...")
-    parser.add_argument("--device", default="cpu", help="cpu or cuda")
+    count = train.number(int, low=1)
+    parser.add_argument("--pairs", type=count, default=7, help="rounds of A B C ...")
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     parser.add_argument("--model", choices=list(SIZES), default="tiny")
-    parser.add_argument("--batch-size", type=int, default=8)
+    parser.add_argument("--batch-size", type=count, default=8)
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], help="of the products; default: bfloat16 on CUDA")
     parser.add_argument("--compile", action="store_true", help="torch.compile the model, as train.py --compile does")
-    parser.add_argument("--threads", type=int, default=1, help="CPU threads")
+    parser.add_argument("--threads", type=count, default=1, help="CPU threads")
     parser.add_argument("--out", default="results", help="folder of the JSON and the picture")
     parser.add_argument("--quick", action="store_true", help="smallest sizes, one round: does it run?")
     parser.add_argument("--memory-of", help=argparse.SUPPRESS)
     args = parser.parse_args(argv)
     args.argv = argv
+    if args.device == "cuda" and not torch.cuda.is_available():
+        parser.error("this machine has no CUDA device that PyTorch can use: leave --device out")
+    try:
+        os.makedirs(args.out, exist_ok=True)  # before the work, not after it
+    except OSError as error:
+        parser.error(f"cannot write into {args.out}: {error.strerror}")
     args.device = torch.device(args.device)
     args.dtype = args.dtype or ("bfloat16" if args.device.type == "cuda" else "float32")
     if args.quick:
@@ -671,7 +678,6 @@ def main(argv: list[str] | None = None) -> dict:
         "dtype": args.dtype, "compiled": args.compile, "threads": torch.get_num_threads(), "pairs": args.pairs,
         "model": args.model, "batch_size": args.batch_size, "groups": measure(groups, args),
     }  # fmt: skip
-    os.makedirs(args.out, exist_ok=True)
     path = os.path.join(args.out, f"bench-{args.benchmark}")
     with open(path + ".json", "w") as file:
         json.dump(results, file, indent=1)

@@ -6,6 +6,7 @@ as a Markdown table, and draws the validation metric and the reward over the ste
 
 import argparse
 import json
+import math
 import sys
 from collections import defaultdict
 from pathlib import Path
@@ -26,18 +27,27 @@ def main(argv=None) -> int:
     p.add_argument("--metric", default="accuracy")
     p.add_argument("--out", required=True, help="writes OUT.png and OUT.json")
     args = p.parse_args(argv)
-    groups = defaultdict(list)
+    groups, dataset = defaultdict(list), None
+
+    def refuse(sentence: str) -> int:
+        print(f"compare_runs.py: {sentence}", file=sys.stderr)
+        return 2
+
     for run in map(Path, args.runs):
         try:
             summary = json.loads((run / "summary.json").read_text())
             rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-        except (OSError, ValueError) as error:
-            print(f"compare_runs.py: {run} is no finished run ({error})", file=sys.stderr)
-            return 2
-        if args.metric not in summary:
-            print(f"compare_runs.py: {run} has no {args.metric} in its summary.json", file=sys.stderr)
-            return 2
-        groups[summary["algo"]].append((summary, rows))
+            algo, seed, its_dataset, _ = (summary[name] for name in ("algo", "seed", "dataset", "seconds"))
+        except (OSError, ValueError, TypeError, KeyError) as error:
+            return refuse(f"{run} is no finished run ({error})")
+        value = summary.get(args.metric)
+        if not isinstance(value, float) or not math.isfinite(value):
+            return refuse(f"{run} has no {args.metric} in its summary.json")
+        if its_dataset != (dataset := dataset or its_dataset):
+            return refuse(f"{run} ran on {its_dataset}, the runs before it on {dataset}: their scores do not compare")
+        if seed in (s["seed"] for s, _ in groups[algo]):
+            return refuse(f"{run}: {algo} with seed {seed} was given before")
+        groups[algo].append((summary, rows))
 
     figure, axes = plt.subplots(1, 2, figsize=(11, 4), layout="constrained")
     panels = (("evaluation", args.metric, f"validation {args.metric}"), (None, "reward_mean", "mean reward of samples"))
@@ -60,11 +70,15 @@ def main(argv=None) -> int:
     for axis, (_, _, title) in zip(axes, panels, strict=True):
         axis.set(xlabel="step", ylabel=title)
         axis.grid(alpha=0.3)
-        axis.legend()
+        if axis.get_lines():
+            axis.legend()
     out = Path(args.out)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(out.with_suffix(".png"), dpi=110)
-    out.with_suffix(".json").write_text(json.dumps(table, indent=2) + "\n")
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        figure.savefig(f"{out}.png", dpi=110)
+        Path(f"{out}.json").write_text(json.dumps(table, indent=2) + "\n")
+    except OSError as error:
+        return refuse(f"cannot write {out}.png and {out}.json: {error.strerror}")
     return 0
 
 

@@ -1,6 +1,7 @@
 """The programs as a user runs them: every algorithm on every data set, what a run folder holds, and bad input."""
 
 import hashlib
+import importlib.util
 import json
 import math
 import os
@@ -17,6 +18,7 @@ from safetensors.torch import load_file, save_file
 
 import data
 import eval_routing
+import moe
 import train
 from moe import SIZES
 
@@ -503,9 +505,10 @@ def test_another_vocabulary(runs, capsys, monkeypatch):
 def test_a_loss_that_diverges_ends_the_run(here, capsys):
     assert train.main(shlex.split(f"--algo dense --dataset addition {LITTLE} --steps 40 --lr 1e18 --out r")) == 2
     last = capsys.readouterr().err.splitlines()[-1]
-    assert "lower --lr" in last and "r keeps the last checkpoint" in last
+    folder = train.find_checkpoint("r")
+    assert "lower --lr" in last and ("r keeps the last checkpoint" if folder else "nothing was saved") in last
     assert not Path("r/summary.json").exists()
-    if folder := train.find_checkpoint("r"):
+    if folder:
         weights = load_file(Path(folder, "model.safetensors"))
         assert all(w.isfinite().all() for w in weights.values())
 
@@ -533,3 +536,128 @@ def test_without_a_network(tmp_path):
         assert len(err.splitlines()) == 1 and err.startswith("train.py: "), (flags, err)
         assert all(word in err for word in words), (flags, err)
     assert not (tmp_path / "r").exists()
+
+
+# ----------------------------------------------------------------------------------------- what a resumed run may find
+
+
+@pytest.mark.parametrize("spoil", ["gone", "short", "text"])
+def test_resume_without_the_lines_that_were_written(spoil, runs, capsys):
+    path = Path("lm/metrics.jsonl")
+    if spoil == "gone":
+        path.unlink()
+    elif spoil == "short":
+        cut(path)
+    else:
+        path.write_text("x" + path.read_text()[1:])
+    assert train.main(shlex.split("--resume --out lm")) == 2
+    last = capsys.readouterr().err.splitlines()[-1]
+    assert "lm/metrics.jsonl" in last and "--init lm" in last
+
+
+def test_resume_with_the_checkpoint_of_another_run(runs, capsys):
+    for other, out in (("dense", "lm"), ("lm", "dense")):
+        shutil.move(f"{out}/checkpoint", "kept")
+        shutil.copytree(f"{other}/checkpoint", f"{out}/checkpoint")
+        assert f"the checkpoint in {out}" in refused(f"--resume --out {out}", runs, capsys)
+        shutil.rmtree(f"{out}/checkpoint")
+        shutil.move("kept", f"{out}/checkpoint")
+
+
+def spoil_state(**changes):
+    path = Path("lm/checkpoint/state.pt")
+    state = torch.load(path, weights_only=True) | changes
+    torch.save({k: v for k, v in state.items() if v is not None}, path)
+
+
+@pytest.mark.parametrize("changes", [{"step": 500}, {"step": "x"}, {"optimizer": None}, {"metrics_bytes": None},
+                                     {"optimizer": {"state": {}, "param_groups": []}}])  # fmt: skip
+def test_resume_with_a_state_that_makes_no_sense(changes, runs, capsys):
+    run("--algo lm --dataset addition", "longer", LITTLE + " --steps 4")
+    shutil.rmtree("lm")
+    shutil.move("longer", "lm")
+    spoil_state(**({"step": 3} | changes))
+    assert train.main(shlex.split("--resume --out lm")) == 2
+    assert capsys.readouterr().err.splitlines()[-1].startswith("train.py: ")
+
+
+def test_resume_needs_the_checkpoint_and_not_what_the_run_began_with(runs):
+    run("--algo lm --dataset addition --init dense", "next")
+    before = Path("next/summary.json").read_text()
+    shutil.rmtree("dense")
+    assert train.main(shlex.split("--resume --out next")) == 0
+    new, old = json.loads(Path("next/summary.json").read_text()), json.loads(before)
+    assert new["accuracy"] == old["accuracy"] and new["steps"] == old["steps"]
+
+
+def test_a_full_disk_leaves_the_last_checkpoint(runs, capsys, monkeypatch):
+    real, saves = torch.save, []
+
+    def save(*args):
+        saves.append(1)
+        if len(saves) == 3:
+            raise RuntimeError("unexpected pos 64 vs 0")  # what PyTorch says of a full disk
+        real(*args)
+
+    monkeypatch.setattr(torch, "save", save)
+    assert train.main(shlex.split(f"--algo lm --dataset addition {LITTLE} --checkpoint-every 1 --out r")) == 2
+    last = capsys.readouterr().err.splitlines()[-1]
+    assert "the checkpoint of step 3 could not be written" in last and "--resume" in last
+    assert train.load_checkpoint(train.find_checkpoint("r"))[1]["step"] == 2 and not Path("r/checkpoint.tmp").exists()
+    assert train.main(shlex.split("--resume --out r")) == 0
+
+
+@pytest.mark.parametrize("flags", ["--algo grpo --pretrain-steps 1 --pretrain-lr 1e30", "--algo lm --lr 1e30",
+                                   "--algo dense --steps 1 --lr 1e30"])  # fmt: skip
+def test_weights_that_are_not_finite_give_no_score(flags, here, capsys):
+    assert train.main(shlex.split(f"{LITTLE} --dataset addition {flags} --out r")) == 2
+    assert "lower --lr (or --pretrain-lr)" in capsys.readouterr().err.splitlines()[-1]
+    assert not Path("r/summary.json").exists()
+
+
+def test_spoilt_weights_are_no_beginning(runs, capsys):
+    path = Path("dense/checkpoint/model.safetensors")
+    model, _ = moe.load_model(str(path))
+    with torch.no_grad():
+        model.wte.weight[3] = float("nan")
+    moe.save_model(model, str(path))
+    says = refused(f"--algo lm --dataset addition {LITTLE} --init dense --out r", runs, capsys)
+    assert "--init dense holds weights that are not finite" in says
+
+
+def test_a_model_from_elsewhere_brings_its_own_size(runs, monkeypatch):
+    run("--algo lm --dataset addition --init dense --model small", "r")
+    assert json.loads(Path("r/config.json").read_text())["model"] == "tiny"
+
+
+def test_what_the_user_hears_of_the_machine():
+    assert train.users_mistake(PermissionError(13, "Permission denied", "r/.lock")) == "r/.lock: Permission denied"
+    assert "--batch-size" in train.users_mistake(RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried"))
+    assert "--batch-size" in train.users_mistake(torch.OutOfMemoryError("CUDA out of memory"))
+    assert train.users_mistake(RuntimeError("shape mismatch")) is None  # the program's fault: a traceback
+
+
+# ------------------------------------------------------------------------------------------------------- compare_runs
+
+
+@pytest.fixture
+def compare_runs():
+    spec = importlib.util.spec_from_file_location("compare_runs", ROOT / "bench" / "compare_runs.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module.main
+
+
+def test_compare_runs(runs, capsys, compare_runs):
+    run("--algo lm --dataset addition --seed 1", "second")
+    capsys.readouterr()
+    assert compare_runs(["lm", "second", "dense", "--out", "x/v1.2"]) == 0
+    table = json.loads(Path("x/v1.2.json").read_text())
+    assert table["lm"]["seeds"] == [0, 1] and table["dense"]["seeds"] == [0] and Path("x/v1.2.png").exists()
+    assert "| `lm` | 2 |" in capsys.readouterr().out
+    run("--algo lm --dataset countdown", "other")
+    for bad, says in ((["lm", "other"], "ran on countdown"), (["lm", "lm"], "was given before"),
+                      (["nowhere"], "is no finished run"), (["lm", "--metric", "algo"], "has no algo")):  # fmt: skip
+        assert compare_runs([*bad, "--out", "y"]) == 2
+        assert says in capsys.readouterr().err
+    assert not Path("y.json").exists()
