@@ -430,7 +430,8 @@ def run(args: argparse.Namespace) -> dict:
 
 def main(argv: list[str] | None = None) -> int:
     try:
-        result = run(parse(sys.argv[1:] if argv is None else argv))
+        args = parse(sys.argv[1:] if argv is None else argv)
+        result = run(args)
     except KeyboardInterrupt:
         return 130
     except Exception as error:
@@ -444,6 +445,10 @@ def main(argv: list[str] | None = None) -> int:
         print(f"{name:10}{result[name]:10.4f} +- {error:.4f} (chance {result[f'chance_{name}']:.4f})")
     print(f"{'original':10}{result['original_score']:10.4f}\n{'perturbed':10}{result['perturbed_score']:10.4f}")
     print("robustness", "  ".join(f"{a}: {s:.4f}" for a, s in result["robustness"].items()))
+    tied = sum(result["tied_routes"]) / ((RANKED - 1) * result["samples"])
+    print(f"{'tied':10}{tied:10.4f} of the perturbed routes score as the original does" + (
+        ": MRR and Hit@1 are chance by construction" if tied == 1 else ""))  # fmt: skip
+    print(f"routing.json and the pictures are in {args.out or args.run}")
     return 0
 
 
