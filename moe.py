@@ -492,6 +492,7 @@ class GPT(nn.Module):
 
 BLOCK_ELEMENTS = 1 << 23  # logits that exist at a time
 CPU_TILE = (512, 384)  # tokens x words
+SMALL_VOCABULARY = 1024  # up to here one product is fastest
 
 
 def _blocks(x: Tensor, weight: Tensor):
@@ -617,7 +618,7 @@ def lm_loss_and_log_probs(features, weight, targets, mask=None) -> tuple[Tensor,
     shape, features, targets = targets.shape, features.flatten(0, -2), targets.flatten()
     keep = torch.ones_like(targets, dtype=torch.bool) if mask is None else mask.flatten()
     scale = keep.to(torch.promote_types(features.dtype, torch.float32)) / keep.sum().clamp(min=1)
-    if weight.shape[0] <= 4096:  # the logits are small: one product is fastest
+    if weight.shape[0] <= SMALL_VOCABULARY:
         nll = F.cross_entropy(F.linear(features, weight).to(scale.dtype), targets, reduction="none")
         return (nll * scale).sum(), -nll.detach().view(shape)
     loss, log_probs = _LMLoss.apply(features, weight, targets, scale)
@@ -629,7 +630,7 @@ def token_log_probs(features: Tensor, weight: Tensor, targets: Tensor, temperatu
 
     features [B, T, D], weight [V, D], targets int64 [B, T] -> [B, T], float32 (float64 stays float64).
     """
-    if weight.shape[0] <= 4096:
+    if weight.shape[0] <= SMALL_VOCABULARY:
         logits = F.linear(features, weight)
         logits = logits.to(torch.promote_types(logits.dtype, torch.float32)) / temperature
         return logits.log_softmax(-1).gather(-1, targets[..., None]).squeeze(-1)
