@@ -46,7 +46,7 @@ def main(argv: list[str] | None = None) -> int:
                 flags += ["--data-dir", args.data_dir] if args.data_dir else []
                 said, begun = io.StringIO(), time.perf_counter()
                 try:
-                    with contextlib.redirect_stderr(said):
+                    with contextlib.redirect_stderr(said), contextlib.redirect_stdout(io.StringIO()):
                         status = train.main(flags)
                 except Exception as error:  # a crash is what this looks for: on to the next run
                     status = 1
