@@ -1008,7 +1008,7 @@ def stop_politely():
         if stop.asked or stop.at_once:
             raise KeyboardInterrupt
         stop.asked = True
-        print("\nstopping after this step; Ctrl-C once more stops at once", file=sys.stderr)
+        os.write(2, b"\nstopping after this step; Ctrl-C once more stops at once\n")  # print is not for handlers
 
     try:
         previous = signal.signal(signal.SIGINT, handler)
@@ -1027,8 +1027,8 @@ def read_metrics(out: str) -> list[dict]:
         with open(path) as file:
             return [json.loads(line) for line in file]
     except ValueError:
-        raise UserError(f"{path} holds a line that is not JSON: remove the line, or start a new run with --init {out}"
-                        ) from None  # fmt: skip
+        raise UserError(f"{path} holds a line that is not JSON: put the run's own file back, or start a new run with "
+                        f"--init {out}") from None  # fmt: skip
 
 
 def plot_curves(out: str):
