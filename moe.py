@@ -621,6 +621,8 @@ def lm_loss_and_log_probs(features, weight, targets, mask=None) -> tuple[Tensor,
     if weight.shape[0] <= SMALL_VOCABULARY:
         nll = F.cross_entropy(F.linear(features, weight).to(scale.dtype), targets, reduction="none")
         return (nll * scale).sum(), -nll.detach().view(shape)
+    if not torch.is_grad_enabled():  # a parameter asks for its gradient even then, and it is computed in the forward
+        features, weight = features.detach(), weight.detach()
     loss, log_probs = _LMLoss.apply(features, weight, targets, scale)
     return loss, log_probs.view(shape)
 
