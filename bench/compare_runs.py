@@ -54,9 +54,10 @@ def main(argv=None) -> int:
     table = {}
     print(f"| algorithm | seeds | test {args.metric} before | after | minutes |\n| --- | --- | --- | --- | --- |")
     for i, (algo, runs) in enumerate(sorted(groups.items())):
+        runs = sorted(runs, key=lambda run: run[0]["seed"])  # "seed10" is listed before "seed2"
         before, after = [s.get(f"before_{args.metric}") for s, _ in runs], [s[args.metric] for s, _ in runs]
         minutes = [s["seconds"] / 60 for s, _ in runs]
-        seeds = sorted(s["seed"] for s, _ in runs)
+        seeds = [s["seed"] for s, _ in runs]
         table[algo] = {"seeds": seeds, "before": before, "after": after, "minutes": minutes}
         shown = "-" if None in before else spread(before)
         print(f"| `{algo}` | {len(seeds)} | {shown} | {spread(after)} | {sum(minutes) / len(minutes):.1f} |")

@@ -33,7 +33,7 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data-dir", help="as of train.py; without it the sets come from the hub")
     parser.add_argument("--datasets", nargs="*", help="default: all that can be trained on")
-    parser.add_argument("--threads", type=int, default=1, help="CPU threads")
+    parser.add_argument("--threads", type=train.number(int, low=1), default=1, help="CPU threads")
     parser.add_argument("--out", default="results", help="folder of the JSON")
     args = parser.parse_args(argv)
     torch.set_num_threads(args.threads)

@@ -651,8 +651,11 @@ def compare_runs():
 def test_compare_runs(runs, capsys, compare_runs):
     run("--algo lm --dataset addition --seed 1", "second")
     capsys.readouterr()
-    assert compare_runs(["lm", "second", "dense", "--out", "x/v1.2"]) == 0
+    summary = json.loads(Path("second/summary.json").read_text()) | {"accuracy": 0.75}  # to tell the two apart
+    Path("second/summary.json").write_text(json.dumps(summary))
+    assert compare_runs(["second", "lm", "dense", "--out", "x/v1.2"]) == 0
     table = json.loads(Path("x/v1.2.json").read_text())
+    assert table["lm"]["after"][1] == 0.75 != table["lm"]["after"][0]
     assert table["lm"]["seeds"] == [0, 1] and table["dense"]["seeds"] == [0] and Path("x/v1.2.png").exists()
     assert "| `lm` | 2 |" in capsys.readouterr().out
     run("--algo lm --dataset countdown", "other")
