@@ -91,9 +91,10 @@ def _prepare(log_probs, old_log_probs, advantages, response_mask, clip_low, clip
         raise ValueError(f"log_probs must have shape [B, T], neither of them 0, got {list(log_probs.shape)}")
     B, T = log_probs.shape
     for name, tensor, shape in (
-        ("old_log_probs", old_log_probs, (B, T)), ("advantages", advantages, (B,)),
+        ("old_log_probs", old_log_probs, (B, T)),
+        ("advantages", advantages, (B,)),
         ("response_mask", response_mask, (B, T)),
-    ):  # fmt: skip
+    ):
         if tuple(tensor.shape) != shape:
             raise ValueError(f"{name} must have shape {list(shape)}, got {list(tensor.shape)}")
     if response_mask.dtype != torch.bool:

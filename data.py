@@ -14,7 +14,6 @@ division is the same on every machine, for every seed, and for a part of the set
 
 import ast
 import contextlib
-import difflib
 import functools
 import hashlib
 import itertools
@@ -36,18 +35,10 @@ from typing import NamedTuple
 import numpy as np
 import tiktoken
 
+from support.errors import UserError, nearest
+
 SPLITS = ("train", "validation", "test")
 CACHE_VERSION = 1  # raise it when the same text and tokenizer give other tokens than before
-
-
-class UserError(Exception):
-    """A mistake that the user can mend. Programs print it as one sentence on stderr and exit with status 2."""
-
-
-def nearest(kind: str, name: str, known: Sequence[str]) -> UserError:
-    """The error for a name that does not exist, with the nearest one that does."""
-    guess = difflib.get_close_matches(str(name), known, n=1, cutoff=0)[0]
-    return UserError(f"unknown {kind} {name!r}: did you mean {guess!r}? There are {', '.join(known)}")
 
 
 # ---------------------------------------------------------------------------------------------------- tokenizers
@@ -71,7 +62,7 @@ class Tokenizer:
 
 
 def load_tokenizer(name: str, data_dir: str | None = None) -> Tokenizer:
-    """"bytes": the 256 bytes and an end token, vocabulary 257, no download. "gpt2": GPT-2's BPE, vocabulary 50257.
+    """ "bytes": the 256 bytes and an end token, vocabulary 257, no download. "gpt2": GPT-2's BPE, vocabulary 50257.
 
     tiktoken fetches GPT-2's two vocabulary files at their first use; TIKTOKEN_CACHE_DIR, or a folder `tiktoken-cache`
     in data_dir, holds them for a machine without network.
@@ -79,8 +70,11 @@ def load_tokenizer(name: str, data_dir: str | None = None) -> Tokenizer:
     if name == "bytes":
         ranks = {bytes([i]): i for i in range(256)}
         # the pattern only cuts the text into pieces; with no merges every piece becomes its bytes
-        return Tokenizer(tiktoken.Encoding("bytes", pat_str=r"(?s:.{1,64})", mergeable_ranks=ranks,
-                                           special_tokens={"<|endoftext|>": 256}))
+        return Tokenizer(
+            tiktoken.Encoding(
+                "bytes", pat_str=r"(?s:.{1,64})", mergeable_ranks=ranks, special_tokens={"<|endoftext|>": 256}
+            )
+        )
     if name != "gpt2":
         raise nearest("tokenizer", name, ("gpt2", "bytes"))
     folder = Path(data_dir, "tiktoken-cache") if data_dir else None
@@ -150,8 +144,9 @@ def _squad_example(row: dict) -> Example:
         raise TypeError("a text where a list of texts should be: its letters would be the answers")
     answers = tuple(a.strip() for a in answers if a.strip()) or ("",)
     question = row["question"].strip()
-    return Example(f"{row['context'].strip()}\nQuestion: {question}\nAnswer:" if question else "",
-                   " " + answers[0], answers)
+    return Example(
+        f"{row['context'].strip()}\nQuestion: {question}\nAnswer:" if question else "", " " + answers[0], answers
+    )
 
 
 def _gsm8k_example(row: dict) -> Example:
@@ -167,8 +162,9 @@ def _math_example(row: dict) -> Example:
     answer = ",".join(map(str, answer)) if isinstance(answer, list) else str(answer)
     references = (answer.strip(), *(v.strip() for v in row.get("answer_variants", ()) if v.strip()))
     problem = row["problem"].strip()
-    return Example(f"Problem: {problem}\nAnswer in \\boxed{{}}:" if problem else "", f" \\boxed{{{references[0]}}}",
-                   references)
+    return Example(
+        f"Problem: {problem}\nAnswer in \\boxed{{}}:" if problem else "", f" \\boxed{{{references[0]}}}", references
+    )
 
 
 # ------------------------------------------------------------------------------------------------- generated tasks
@@ -303,8 +299,12 @@ def _plain_math(text: str) -> str:
 
 def _number(text: str) -> Decimal | None:
     r"""12, 1,234.50, -3, 025, 8.7e8 and 8.7 \times 10^{8}; nothing else."""
-    match = re.fullmatch(r"([-+]?)((?:\d{1,3}(?:,\d{3})+|\d+)?(?:\.\d*)?)"
-                         r"(?:[eE]([-+]?\d{1,4})| ?\\(?:times|cdot) ?10\^(?:\{([-+]?\d{1,4})\}|(\d)))?", text, re.ASCII)
+    match = re.fullmatch(
+        r"([-+]?)((?:\d{1,3}(?:,\d{3})+|\d+)?(?:\.\d*)?)"
+        r"(?:[eE]([-+]?\d{1,4})| ?\\(?:times|cdot) ?10\^(?:\{([-+]?\d{1,4})\}|(\d)))?",
+        text,
+        re.ASCII,
+    )
     if not match or not re.search(r"\d", match[2]):
         return None
     exponent = match[3] or match[4] or match[5] or "0"
@@ -335,8 +335,11 @@ def same_math(reference: str, answer: str) -> bool:
     # its time limit is a signal, which only the main thread may set; other threads go without one
     limit = 2 if threading.current_thread() is threading.main_thread() else None
     try:
-        return verify(parse(f"\\boxed{{{reference}}}", parsing_timeout=limit),
-                      parse(f"\\boxed{{{answer}}}", parsing_timeout=limit), timeout_seconds=limit)
+        return verify(
+            parse(f"\\boxed{{{reference}}}", parsing_timeout=limit),
+            parse(f"\\boxed{{{answer}}}", parsing_timeout=limit),
+            timeout_seconds=limit,
+        )
     except (Exception, timed_out):  # a late signal escapes the library, and is no Exception
         return False
 
@@ -391,49 +394,112 @@ _PROBLEM = {"problem": "problem", "answer": "answer"}
 
 
 def _math_test(name: str, file: str, hub: str, split: str = "test", **columns: str) -> DatasetSpec:
-    return DatasetSpec(name, "task", "gpt2", 512, **_MATH, files={"test": f"math-eval/{file}.jsonl"},
-                       hub=(hub, None, None), hub_splits={"test": split}, columns=_PROBLEM | columns)
+    return DatasetSpec(
+        name,
+        "task",
+        "gpt2",
+        512,
+        **_MATH,
+        files={"test": f"math-eval/{file}.jsonl"},
+        hub=(hub, None, None),
+        hub_splits={"test": split},
+        columns=_PROBLEM | columns,
+    )
 
 
-DATASETS: dict[str, DatasetSpec] = {spec.name: spec for spec in (
-    # ---- text
-    DatasetSpec("pydocs", "text", "bytes", 64, **_UNIGRAMS),
-    DatasetSpec("wikitext2", "text", "gpt2", 32, **_UNIGRAMS, hub=("Salesforce/wikitext", "wikitext-2-v1", None),
-                hub_splits=_OWN_SPLITS, columns={"text": "text"},
-                files=_files("wikitext-2/wiki.{}.tokens", "train", "valid", "test")),
-    # ---- summaries and questions
-    DatasetSpec("samsum", "task", "gpt2", 64, **_SUMMARY, example=_samsum_example,
-                files=_files("samsum/{}.jsonl", "train", "val", "test"),
-                hub=("knkarthick/samsum", None, None), hub_splits=_OWN_SPLITS,
-                columns={"dialogue": "dialogue", "summary": "summary"}),
-    DatasetSpec("xsum", "task", "gpt2", 64, **_SUMMARY, example=_xsum_example, key="document",
-                files=_files("xsum/xsum.jsonl", "", "", ""),  # a file without splits: all three are carved out of it
-                hub=("EdinburghNLP/xsum", None, "refs/convert/parquet"), hub_splits=_OWN_SPLITS,
-                columns={"document": "document", "summary": "summary"}),
-    DatasetSpec("squad", "task", "gpt2", 32, **_SQUAD, example=_squad_example, key="context",
-                files=_files("squad-v1.1/{}.jsonl", "train_subset", "train_subset", "dev"),
-                hub=("rajpurkar/squad", None, None), hub_splits=_files("{}", "train", "train", "validation"),
-                columns={"context": "context", "question": "question", "answers": "answers"}),
-    # ---- mathematics
-    DatasetSpec("gsm8k", "task", "gpt2", 256, **_MATH | {"example": _gsm8k_example}, key="question",
-                files=_files("gsm8k/{}.jsonl", "train", "train", "test"),
-                hub=("openai/gsm8k", "main", None), hub_splits=_FROM_TRAIN,
-                columns={"question": "question", "answer": "answer"}),
-    DatasetSpec("deepscaler", "task", "gpt2", 512, **_MATH, key="problem",
-                files=_files("deepscaler/train_subset.jsonl", "", ""),
-                hub=("agentica-org/DeepScaleR-Preview-Dataset", None, None),
-                hub_splits=_files("train", "", ""), columns=_PROBLEM,
-                test_sets=("math500", "aime24", "aime25", "minerva", "olympiad")),
-    _math_test("math500", "math500", "HuggingFaceH4/MATH-500"),
-    _math_test("aime24", "aime2024", "HuggingFaceH4/aime_2024", "train"),
-    _math_test("aime25", "aime2025", "math-ai/aime25"),
-    _math_test("minerva", "minerva_math", "math-ai/minervamath", problem="question"),
-    _math_test("olympiad", "olympiadbench", "math-ai/olympiadbench", problem="question", answer="final_answer"),
-    # ---- generated
-    DatasetSpec("addition", "task", "bytes", 4, **_EXACT, problems=_addition_problems),
-    DatasetSpec("countdown", "task", "bytes", 8, **_EXACT | {"measure": measure_countdown},
-                problems=_countdown_problems),
-)}
+DATASETS: dict[str, DatasetSpec] = {
+    spec.name: spec
+    for spec in (
+        # ---- text
+        DatasetSpec("pydocs", "text", "bytes", 64, **_UNIGRAMS),
+        DatasetSpec(
+            "wikitext2",
+            "text",
+            "gpt2",
+            32,
+            **_UNIGRAMS,
+            hub=("Salesforce/wikitext", "wikitext-2-v1", None),
+            hub_splits=_OWN_SPLITS,
+            columns={"text": "text"},
+            files=_files("wikitext-2/wiki.{}.tokens", "train", "valid", "test"),
+        ),
+        # ---- summaries and questions
+        DatasetSpec(
+            "samsum",
+            "task",
+            "gpt2",
+            64,
+            **_SUMMARY,
+            example=_samsum_example,
+            files=_files("samsum/{}.jsonl", "train", "val", "test"),
+            hub=("knkarthick/samsum", None, None),
+            hub_splits=_OWN_SPLITS,
+            columns={"dialogue": "dialogue", "summary": "summary"},
+        ),
+        DatasetSpec(
+            "xsum",
+            "task",
+            "gpt2",
+            64,
+            **_SUMMARY,
+            example=_xsum_example,
+            key="document",
+            files=_files("xsum/xsum.jsonl", "", "", ""),  # a file without splits: all three are carved out of it
+            hub=("EdinburghNLP/xsum", None, "refs/convert/parquet"),
+            hub_splits=_OWN_SPLITS,
+            columns={"document": "document", "summary": "summary"},
+        ),
+        DatasetSpec(
+            "squad",
+            "task",
+            "gpt2",
+            32,
+            **_SQUAD,
+            example=_squad_example,
+            key="context",
+            files=_files("squad-v1.1/{}.jsonl", "train_subset", "train_subset", "dev"),
+            hub=("rajpurkar/squad", None, None),
+            hub_splits=_files("{}", "train", "train", "validation"),
+            columns={"context": "context", "question": "question", "answers": "answers"},
+        ),
+        # ---- mathematics
+        DatasetSpec(
+            "gsm8k",
+            "task",
+            "gpt2",
+            256,
+            **_MATH | {"example": _gsm8k_example},
+            key="question",
+            files=_files("gsm8k/{}.jsonl", "train", "train", "test"),
+            hub=("openai/gsm8k", "main", None),
+            hub_splits=_FROM_TRAIN,
+            columns={"question": "question", "answer": "answer"},
+        ),
+        DatasetSpec(
+            "deepscaler",
+            "task",
+            "gpt2",
+            512,
+            **_MATH,
+            key="problem",
+            files=_files("deepscaler/train_subset.jsonl", "", ""),
+            hub=("agentica-org/DeepScaleR-Preview-Dataset", None, None),
+            hub_splits=_files("train", "", ""),
+            columns=_PROBLEM,
+            test_sets=("math500", "aime24", "aime25", "minerva", "olympiad"),
+        ),
+        _math_test("math500", "math500", "HuggingFaceH4/MATH-500"),
+        _math_test("aime24", "aime2024", "HuggingFaceH4/aime_2024", "train"),
+        _math_test("aime25", "aime2025", "math-ai/aime25"),
+        _math_test("minerva", "minerva_math", "math-ai/minervamath", problem="question"),
+        _math_test("olympiad", "olympiadbench", "math-ai/olympiadbench", problem="question", answer="final_answer"),
+        # ---- generated
+        DatasetSpec("addition", "task", "bytes", 4, **_EXACT, problems=_addition_problems),
+        DatasetSpec(
+            "countdown", "task", "bytes", 8, **_EXACT | {"measure": measure_countdown}, problems=_countdown_problems
+        ),
+    )
+}
 
 
 def get_dataset(name: str) -> DatasetSpec:
@@ -502,19 +568,24 @@ def _read_hub(spec: DatasetSpec, split: str):
             huggingface_hub.get_session().head(huggingface_hub.constants.ENDPOINT, timeout=10)
         rows = datasets.load_dataset(hub_id, config, revision=revision, split=spec.hub_splits[split])
     except Exception as error:  # no network, no such id, a broken download, no `datasets`: each with its own class
-        raise UserError(f"{hub_id} could not be read from the hub ({_one_line(error)}): --data-dir DIR reads "
-                        f"DIR/{spec.files[split]} without network, HF_HUB_OFFLINE=1 what was downloaded before, "
-                        "HF_ENDPOINT names a mirror") from error
+        raise UserError(
+            f"{hub_id} could not be read from the hub ({_one_line(error)}): --data-dir DIR reads "
+            f"DIR/{spec.files[split]} without network, HF_HUB_OFFLINE=1 what was downloaded before, "
+            "HF_ENDPOINT names a mirror"
+        ) from error
     missing = [c for c in spec.columns.values() if c not in rows.column_names]
     if missing:
-        raise UserError(f"{hub_id} has no column {missing[0]!r}, only {', '.join(rows.column_names)}: --data-dir DIR "
-                        f"reads DIR/{spec.files[split]} instead")
+        raise UserError(
+            f"{hub_id} has no column {missing[0]!r}, only {', '.join(rows.column_names)}: --data-dir DIR "
+            f"reads DIR/{spec.files[split]} instead"
+        )
     rows = rows.select_columns(list(spec.columns.values()))
     return rows.rename_columns({theirs: ours for ours, theirs in spec.columns.items() if ours != theirs})
 
 
-def load_examples(name: str, split: str, *, data_dir: str | None = None, seed: int = 0,
-                  limit: int | None = None) -> Examples:
+def load_examples(
+    name: str, split: str, *, data_dir: str | None = None, seed: int = 0, limit: int | None = None
+) -> Examples:
     """The examples of a task set in an order drawn from `seed`, at most `limit` of them.
 
     Records without a prompt (an empty dialogue) or without a reference are left out and counted in `.skipped`.
@@ -544,8 +615,10 @@ def load_examples(name: str, split: str, *, data_dir: str | None = None, seed: i
         else:
             examples.skipped += 1
     if not examples and limit != 0:
-        raise UserError(f"{spec.name} has no {split} example: of {len(rows)} records in {sources[split]}, "
-                        f"{examples.skipped} lack a prompt or a reference and the others belong to another split")
+        raise UserError(
+            f"{spec.name} has no {split} example: of {len(rows)} records in {sources[split]}, "
+            f"{examples.skipped} lack a prompt or a reference and the others belong to another split"
+        )
     return examples
 
 
@@ -572,8 +645,9 @@ class TextSplit(NamedTuple):
     num_bytes: int  # UTF-8 bytes of the text, for bits per byte
 
 
-def load_text(name: str, split: str, tokenizer: Tokenizer, *, data_dir: str | None = None,
-              cache_dir: str = ".cache") -> TextSplit:
+def load_text(
+    name: str, split: str, tokenizer: Tokenizer, *, data_dir: str | None = None, cache_dir: str = ".cache"
+) -> TextSplit:
     """A text set's split as tokens, cached below cache_dir under a hash of the text, the tokenizer and this code."""
     spec = get_dataset(name)
     if spec.kind != "text":
@@ -636,8 +710,15 @@ def _pydocs(split: str) -> str:
     return "\n\n".join(filter(None, documents)) + "\n"
 
 
-def continuation_examples(text: TextSplit, tokenizer: Tokenizer, *, prompt_tokens: int, answer_tokens: int,
-                          limit: int | None = None, seed: int = 0) -> Examples:
+def continuation_examples(
+    text: TextSplit,
+    tokenizer: Tokenizer,
+    *,
+    prompt_tokens: int,
+    answer_tokens: int,
+    limit: int | None = None,
+    seed: int = 0,
+) -> Examples:
     """A text set as a task: windows that do not overlap, the first part the prompt, what follows the reference.
 
     Windows without a word in either part are left out and counted in `.skipped`.
@@ -651,7 +732,7 @@ def continuation_examples(text: TextSplit, tokenizer: Tokenizer, *, prompt_token
     for start in starts:
         if limit is not None and len(examples) >= limit:
             break
-        window = text.tokens[start:start + width].tolist()
+        window = text.tokens[start : start + width].tolist()
         # a cut inside a character leaves U+FFFD at the edge, which the text does not hold
         prompt = tokenizer.decode(window[:prompt_tokens]).strip("\ufffd")
         answer = tokenizer.decode(window[prompt_tokens:]).strip("\ufffd")
@@ -679,8 +760,9 @@ def encode_prompt(example: Example, tokenizer: Tokenizer, max_tokens: int) -> li
     return tokenizer.encode(example.prompt)[-max_tokens:]
 
 
-def encode_examples(examples: Sequence[Example], tokenizer: Tokenizer, context: int, *,
-                    min_new_tokens: int = 0) -> tuple[list[Encoded], dict[str, int]]:
+def encode_examples(
+    examples: Sequence[Example], tokenizer: Tokenizer, context: int, *, min_new_tokens: int = 0
+) -> tuple[list[Encoded], dict[str, int]]:
     """Prompt + answer + end token in at most `context` tokens, and the counts to report once.
 
     A prompt is cut from the left until the answer (or min_new_tokens, if that is more) fits behind it: "cut". Left
@@ -720,8 +802,9 @@ def sample_score(spec: DatasetSpec, response: str, example: Example) -> float:
 def score(spec: DatasetSpec, responses: Sequence[str], examples: Sequence[Example]) -> dict[str, float]:
     """The means over all responses, as fractions: rouge1 rouge2 rougeL | exact_match f1 | accuracy | unigram_f1."""
     if not responses or len(responses) != len(examples):
-        raise ValueError(f"responses: expected one for each of the {len(examples)} examples and at least one, "
-                         f"got {len(responses)}")
+        raise ValueError(
+            f"responses: expected one for each of the {len(examples)} examples and at least one, got {len(responses)}"
+        )
     measured = [spec.measure(r, e) for r, e in zip(responses, examples, strict=True)]
     return {name: sum(m[name] for m in measured) / len(measured) for name in measured[0]}
 

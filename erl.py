@@ -79,8 +79,9 @@ def erl_loss(router_log_probs, old_router_log_probs, advantages, perturbed, *, c
     ValueError: a shape or mask type other than the above, clip_eps below 0.
     """
     if router_log_probs.dim() != 4 or not router_log_probs.shape[3]:
-        raise ValueError(f"router_log_probs must have shape [B, T, L, K], K above 0, "
-                         f"got {list(router_log_probs.shape)}")  # fmt: skip
+        raise ValueError(
+            f"router_log_probs must have shape [B, T, L, K], K above 0, got {list(router_log_probs.shape)}"
+        )
     B, T, L, K = router_log_probs.shape
     _check_shape("old_router_log_probs", old_router_log_probs, (B, T, L, K))
     _check_shape("advantages", advantages, (B, T))

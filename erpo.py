@@ -11,8 +11,23 @@ K active experts a token, E experts a layer; each (layer, expert) pair is an exp
 import torch
 
 
-def erpo_loss(log_probs, old_log_probs, rewards, response_mask, experts, old_experts, expert_probs, old_expert_probs, *,
-              num_experts, group_size, alpha=0.2, clip_low=0.2, clip_high=0.28, entropy_reward="relative"):  # fmt: skip
+def erpo_loss(
+    log_probs,
+    old_log_probs,
+    rewards,
+    response_mask,
+    experts,
+    old_experts,
+    expert_probs,
+    old_expert_probs,
+    *,
+    num_experts,
+    group_size,
+    alpha=0.2,
+    clip_low=0.2,
+    clip_high=0.28,
+    entropy_reward="relative",
+):
     """-J_ERPO (eq. 11). With E = K = L = 1, alpha = 0, GSPO's clip range and a response in every row it is GSPO.
 
     log_probs, old_log_probs        [B, T]        of the token that position t predicts; gradient through log_probs only
@@ -39,8 +54,22 @@ def erpo_loss(log_probs, old_log_probs, rewards, response_mask, experts, old_exp
     ValueError: wrong shapes or types, G below 2 or no divisor of B, rewards that are not finite, unknown options, and
     on the CPU expert ids outside 0..E-1 (elsewhere the device reports them in its own way).
     """
-    _check(log_probs, old_log_probs, rewards, response_mask, experts, old_experts, expert_probs, old_expert_probs,
-           num_experts, group_size, alpha, clip_low, clip_high, entropy_reward)  # fmt: skip
+    _check(
+        log_probs,
+        old_log_probs,
+        rewards,
+        response_mask,
+        experts,
+        old_experts,
+        expert_probs,
+        old_expert_probs,
+        num_experts,
+        group_size,
+        alpha,
+        clip_low,
+        clip_high,
+        entropy_reward,
+    )
     dtype = torch.float64 if log_probs.dtype == torch.float64 else torch.float32
     R = rewards.detach().to(dtype).to(log_probs.device, non_blocking=True)  # [B]
 
@@ -49,7 +78,8 @@ def erpo_loss(log_probs, old_log_probs, rewards, response_mask, experts, old_exp
     size, log_p, H = _clusters(log_probs.to(dtype), experts, expert_probs, response_mask, num_experts)
     with torch.no_grad():
         old_size, old_log_p, old_H = _clusters(
-            old_log_probs.to(dtype), old_experts, old_expert_probs, response_mask, num_experts)  # fmt: skip
+            old_log_probs.to(dtype), old_experts, old_expert_probs, response_mask, num_experts
+        )
     # Decision: a pair active under one policy only has no ratio and is left out of the sum and of |E^i|.
     valid = (size > 0) & (old_size > 0)
     log_e = (log_p - old_log_p).masked_fill(~valid, 0)
@@ -135,11 +165,17 @@ class _ClusterSums(torch.autograd.Function):
             ids = _bucket_ids(experts, mask, layer, num_experts)
             p = expert_probs[:, :, layer].to(log_probs.dtype)
             entropy = p.clamp(min=torch.finfo(p.dtype).tiny).log_().mul_(p).neg_()  # -P log P, 0 at P = 0
-            sums.append(torch.stack((
-                _bucket_sums(torch.ones_like(p), ids, num_experts + 1),
-                _bucket_sums(log_probs.unsqueeze(-1).expand(shape), ids, num_experts + 1),  # in each of K clusters
-                _bucket_sums(entropy, ids, num_experts + 1),
-            )))  # fmt: skip
+            sums.append(
+                torch.stack(
+                    (
+                        _bucket_sums(torch.ones_like(p), ids, num_experts + 1),
+                        _bucket_sums(
+                            log_probs.unsqueeze(-1).expand(shape), ids, num_experts + 1
+                        ),  # in each of K clusters
+                        _bucket_sums(entropy, ids, num_experts + 1),
+                    )
+                )
+            )
         size, log_prob_sum, entropy_sum = torch.stack(sums, 2)[..., :num_experts].unbind()
         ctx.mark_non_differentiable(size, entropy_sum)
         return size, log_prob_sum, entropy_sum
@@ -175,16 +211,34 @@ def _bucket_sums_without_atomics(values, ids, buckets):
     return values.new_zeros(*values.shape[:2], buckets).scatter_(2, ids, values).sum(1)
 
 
-def _check(log_probs, old_log_probs, rewards, response_mask, experts, old_experts, expert_probs, old_expert_probs,
-           num_experts, group_size, alpha, clip_low, clip_high, entropy_reward):  # fmt: skip
+def _check(
+    log_probs,
+    old_log_probs,
+    rewards,
+    response_mask,
+    experts,
+    old_experts,
+    expert_probs,
+    old_expert_probs,
+    num_experts,
+    group_size,
+    alpha,
+    clip_low,
+    clip_high,
+    entropy_reward,
+):
     if experts.dim() != 4 or experts.numel() == 0:
         raise ValueError(f"experts must have shape [B, T, L, K], none of them 0, got {list(experts.shape)}")
     B, T, L, K = experts.shape
     for name, tensor, shape in (
-        ("log_probs", log_probs, (B, T)), ("old_log_probs", old_log_probs, (B, T)), ("rewards", rewards, (B,)),
-        ("response_mask", response_mask, (B, T)), ("old_experts", old_experts, (B, T, L, K)),
-        ("expert_probs", expert_probs, (B, T, L, K)), ("old_expert_probs", old_expert_probs, (B, T, L, K)),
-    ):  # fmt: skip
+        ("log_probs", log_probs, (B, T)),
+        ("old_log_probs", old_log_probs, (B, T)),
+        ("rewards", rewards, (B,)),
+        ("response_mask", response_mask, (B, T)),
+        ("old_experts", old_experts, (B, T, L, K)),
+        ("expert_probs", expert_probs, (B, T, L, K)),
+        ("old_expert_probs", old_expert_probs, (B, T, L, K)),
+    ):
         if tuple(tensor.shape) != shape:
             raise ValueError(f"{name} must have shape {list(shape)}, got {list(tensor.shape)}")
     if response_mask.dtype != torch.bool:
@@ -208,5 +262,7 @@ def _check(log_probs, old_log_probs, rewards, response_mask, experts, old_expert
             lowest, highest = ids[:, :, layer].masked_fill(~response_mask.unsqueeze(-1), 0).aminmax()  # 0 is valid
             if not 0 <= lowest <= highest < num_experts:
                 used = ids[:, :, layer][response_mask]  # [response tokens, K]
-                raise ValueError(f"{name} must lie in 0..{num_experts - 1} at response positions, "
-                                 f"got {used.min()}..{used.max()} in layer {layer}")  # fmt: skip
+                raise ValueError(
+                    f"{name} must lie in 0..{num_experts - 1} at response positions, "
+                    f"got {used.min()}..{used.max()} in layer {layer}"
+                )

@@ -106,8 +106,10 @@ def load_samples(args, model: GPT, config: dict) -> Samples:
     data_dir = args.data_dir or config["data_dir"]
     spec, tokenizer = data.get_dataset(name), data.load_tokenizer(config["tokenizer"], data_dir)
     if tokenizer.vocab_size != model.config.vocab_size:
-        raise UserError(f"{args.run} is not one run: its model has a vocabulary of {model.config.vocab_size}, the "
-                        f"tokenizer of its config.json one of {tokenizer.vocab_size}")  # fmt: skip
+        raise UserError(
+            f"{args.run} is not one run: its model has a vocabulary of {model.config.vocab_size}, the "
+            f"tokenizer of its config.json one of {tokenizer.vocab_size}"
+        )
     if spec.kind == "text":
         text = data.load_text(name, args.split, tokenizer, data_dir=data_dir)
         windows = list(text_windows(text.tokens, context))
@@ -177,8 +179,14 @@ def score_task(model: GPT, example, prompt, routes: Routes, samples: Samples, ba
     """Scores of the answers that greedy decoding gives to a prompt along every route."""
     values, known, original = [], {}, None
     for part in batches(model, routes, batch_size):
-        rollout = generate(model, [prompt] * len(part.forced), max_new_tokens=samples.max_new_tokens, temperature=0,
-                           end_token=samples.tokenizer.end, routes=part)  # fmt: skip
+        rollout = generate(
+            model,
+            [prompt] * len(part.forced),
+            max_new_tokens=samples.max_new_tokens,
+            temperature=0,
+            end_token=samples.tokenizer.end,
+            routes=part,
+        )
         for response in map(samples.tokenizer.decode, rollout.responses(samples.tokenizer.end)):
             if response not in known:  # many routes give the same answer
                 known[response] = data.sample_score(samples.spec, response, example)
@@ -238,17 +246,24 @@ def figures(scored: list[Scored], config, text: bool) -> dict:
     slots = torch.stack([experts == j for j in range(config.n_expert)], -1).sum((0, 2))  # [L, E]
     return {
         "samples": len(scored),
-        "mrr": mrr, "mrr_standard_error": mrr_error, "chance_mrr": CHANCE_MRR,
-        "hit1": hit1, "hit1_standard_error": hit1_error, "chance_hit1": CHANCE_HIT1,
-        "original_score": score(values[:, :1]), "perturbed_score": score(values[:, 1:RANKED]),
+        "mrr": mrr,
+        "mrr_standard_error": mrr_error,
+        "chance_mrr": CHANCE_MRR,
+        "hit1": hit1,
+        "hit1_standard_error": hit1_error,
+        "chance_hit1": CHANCE_HIT1,
+        "original_score": score(values[:, :1]),
+        "perturbed_score": score(values[:, 1:RANKED]),
         "robustness": {f"{a:g}": score(values[:, alphas == a]) for a in (0.0, *ALPHAS, 1.0)},
         "top1_histogram": (torch.histc(top1, BINS, 0, 1) / top1.numel()).tolist(),
         "top1_above_0.9": (top1 > 0.9).double().mean().item(),
         "expert_load": (slots / slots.sum(1, keepdim=True)).tolist(),
         "routing_decisions": top1.numel(),
-        "better_routes": better, "tied_routes": tied,
-        "original_scores": by_sample(values[:, :1]), "perturbed_scores": by_sample(values[:, 1:RANKED]),
-    }  # fmt: skip
+        "better_routes": better,
+        "tied_routes": tied,
+        "original_scores": by_sample(values[:, :1]),
+        "perturbed_scores": by_sample(values[:, 1:RANKED]),
+    }
 
 
 @torch.no_grad()
@@ -292,8 +307,12 @@ def compare(args, model: GPT, config: dict, samples: Samples) -> dict:
     share, tokens = expert_consistency(model, second.to(model.wte.weight.device), rows, samples.tokenizer)
     large = tokens >= SMALLEST_CLUSTER
     shown = [[share[i, j].item() if large[i, j] else None for j in range(share.shape[1])] for i in range(len(share))]
-    return {"compared_with": args.compare, "compared_tokens": count, "expert_consistency": shown,
-            "expert_consistency_tokens": tokens.tolist()}  # fmt: skip
+    return {
+        "compared_with": args.compare,
+        "compared_tokens": count,
+        "expert_consistency": shown,
+        "expert_consistency_tokens": tokens.tolist(),
+    }
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -317,16 +336,20 @@ def draw(result: dict, out: str):
     left.bar([i + 3 for i in range(0, RANKED, 5)], [sum(shares[i : i + 5]) for i in range(0, RANKED, 5)], width=4.6)
     left.axhline(5, color="black", ls="--", lw=1, label="chance: 5 % in each bar")
     left.set(xlabel=f"rank of the original among {RANKED} routes (1: best)", ylabel="samples [%]", xlim=(0, RANKED + 1))
-    left.set_title(f"MRR {result['mrr']:.3f} (chance {CHANCE_MRR:.3f}), "
-                   f"Hit@1 {100 * result['hit1']:.1f} % (chance {100 * CHANCE_HIT1:.0f} %)", fontsize=10)  # fmt: skip
+    left.set_title(
+        f"MRR {result['mrr']:.3f} (chance {CHANCE_MRR:.3f}), "
+        f"Hit@1 {100 * result['hit1']:.1f} % (chance {100 * CHANCE_HIT1:.0f} %)",
+        fontsize=10,
+    )
     leave_room(left)
     x, y = result["original_scores"], result["perturbed_scores"]
     ends = [min(x + y), max(x + y)]
     right.plot(ends, ends, color="black", ls="--", lw=1, label="equal")
     right.scatter(x, y, s=14, alpha=0.5, label="a sample")
     right.set(xlabel=f"{score}, original route", ylabel=f"mean {score}, {RANKED - 1} perturbed routes")
-    right.set_title(f"{score} {result['original_score']:.4g}, perturbed {result['perturbed_score']:.4g} ({best})",
-                    fontsize=10)  # fmt: skip
+    right.set_title(
+        f"{score} {result['original_score']:.4g}, perturbed {result['perturbed_score']:.4g} ({best})", fontsize=10
+    )
     right.legend(fontsize=9)
     figure.savefig(os.path.join(out, "routing_ranks.png"), dpi=130)
 
@@ -335,8 +358,12 @@ def draw(result: dict, out: str):
     points = [(float(alpha), value) for alpha, value in result["robustness"].items()]
     axis.plot(*zip(*points, strict=True), marker="o", label="perturbed")
     axis.axhline(points[0][1], color="black", ls="--", lw=1, label="original route")
-    axis.set(xlabel="share of routing decisions replaced (alpha)", ylabel=f"{score} ({best})", title=f"{run}, {split}",
-             xticks=[alpha for alpha, _ in points])  # fmt: skip
+    axis.set(
+        xlabel="share of routing decisions replaced (alpha)",
+        ylabel=f"{score} ({best})",
+        title=f"{run}, {split}",
+        xticks=[alpha for alpha, _ in points],
+    )
     axis.grid(alpha=0.3)
     axis.legend(fontsize=9)
     figure.savefig(os.path.join(out, "routing_robustness.png"), dpi=130)
@@ -350,13 +377,21 @@ def draw(result: dict, out: str):
     leave_room(axis)
     figure.savefig(os.path.join(out, "routing_top1.png"), dpi=130)
 
-    heat_map(result["expert_load"], f"{run}, {split}: share of each layer's tokens (even load: {1 / E:.3f})", None,
-             os.path.join(out, "routing_load.png"))  # fmt: skip
+    heat_map(
+        result["expert_load"],
+        f"{run}, {split}: share of each layer's tokens (even load: {1 / E:.3f})",
+        None,
+        os.path.join(out, "routing_load.png"),
+    )
     if "expert_consistency" in result:
         other = os.path.basename(os.path.abspath(result["compared_with"]))
-        heat_map(result["expert_consistency"], f"{split}: share of an expert's tokens in {run}\nthat stay with it in "
-                 f"{other} (white: below {SMALLEST_CLUSTER} tokens)", 1.0,
-                 os.path.join(out, "routing_consistency.png"))  # fmt: skip
+        heat_map(
+            result["expert_consistency"],
+            f"{split}: share of an expert's tokens in {run}\nthat stay with it in "
+            f"{other} (white: below {SMALLEST_CLUSTER} tokens)",
+            1.0,
+            os.path.join(out, "routing_consistency.png"),
+        )
 
 
 def leave_room(axis):
@@ -418,8 +453,16 @@ def run(args: argparse.Namespace) -> dict:
             routes = draw_routes(model, len(prompt) + samples.max_new_tokens, *key)
             scored.append(score_task(model, item, prompt, routes, samples, args.batch_size))
     metric = "perplexity" if text else samples.spec.metric
-    result = {"run": args.run, "step": metadata.get("step"), "dataset": samples.spec.name, "split": args.split,
-              "seed": args.seed, "score": metric, **figures(scored, model.config, text), **compared}  # fmt: skip
+    result = {
+        "run": args.run,
+        "step": metadata.get("step"),
+        "dataset": samples.spec.name,
+        "split": args.split,
+        "seed": args.seed,
+        "score": metric,
+        **figures(scored, model.config, text),
+        **compared,
+    }
     try:
         draw(result, out)
         write_json(os.path.join(out, "routing.json"), result)
@@ -446,8 +489,10 @@ def main(argv: list[str] | None = None) -> int:
     print(f"{'original':10}{result['original_score']:10.4f}\n{'perturbed':10}{result['perturbed_score']:10.4f}")
     print("robustness", "  ".join(f"{a}: {s:.4f}" for a, s in result["robustness"].items()))
     tied = sum(result["tied_routes"]) / ((RANKED - 1) * result["samples"])
-    print(f"{'tied':10}{tied:10.4f} of the perturbed routes score as the original does" + (
-        ": MRR and Hit@1 are chance by construction" if tied == 1 else ""))  # fmt: skip
+    print(
+        f"{'tied':10}{tied:10.4f} of the perturbed routes score as the original does"
+        + (": MRR and Hit@1 are chance by construction" if tied == 1 else "")
+    )
     print(f"routing.json and the pictures are in {args.out or args.run}")
     return 0
 

@@ -202,10 +202,12 @@ def _experts_in_turn(x, w_in, b_in, w_out, b_out, ends) -> Tensor:
     fill a gradient of all experts with zeros for each expert."""
     parts = x.split(ends.diff(prepend=ends.new_zeros(1)).tolist())  # unlike that of slices, its gradient is one cat
     weights = zip(w_in.unbind(0), b_in.unbind(0), w_out.unbind(0), b_out.unbind(0), strict=True)
-    return torch.cat([
-        torch.addmm(b2, F.gelu(torch.addmm(b1, part, w1), approximate="tanh"), w2)
-        for part, (w1, b1, w2, b2) in zip(parts, weights, strict=True)
-    ])  # fmt: skip
+    return torch.cat(
+        [
+            torch.addmm(b2, F.gelu(torch.addmm(b1, part, w1), approximate="tanh"), w2)
+            for part, (w1, b1, w2, b2) in zip(parts, weights, strict=True)
+        ]
+    )
 
 
 def _grouped_linear(x: Tensor, weight: Tensor, bias: Tensor, expert_ids: Tensor, ends: Tensor) -> Tensor:
@@ -239,9 +241,7 @@ class Experts(nn.Module):
             return F.linear(hidden, self.w_out.squeeze(0).T, self.b_out.squeeze(0))
         if torch.is_autocast_enabled(x.device.type):  # autocast does not know the grouped product
             dtype = torch.get_autocast_dtype(x.device.type)
-            x, w_in, b_in, w_out, b_out = (
-                t.to(dtype) for t in (x, self.w_in, self.b_in, self.w_out, self.b_out)
-            )  # fmt: skip
+            x, w_in, b_in, w_out, b_out = (t.to(dtype) for t in (x, self.w_in, self.b_in, self.w_out, self.b_out))
         else:
             w_in, b_in, w_out, b_out = self.w_in, self.b_in, self.w_out, self.b_out
         N, K = experts.shape
@@ -578,7 +578,7 @@ class _TokenLogProbs(torch.autograd.Function):
         x, w, blocks, words = _blocks(features, weight)
         out, log_norm = torch.empty(
             2, x.shape[0], 1, device=x.device, dtype=torch.promote_types(x.dtype, torch.float32)
-        )  # fmt: skip
+        )
         for s in blocks:
             out[s], log_norm[s] = _block_log_probs(x[s], w, targets[s, None], words, temperature)
         ctx.save_for_backward(features, weight, targets, log_norm)
@@ -935,16 +935,28 @@ def load_gpt2(source: str = "openai-community/gpt2") -> GPT:
             f"GPT-2's weights could not be had from {source!r} ({type(error).__name__}): give --init a folder with "
             "config.json and model.safetensors, or a network and HF_ENDPOINT that reach the hub"
         ) from error
-    expected = dict(model_type="gpt2", activation_function="gelu_new", layer_norm_epsilon=1e-5,
-                    scale_attn_by_inverse_layer_idx=False, tie_word_embeddings=True)  # fmt: skip
+    expected = dict(
+        model_type="gpt2",
+        activation_function="gelu_new",
+        layer_norm_epsilon=1e-5,
+        scale_attn_by_inverse_layer_idx=False,
+        tie_word_embeddings=True,
+    )
     for key, value in expected.items():
         if theirs.get(key, value if key != "model_type" else None) != value:
             raise ValueError(f"{source!r} has {key} {theirs.get(key)!r}, not {value!r}: only GPT-2 can be loaded")
     sizes = dict(vocab_size="vocab_size", context="n_positions", n_layer="n_layer", n_head="n_head", n_embd="n_embd")
     with torch.device("meta"):
         model = GPT(MoEConfig(n_expert=1, **{ours: theirs.get(key) for ours, key in sizes.items()}))
-    names = {"blocks.": "h.", "attn.qkv": "attn.c_attn", "attn.proj": "attn.c_proj", "w_in": "c_fc.weight",
-             "b_in": "c_fc.bias", "w_out": "c_proj.weight", "b_out": "c_proj.bias"}  # fmt: skip
+    names = {
+        "blocks.": "h.",
+        "attn.qkv": "attn.c_attn",
+        "attn.proj": "attn.c_proj",
+        "w_in": "c_fc.weight",
+        "b_in": "c_fc.bias",
+        "w_out": "c_proj.weight",
+        "b_out": "c_proj.bias",
+    }
     weights = {k.removeprefix("transformer."): w for k, w in weights.items()}
     state = {}
     for name, parameter in model.named_parameters():

@@ -27,11 +27,14 @@ def router_shift(router_log_probs, old_router_log_probs, *, floor=0.8, layers="m
     ValueError: shapes that differ or are not [B, T, L, K], floor outside [0, 1], unknown layers.
     """
     if router_log_probs.dim() != 4 or not router_log_probs.shape[3]:
-        raise ValueError(f"router_log_probs must have shape [B, T, L, K], K above 0, "
-                         f"got {list(router_log_probs.shape)}")  # fmt: skip
+        raise ValueError(
+            f"router_log_probs must have shape [B, T, L, K], K above 0, got {list(router_log_probs.shape)}"
+        )
     if old_router_log_probs.shape != router_log_probs.shape:
-        raise ValueError(f"old_router_log_probs must have shape {list(router_log_probs.shape)}, "
-                         f"got {list(old_router_log_probs.shape)}")  # fmt: skip
+        raise ValueError(
+            f"old_router_log_probs must have shape {list(router_log_probs.shape)}, "
+            f"got {list(old_router_log_probs.shape)}"
+        )
     if not 0 <= floor <= 1:
         raise ValueError(f"floor must lie within [0, 1], got {floor}")
     if layers not in ("mean", "sum"):
@@ -50,8 +53,20 @@ def router_shift(router_log_probs, old_router_log_probs, *, floor=0.8, layers="m
     return (-shift).exp().clamp(min=floor)
 
 
-def rais_loss(log_probs, old_log_probs, advantages, response_mask, router_log_probs, old_router_log_probs, *,
-              base="gmpo", clip_low=None, clip_high=None, floor=0.8, layers="mean"):  # fmt: skip
+def rais_loss(
+    log_probs,
+    old_log_probs,
+    advantages,
+    response_mask,
+    router_log_probs,
+    old_router_log_probs,
+    *,
+    base="gmpo",
+    clip_low=None,
+    clip_high=None,
+    floor=0.8,
+    layers="mean",
+):
     """A base loss on importance ratios rescaled by gamma; an unmoved router gives exactly the base loss.
 
     log_probs, old_log_probs  [B, T]        log pi and log pi_old of the token that position t predicts
@@ -85,14 +100,17 @@ def rais_loss(log_probs, old_log_probs, advantages, response_mask, router_log_pr
         raise ValueError(f"log_probs must have shape [B, T], neither of them 0, got {list(log_probs.shape)}")
     B, T = log_probs.shape
     for name, tensor, shape in (
-        ("old_log_probs", old_log_probs, (B, T)), ("advantages", advantages, (B,)),
+        ("old_log_probs", old_log_probs, (B, T)),
+        ("advantages", advantages, (B,)),
         ("response_mask", response_mask, (B, T)),
-    ):  # fmt: skip
+    ):
         if tuple(tensor.shape) != shape:
             raise ValueError(f"{name} must have shape {list(shape)}, got {list(tensor.shape)}")
     if router_log_probs.dim() == 4 and router_log_probs.shape[:2] != (B, T):
-        raise ValueError(f"router_log_probs must have shape {[B, T, *router_log_probs.shape[2:]]}, "
-                         f"got {list(router_log_probs.shape)}")  # fmt: skip
+        raise ValueError(
+            f"router_log_probs must have shape {[B, T, *router_log_probs.shape[2:]]}, "
+            f"got {list(router_log_probs.shape)}"
+        )
     if response_mask.dtype != torch.bool:
         raise ValueError(f"response_mask must be torch.bool, got {response_mask.dtype}")
     if not 0 <= floor <= 1:
@@ -103,9 +121,8 @@ def rais_loss(log_probs, old_log_probs, advantages, response_mask, router_log_pr
     unfloored = router_shift(router_log_probs, old_router_log_probs, floor=0, layers=layers).masked_fill(~mask, 1)
     gamma = unfloored.clamp(min=floor)  # [B, T]
     log_probs, old_log_probs, advantages = (
-        x if x.dtype == torch.float64 else x.float()
-        for x in (log_probs, old_log_probs.detach(), advantages.detach())
-    )  # fmt: skip
+        x if x.dtype == torch.float64 else x.float() for x in (log_probs, old_log_probs.detach(), advantages.detach())
+    )
     log_ratio = (log_probs - old_log_probs).masked_fill(~mask, 0) + gamma.log()  # log w' [B, T]
     A = advantages.masked_fill(~mask.any(1), 0)  # [B]
 

@@ -136,8 +136,12 @@ def parser() -> Parser:
     add("--weight-decay", type=number(float, low=0), default=0.1)
     add("--seed", type=number(int, low=0), default=0)
     add("--device", type=one_of("device", ("auto", "cpu", "cuda", "mps")), default="auto")
-    add("--dtype", type=one_of("dtype", ("float32", "bfloat16")), default="float32", help="of autocast; the router and "
-        "the losses are computed in float32 all the same")  # fmt: skip
+    add(
+        "--dtype",
+        type=one_of("dtype", ("float32", "bfloat16")),
+        default="float32",
+        help="of autocast; the router and the losses are computed in float32 all the same",
+    )
     add("--compile", action="store_true", help="torch.compile the forward")
     g = p.add_argument_group("ERL")
     g.add_argument("--alpha", type=share, help="share of routing decisions that are replaced (0.6 text, 0.7 tasks)")
@@ -146,8 +150,12 @@ def parser() -> Parser:
     g.add_argument("--clip-eps", type=positive, default=0.2)
     g.add_argument("--wpl", action="store_true", help="add the LM loss of the perturbed forwards (eq. 17)")
     g.add_argument("--advantage", type=one_of("advantage", ("static", "log")), default="static")
-    g.add_argument("--erl-grad", type=one_of("gradient", ("all", "router")), default="all",
-                   help="how far the RL loss's gradient goes: the whole network (eq. 14) or the router alone")
+    g.add_argument(
+        "--erl-grad",
+        type=one_of("gradient", ("all", "router")),
+        default="all",
+        help="how far the RL loss's gradient goes: the whole network (eq. 14) or the router alone",
+    )
     g.add_argument("--inner-epochs", type=count, default=1, help="optimizer steps on the same perturbed routes")
     g = p.add_argument_group("generated answers")
     g.add_argument("--group-size", type=number(int, low=2), default=8, help="responses a prompt")
@@ -159,13 +167,22 @@ def parser() -> Parser:
     g.add_argument("--clip-low", type=positive, help="default: the algorithm's own")
     g.add_argument("--clip-high", type=positive)
     g.add_argument("--entropy-alpha", type=share, default=0.2, help="ERPO: weight of the entropy reward")
-    g.add_argument("--entropy-reward", type=one_of("entropy reward", ("relative", "absolute", "none")),
-                   default="relative")  # fmt: skip
-    g.add_argument("--shift-base", type=one_of("base", ("gmpo", "gspo", "grpo")), default="gmpo",
-                   help="RAIS: the loss whose ratios are rescaled")  # fmt: skip
+    g.add_argument(
+        "--entropy-reward", type=one_of("entropy reward", ("relative", "absolute", "none")), default="relative"
+    )
+    g.add_argument(
+        "--shift-base",
+        type=one_of("base", ("gmpo", "gspo", "grpo")),
+        default="gmpo",
+        help="RAIS: the loss whose ratios are rescaled",
+    )
     g.add_argument("--shift-floor", type=number(float, above=0, high=1), default=0.8, help="RAIS: gamma's floor")
-    g.add_argument("--replay", type=one_of("replay", ("none", "routing")), default="none",
-                   help="routing: the update uses the experts of the rollout")  # fmt: skip
+    g.add_argument(
+        "--replay",
+        type=one_of("replay", ("none", "routing")),
+        default="none",
+        help="routing: the update uses the experts of the rollout",
+    )
     g.add_argument("--beams", type=count, help="beams of the evaluation; default 6 for samsum, xsum and squad, else 1")
     add("--eval-every", type=count, help="steps between evaluations; default: ten in a run")
     add("--eval-samples", type=number(int, low=0), help="samples an evaluation uses; 0: all")
@@ -224,7 +241,12 @@ def parse(argv: list[str]) -> argparse.Namespace:
         # ERL table 7: batch 4 of 1,024 tokens for text, 8 for tasks, learning rate 1e-5 on published weights; models
         # that start from scratch are small and want more
         "batch_size": 32 if short else 4 if text and args.model == "gpt2" else 8,
-        "lr": 1e-5 if args.init == "gpt2" else 1e-4 if generative else 1e-3 if args.algo == "dense" and not pretrained
+        "lr": 1e-5
+        if args.init == "gpt2"
+        else 1e-4
+        if generative
+        else 1e-3
+        if args.algo == "dense" and not pretrained
         else 3e-4,
         "alpha": 0.6 if text else 0.7,
         "delta": 0.5 if text else 2.0,
@@ -232,13 +254,15 @@ def parse(argv: list[str]) -> argparse.Namespace:
         "beams": 6 if args.dataset in ("samsum", "xsum", "squad") else 1,
         "eval_samples": 64 if text else 0 if short else 200,
         "prompts_per_step": 64 if short else 16,
-    }  # fmt: skip
+    }
     for name, value in defaults.items():
         if getattr(args, name) is None:
             setattr(args, name, value)
     if generative and args.prompts_per_step % args.minibatches:
-        raise UserError(f"--prompts-per-step {args.prompts_per_step} is not divisible by --minibatches "
-                        f"{args.minibatches}: a group's responses stay together")  # fmt: skip
+        raise UserError(
+            f"--prompts-per-step {args.prompts_per_step} is not divisible by --minibatches "
+            f"{args.minibatches}: a group's responses stay together"
+        )
     if args.steps is None and args.epochs is None:
         args.steps = 400 if generative else 1000
     return args
@@ -315,8 +339,9 @@ def pad(encoded, end: int) -> tuple[Tensor, Tensor]:
     width = max(len(e.tokens) for e in encoded)
     tokens = torch.tensor([e.tokens + [end] * (width - len(e.tokens)) for e in encoded])
     places = torch.arange(1, width)
-    starts, stops = (torch.tensor([[n] for n in ns]) for ns in zip(*((e.answer_start, len(e.tokens)) for e in encoded),
-                                                                  strict=True))  # fmt: skip
+    starts, stops = (
+        torch.tensor([[n] for n in ns]) for ns in zip(*((e.answer_start, len(e.tokens)) for e in encoded), strict=True)
+    )
     return tokens, (places >= starts) & (places < stops)
 
 
@@ -335,16 +360,23 @@ def load_task(args, config: MoEConfig) -> Task:
     spec, tokenizer = data.get_dataset(args.dataset), data.load_tokenizer(args.tokenizer, args.data_dir)
     generative = args.algo in GENERATIVE
     if args.max_new_tokens > config.context - 2:
-        raise UserError(f"--max-new-tokens {args.max_new_tokens} leaves no room for a prompt: the context has "
-                        f"{config.context} positions")  # fmt: skip
+        raise UserError(
+            f"--max-new-tokens {args.max_new_tokens} leaves no room for a prompt: the context has "
+            f"{config.context} positions"
+        )
     if spec.kind == "text":
         splits = {s: data.load_text(args.dataset, s, tokenizer, data_dir=args.data_dir) for s in data.SPLITS}
         batches = TextBatches(splits["train"].tokens, config.context, args.batch_size, args.seed)
         examples = []
         if generative:
             prompt_tokens = (config.context - args.max_new_tokens) // 2
-            examples = data.continuation_examples(splits["train"], tokenizer, prompt_tokens=prompt_tokens,
-                                                  answer_tokens=args.max_new_tokens, seed=args.seed)  # fmt: skip
+            examples = data.continuation_examples(
+                splits["train"],
+                tokenizer,
+                prompt_tokens=prompt_tokens,
+                answer_tokens=args.max_new_tokens,
+                seed=args.seed,
+            )
         held_out = {"validation": splits["validation"], "test": splits["test"]}
     else:
         read = {"data_dir": args.data_dir, "seed": 0}
@@ -356,19 +388,26 @@ def load_task(args, config: MoEConfig) -> Task:
         empty = [name for name, split in held_out.items() if not split]
         if empty:
             raise UserError(f"{args.dataset} has no example to evaluate on in {', '.join(empty)}")
-        encoded, counts = data.encode_examples(examples, tokenizer, config.context,
-                                               min_new_tokens=args.max_new_tokens if generative else 0)  # fmt: skip
+        encoded, counts = data.encode_examples(
+            examples, tokenizer, config.context, min_new_tokens=args.max_new_tokens if generative else 0
+        )
         for key, sentence in (("cut", "had their prompt cut from the left"), ("skipped", "were left out")):
             if counts[key]:
                 whole = counts["kept"] + counts["skipped"]
-                print(f"{args.dataset}: {counts[key]} of {whole} training examples {sentence} "
-                      f"(context {config.context} tokens)", file=sys.stderr)  # fmt: skip
+                print(
+                    f"{args.dataset}: {counts[key]} of {whole} training examples {sentence} "
+                    f"(context {config.context} tokens)",
+                    file=sys.stderr,
+                )
         questions, room = [e for split in held_out.values() for e in split], config.context - args.max_new_tokens
         cut = sum(len(tokenizer.encode(e.prompt)) > room for e in questions)
         skipped = sum(split.skipped for split in held_out.values())
         if cut or skipped:
-            print(f"{args.dataset}: {cut} of {len(questions)} held-out prompts are cut from the left to {room} tokens, "
-                  f"{skipped} held-out records lack a prompt or a reference", file=sys.stderr)  # fmt: skip
+            print(
+                f"{args.dataset}: {cut} of {len(questions)} held-out prompts are cut from the left to {room} tokens, "
+                f"{skipped} held-out records lack a prompt or a reference",
+                file=sys.stderr,
+            )
         if not encoded:
             raise UserError(f"no training example of {args.dataset} fits into {config.context} tokens")
         batches = TaskBatches(encoded, args.batch_size, args.seed, tokenizer.end)
@@ -422,8 +461,12 @@ def original_loss(model: GPT, features, routing, tokens, mask):
     loss = nll + AUX_COEFFICIENT * (balance.sum() + z.sum())  # Switch: each MoE layer adds its own
     metrics = {"loss": nll.detach()}
     if len(load):
-        metrics |= {"balance_loss": balance.detach().mean(), "z_loss": z.detach().mean(),
-                    "load_min": load.min(), "load_max": load.max()}  # fmt: skip
+        metrics |= {
+            "balance_loss": balance.detach().mean(),
+            "z_loss": z.detach().mean(),
+            "load_min": load.min(),
+            "load_max": load.max(),
+        }
     return loss, metrics, log_probs
 
 
@@ -436,8 +479,9 @@ def erl_losses(model: GPT, stem, branch, tokens: Tensor, mask: Tensor, args, gen
     hidden = stem(tokens[:, :-1])  # [B, T, D]
     B, T, _ = hidden.shape
     if explored is None:
-        drawn = random_routes(m * B, T, len(config.moe_blocks), config.n_expert, config.top_k, args.alpha,
-                              generator=generator)  # fmt: skip
+        drawn = random_routes(
+            m * B, T, len(config.moe_blocks), config.n_expert, config.top_k, args.alpha, generator=generator
+        )
         routes = Routes(*(t.to(hidden.device) for t in drawn))
     else:
         routes = explored.routes
@@ -500,15 +544,32 @@ def policy_loss(args, new: Policy, old: Policy, rewards: Tensor, advantages: Ten
     ranges = {name: value for name, value in ranges.items() if value is not None}
     if args.algo == "erpo":
         return erpo_loss(
-            new.log_probs, old.log_probs, rewards, mask, new.experts, old.experts,
-            new.expert_log_probs.exp(), old.expert_log_probs.exp(), num_experts=num_experts,
-            group_size=args.group_size, alpha=args.entropy_alpha, entropy_reward=args.entropy_reward, **ranges,
-        )  # fmt: skip
+            new.log_probs,
+            old.log_probs,
+            rewards,
+            mask,
+            new.experts,
+            old.experts,
+            new.expert_log_probs.exp(),
+            old.expert_log_probs.exp(),
+            num_experts=num_experts,
+            group_size=args.group_size,
+            alpha=args.entropy_alpha,
+            entropy_reward=args.entropy_reward,
+            **ranges,
+        )
     if args.algo == "rais":
         return rais_loss(
-            new.log_probs, old.log_probs, advantages, mask, new.old_expert_log_probs, old.old_expert_log_probs,
-            base=args.shift_base, floor=args.shift_floor, **ranges,
-        )  # fmt: skip
+            new.log_probs,
+            old.log_probs,
+            advantages,
+            mask,
+            new.old_expert_log_probs,
+            old.old_expert_log_probs,
+            base=args.shift_base,
+            floor=args.shift_floor,
+            **ranges,
+        )
     loss = {"grpo": grpo_loss, "gspo": gspo_loss, "gmpo": gmpo_loss}[args.algo]
     return loss(new.log_probs, old.log_probs, advantages, mask, **ranges)
 
@@ -529,8 +590,7 @@ def text_windows(tokens, context: int, limit: int = 0):
     for start in starts:
         window = torch.from_numpy(tokens[start : start + context + 1].astype("int64"))
         missing = context + 1 - len(window)
-        yield (torch.cat([window, window.new_zeros(missing)]),
-               torch.arange(context) < context - missing)  # fmt: skip
+        yield (torch.cat([window, window.new_zeros(missing)]), torch.arange(context) < context - missing)
 
 
 @torch.no_grad()
@@ -633,8 +693,10 @@ def save_checkpoint(out: str, model: GPT, optimizer, step: int, **state):
         torch.save({"step": step, "optimizer": optimizer.state_dict(), **state}, os.path.join(aside, "state.pt"))
     except (OSError, RuntimeError, SafetensorError) as error:  # each library reports a full disk in its own way
         shutil.rmtree(aside, ignore_errors=True)
-        raise UserError(f"the checkpoint of step {step} could not be written ({error}): make room for {out}, then "
-                        "continue with --resume from the one before") from error  # fmt: skip
+        raise UserError(
+            f"the checkpoint of step {step} could not be written ({error}): make room for {out}, then "
+            "continue with --resume from the one before"
+        ) from error
     if os.path.isdir(new):
         shutil.rmtree(old, ignore_errors=True)
         os.rename(new, old)
@@ -683,10 +745,14 @@ def is_finite(model: GPT) -> bool:
 def initial_models(args, tokenizer, saved: GPT | None = None) -> tuple[GPT, MoEConfig]:
     """The model that a run starts from, or goes on from (`saved`), and the configuration that its algorithm trains."""
     with told_plainly():
-        experts = {"n_expert": 1} if args.algo == "dense" else {
-            name: getattr(args, name)
-            for name in ("n_expert", "top_k", "n_shared_expert", "moe_every", "gate", "expert_capacity")
-        }  # fmt: skip
+        experts = (
+            {"n_expert": 1}
+            if args.algo == "dense"
+            else {
+                name: getattr(args, name)
+                for name in ("n_expert", "top_k", "n_shared_expert", "moe_every", "gate", "expert_capacity")
+            }
+        )
         if args.init == "scratch" and saved is None:
             target = MoEConfig(vocab_size=tokenizer.vocab_size, **SIZES[args.model], **experts)
             first = target.dense() if args.algo in SUPERVISED else target
@@ -761,8 +827,10 @@ def run(args) -> dict:
     else:
         begun = state["step"] > (args.pretrain_steps if args.algo in SUPERVISED else 0)  # the target is trained already
         if state["step"] > total or begun and model.config != target:
-            raise UserError(f"the checkpoint in {args.out} is not of this run: it stands at step {state['step']} of "
-                            f"{total} and holds {model.config}")  # fmt: skip
+            raise UserError(
+                f"the checkpoint in {args.out} is not of this run: it stands at step {state['step']} of "
+                f"{total} and holds {model.config}"
+            )
     optimizer_state = state["optimizer"]
     if state["step"] == args.pretrain_steps:
         optimizer_state = None  # the first phase is over: the algorithm has an optimizer of its own
@@ -800,8 +868,10 @@ def main_loop(args, out, device, model: GPT, target: MoEConfig, task: Task, stat
     metrics_path = os.path.join(out, "metrics.jsonl")
     with open(metrics_path, "ab") as file:
         if file.tell() < state["metrics_bytes"]:
-            raise UserError(f"{metrics_path} is shorter than it was when the checkpoint was saved: put the run's own "
-                            f"file back, or start a new run with --init {out}")  # fmt: skip
+            raise UserError(
+                f"{metrics_path} is shorter than it was when the checkpoint was saved: put the run's own "
+                f"file back, or start a new run with --init {out}"
+            )
         file.truncate(state["metrics_bytes"])  # lines after the checkpoint will be written again
     read_metrics(out)  # better to hear of a spoilt line now than after the last step
     begun, tokens_seen, step = time.perf_counter() - state["seconds"], state["tokens"], state["step"]
@@ -818,8 +888,15 @@ def main_loop(args, out, device, model: GPT, target: MoEConfig, task: Task, stat
     def save():
         if not is_finite(model):
             raise spoilt("the weights are not finite")
-        save_checkpoint(out, model, optimizer, step, metrics_bytes=os.path.getsize(metrics_path),
-                        seconds=time.perf_counter() - begun, tokens=tokens_seen)  # fmt: skip
+        save_checkpoint(
+            out,
+            model,
+            optimizer,
+            step,
+            metrics_bytes=os.path.getsize(metrics_path),
+            seconds=time.perf_counter() - begun,
+            tokens=tokens_seen,
+        )
 
     def begin_phase(model):
         if model.config != target and (step >= P or args.algo in GENERATIVE):
@@ -890,8 +967,14 @@ def main_loop(args, out, device, model: GPT, target: MoEConfig, task: Task, stat
                 if "load_max" in metrics:
                     shown["load"] = f"{metrics['load_min']:.2f}-{metrics['load_max']:.2f}"
                 bar.set_postfix(shown, refresh=False)
-                log(step=step, phase=algo, lr=optimizer.param_groups[0]["lr"], **metrics,
-                    seconds=round(seconds, 2), tokens_per_second=round(tokens_seen / seconds, 1))  # fmt: skip
+                log(
+                    step=step,
+                    phase=algo,
+                    lr=optimizer.param_groups[0]["lr"],
+                    **metrics,
+                    seconds=round(seconds, 2),
+                    tokens_per_second=round(tokens_seen / seconds, 1),
+                )
             if saving:
                 save()
             if stopping:
@@ -913,10 +996,15 @@ def main_loop(args, out, device, model: GPT, target: MoEConfig, task: Task, stat
             break
     total_parameters, active = model.count_parameters()
     summary |= {
-        "parameters": total_parameters, "active_parameters": active, "algo": args.algo, "dataset": args.dataset,
-        "seed": args.seed, "steps": total, "seconds": round(seconds, 2),
+        "parameters": total_parameters,
+        "active_parameters": active,
+        "algo": args.algo,
+        "dataset": args.dataset,
+        "seed": args.seed,
+        "steps": total,
+        "seconds": round(seconds, 2),
         "tokens_per_second": round(tokens_seen / seconds, 1),
-    }  # fmt: skip
+    }
     write_json(os.path.join(out, "summary.json"), summary)
     plot_curves(out)
     scores = ", ".join(f"{k} {summary[k]:.4g}" for k in next(iter(tests.values())))
@@ -941,9 +1029,14 @@ def reinforce(model: GPT, stem, branch, optimizer, task: Task, args, step: int) 
     examples = [task.examples[i] for _, i in order(step * N, N) for _ in range(G)]  # a group's rows are contiguous
     prompts = [data.encode_prompt(e, tokenizer, model.config.context - args.max_new_tokens) for e in examples]
     rollout = generate(
-        model, prompts, max_new_tokens=args.max_new_tokens, end_token=tokenizer.end, temperature=args.temperature,
-        top_p=args.top_p, generator=rng(args.seed, "rollout", step),
-    )  # fmt: skip
+        model,
+        prompts,
+        max_new_tokens=args.max_new_tokens,
+        end_token=tokenizer.end,
+        temperature=args.temperature,
+        top_p=args.top_p,
+        generator=rng(args.seed, "rollout", step),
+    )
     responses = [tokenizer.decode(r) for r in rollout.responses(tokenizer.end)]
     rewards = torch.tensor([data.reward(task.spec, r, e) for r, e in zip(responses, examples, strict=True)])
     if not rewards.isfinite().all():
@@ -955,16 +1048,21 @@ def reinforce(model: GPT, stem, branch, optimizer, task: Task, args, step: int) 
     silent = groups.amax(1) == groups.amin(1)  # equal rewards: nothing to prefer, no update
     lengths = rollout.response_mask.sum(1).float()
     report = {
-        "reward_mean": rewards.mean(), "reward_std": rewards.std(), "accuracy": (rewards >= 1).float().mean(),
-        "response_length": lengths.mean(), "silent_groups": silent.float().mean(),
-        "entropy": (rollout.entropies.sum(1) / lengths.clamp(min=1)).mean(), "tokens": lengths.sum(),
-    }  # fmt: skip
+        "reward_mean": rewards.mean(),
+        "reward_std": rewards.std(),
+        "accuracy": (rewards >= 1).float().mean(),
+        "response_length": lengths.mean(),
+        "silent_groups": silent.float().mean(),
+        "entropy": (rollout.entropies.sum(1) / lengths.clamp(min=1)).mean(),
+        "tokens": lengths.sum(),
+    }
 
     if args.dtype != "float32":  # bfloat16 forwards of other shapes differ by more than rounding: ask once more
         with torch.no_grad():
             said = ask_policy(model, stem, branch, rollout, args)
-        rollout = rollout._replace(log_probs=said.log_probs, experts=said.experts,
-                                   expert_log_probs=said.expert_log_probs)  # fmt: skip
+        rollout = rollout._replace(
+            log_probs=said.log_probs, experts=said.experts, expert_log_probs=said.expert_log_probs
+        )
     sums, updates = {}, 0
     for part in torch.arange(N * G, device=device).chunk(args.minibatches):
         # The rows of a silent group add exactly 0 to the loss, a mean over rows: they need no forward.
@@ -1027,8 +1125,9 @@ def read_metrics(out: str) -> list[dict]:
         with open(path) as file:
             return [json.loads(line) for line in file]
     except ValueError:
-        raise UserError(f"{path} holds a line that is not JSON: put the run's own file back, or start a new run with "
-                        f"--init {out}") from None  # fmt: skip
+        raise UserError(
+            f"{path} holds a line that is not JSON: put the run's own file back, or start a new run with --init {out}"
+        ) from None
 
 
 def plot_curves(out: str):
@@ -1088,8 +1187,10 @@ def demo() -> int:
         cells = "".join(f"{row[c]:12.3f}" if c in row else f"{'-':>12}" for c in columns)
         print(f"{name:12}{cells}")
     print(f"{'chance':12}{row['chance_mrr']:48.3f}{row['chance_hit1']:12.3f}")
-    print(f"perplexity: of the test split; original, perturbed: of {row['samples']} windows of it, along the router's "
-          f"route and along 99 random ones\npictures and metrics: {out}")  # fmt: skip
+    print(
+        f"perplexity: of the test split; original, perturbed: of {row['samples']} windows of it, along the router's "
+        f"route and along 99 random ones\npictures and metrics: {out}"
+    )
     return 0
 
 

@@ -250,9 +250,14 @@ def switch_block(ours: MoE, args) -> Peer:
 
     D = ours.config.n_embd
     config = SwitchTransformersConfig(
-        d_model=D, d_ff=4 * D, num_experts=ours.config.n_expert, expert_capacity=1 << 30, router_jitter_noise=0.0,
-        dropout_rate=0.0, dense_act_fn="gelu_pytorch_tanh",
-    )  # fmt: skip
+        d_model=D,
+        d_ff=4 * D,
+        num_experts=ours.config.n_expert,
+        expert_capacity=1 << 30,
+        router_jitter_noise=0.0,
+        dropout_rate=0.0,
+        dense_act_fn="gelu_pytorch_tanh",
+    )
     block = SwitchTransformersSparseMLP(config)
     return Peer(block, block.router, ours, lambda output: output[2], args)
 
@@ -263,10 +268,14 @@ def qwen_block(ours: MoE, args, implementation: str, activation: str) -> Peer:
 
     D, aligned = ours.config.n_embd, 8 if args.dtype == "bfloat16" else 4
     config = Qwen3MoeConfig(
-        hidden_size=D, num_experts=ours.config.n_expert, num_experts_per_tok=1, norm_topk_prob=False,
+        hidden_size=D,
+        num_experts=ours.config.n_expert,
+        num_experts_per_tok=1,
+        norm_topk_prob=False,
         moe_intermediate_size=8 * D // 3 // aligned * aligned,  # three matrices of it hold what our two of 4D hold
-        experts_implementation=implementation, hidden_act=activation,
-    )  # fmt: skip
+        experts_implementation=implementation,
+        hidden_act=activation,
+    )
     block = Qwen3MoeSparseMoeBlock(config)
     return Peer(block, block.gate, ours, lambda output: output[0], args)
 
@@ -350,17 +359,33 @@ def layer(args) -> list[Group]:
     experts = [8, 16] if args.quick else [8, 16, 32, 64, 128]
     goals = {64: 1.5, 128: 3.0}
     return [
-        Group(f"MoE layer, {N} tokens, width {D}, top-1", [
-            *(arm(f"{E} experts", E, goal=goals.get(E)) for E in experts), arm("dense, the same active size", 1),
-        ], "time"),
-        Group("K experts of 1/K the width, the same active and total size", [
-            arm("8 experts, K = 1", 8), arm("16 experts, K = 2", 16, 2, 2), arm("32 experts, K = 4", 32, 4, 4),
-            arm("64 experts, K = 8", 64, 8, 8, goal=1.4),
-        ], "time"),
-        Group("K experts of 1/K the width, 64 experts each", [
-            arm("64 experts, K = 1", 64), arm("64 experts, K = 8", 64, 8, 8, goal=1.4),
-        ], "time"),
-    ]  # fmt: skip
+        Group(
+            f"MoE layer, {N} tokens, width {D}, top-1",
+            [
+                *(arm(f"{E} experts", E, goal=goals.get(E)) for E in experts),
+                arm("dense, the same active size", 1),
+            ],
+            "time",
+        ),
+        Group(
+            "K experts of 1/K the width, the same active and total size",
+            [
+                arm("8 experts, K = 1", 8),
+                arm("16 experts, K = 2", 16, 2, 2),
+                arm("32 experts, K = 4", 32, 4, 4),
+                arm("64 experts, K = 8", 64, 8, 8, goal=1.4),
+            ],
+            "time",
+        ),
+        Group(
+            "K experts of 1/K the width, 64 experts each",
+            [
+                arm("64 experts, K = 1", 64),
+                arm("64 experts, K = 8", 64, 8, 8, goal=1.4),
+            ],
+            "time",
+        ),
+    ]
 
 
 def erl_arguments(grad: str, m: int = 3):
@@ -418,8 +443,9 @@ def naive_erl_losses(model, stem, branch, tokens, mask, args, generator, explore
     balance, z, _ = train.router_losses(routing.logits, routing.experts, mask)
     loss = -(original * mask).sum() / mask.sum() + train.AUX_COEFFICIENT * (balance.sum() + z.sum())
     for _ in range(args.n_perturb):
-        drawn = random_routes(B, T, len(config.moe_blocks), config.n_expert, config.top_k, args.alpha,
-                              generator=generator)  # fmt: skip
+        drawn = random_routes(
+            B, T, len(config.moe_blocks), config.n_expert, config.top_k, args.alpha, generator=generator
+        )
         routes = Routes(*(t.to(tokens.device) for t in drawn))
         log_probs, routing = forward(routes)
         chosen = routing.expert_log_probs(routes.experts)
@@ -437,12 +463,19 @@ def erl(args) -> list[Group]:
     for V in vocabularies:
         exact, router = goals.get(V, (None, None))
         room = 0.6 if V == 50257 else None
-        groups.append(Group(f"ERL step, {args.model}, V = {V}, m = 3", [
-            lm_arm("LM step", args, V),
-            erl_arm("ERL, exact gradient (all)", args, V, "all", goal=exact, memory_goal=room),
-            erl_arm("ERL, gradient of routers (router)", args, V, "router", goal=router, memory_goal=room),
-            erl_arm("ERL, m forwards in turn", args, V, "all", losses=naive_erl_losses),
-        ], "time", memory=True))  # fmt: skip
+        groups.append(
+            Group(
+                f"ERL step, {args.model}, V = {V}, m = 3",
+                [
+                    lm_arm("LM step", args, V),
+                    erl_arm("ERL, exact gradient (all)", args, V, "all", goal=exact, memory_goal=room),
+                    erl_arm("ERL, gradient of routers (router)", args, V, "router", goal=router, memory_goal=room),
+                    erl_arm("ERL, m forwards in turn", args, V, "all", losses=naive_erl_losses),
+                ],
+                "time",
+                memory=True,
+            )
+        )
     return groups
 
 
@@ -450,7 +483,7 @@ def rollout(args) -> list[Group]:
     """Sampled generation, every row to its full length. Ours also records log-probabilities, entropies and routes."""
     R, new, prompt = (4, 4, 8) if args.quick else (64, 64, 32)
     groups = []
-    for V in ([257, 500] if args.quick else [257, 50257]):
+    for V in [257, 500] if args.quick else [257, 50257]:
         prompts = torch.randint(V, (R, prompt), generator=train.rng(0, "prompts"))
 
         def theirs(V=V, prompts=prompts):
@@ -459,16 +492,30 @@ def rollout(args) -> list[Group]:
             c = build(args, V).config
             torch.manual_seed(0)
             config = GPT2Config(
-                vocab_size=V, n_positions=c.context, n_embd=c.n_embd, n_layer=c.n_layer, n_head=c.n_head,
-                eos_token_id=None, bos_token_id=None, pad_token_id=0,
-            )  # fmt: skip
+                vocab_size=V,
+                n_positions=c.context,
+                n_embd=c.n_embd,
+                n_layer=c.n_layer,
+                n_head=c.n_head,
+                eos_token_id=None,
+                bos_token_id=None,
+                pad_token_id=0,
+            )
             model, ids = GPT2LMHeadModel(config).to(args.device).eval(), prompts.to(args.device)
             seen = torch.ones_like(ids)
 
             def once():
                 with autocast(args):
-                    model.generate(ids, attention_mask=seen, do_sample=True, top_k=0, top_p=1.0, temperature=1.0,
-                                   max_new_tokens=new, use_cache=True)  # fmt: skip
+                    model.generate(
+                        ids,
+                        attention_mask=seen,
+                        do_sample=True,
+                        top_k=0,
+                        top_p=1.0,
+                        temperature=1.0,
+                        max_new_tokens=new,
+                        use_cache=True,
+                    )
 
             return once
 
@@ -509,8 +556,9 @@ def loss(args) -> list[Group]:
         log_probs, old, rewards, mask, ((experts, probs), (old_experts, old_probs)) = inputs(id_type, prob_type)
 
         def once():
-            value, _ = erpo_loss(log_probs, old, rewards, mask, experts, old_experts, probs, old_probs,
-                                 num_experts=E, group_size=G)  # fmt: skip
+            value, _ = erpo_loss(
+                log_probs, old, rewards, mask, experts, old_experts, probs, old_probs, num_experts=E, group_size=G
+            )
             torch.autograd.grad(value, log_probs)
 
         return once
@@ -526,19 +574,30 @@ def loss(args) -> list[Group]:
         return once
 
     shape = f"B {B}, T {T}, L {L}, K {K}, E {E}"
-    return [Group(f"loss, forward and backward, {shape}", [
-        Arm("ERPO, int64 and float32", lambda: erpo(torch.int64, torch.float32), 2.0, 0.3),
-        Arm("ERPO, uint8 and bfloat16", lambda: erpo(torch.uint8, torch.bfloat16), 2.0, 0.3),
-        Arm("RAIS, float32", lambda: rais(torch.float32), 2.0),
-        Arm("RAIS, bfloat16", lambda: rais(torch.bfloat16), 2.0),
-    ], "seconds", memory=True)]  # fmt: skip
+    return [
+        Group(
+            f"loss, forward and backward, {shape}",
+            [
+                Arm("ERPO, int64 and float32", lambda: erpo(torch.int64, torch.float32), 2.0, 0.3),
+                Arm("ERPO, uint8 and bfloat16", lambda: erpo(torch.uint8, torch.bfloat16), 2.0, 0.3),
+                Arm("RAIS, float32", lambda: rais(torch.float32), 2.0),
+                Arm("RAIS, bfloat16", lambda: rais(torch.bfloat16), 2.0),
+            ],
+            "seconds",
+            memory=True,
+        )
+    ]
 
 
 def growth(args) -> list[Group]:
     """Step time when one size grows; the others stay at 8 experts, T = 256, m = 3, V = 257."""
     V, context = 257, 0 if args.quick else 256
-    experts, lengths, ms, vocabularies = [8, 16, 32, 64, 128], [64, 128, 256, 512, 1024], [1, 2, 3, 5, 8], \
-        [257, 1024, 4096, 16384, 50257]  # fmt: skip
+    experts, lengths, ms, vocabularies = (
+        [8, 16, 32, 64, 128],
+        [64, 128, 256, 512, 1024],
+        [1, 2, 3, 5, 8],
+        [257, 1024, 4096, 16384, 50257],
+    )
     if args.quick:
         experts, lengths, ms, vocabularies = [2, 4], [8, 16], [1, 2], [257, 500]
     kinds = {"LM": None, "ERL all": "all", "ERL router": "router"}
@@ -556,9 +615,11 @@ def growth(args) -> list[Group]:
         return found
 
     return [
-        Group("experts", arms("n_expert", experts), "time"), Group("sequence length", arms("context", lengths), "time"),
-        Group("perturbed forwards m", arms("m", ms), "time"), Group("vocabulary", arms("V", vocabularies), "time"),
-    ]  # fmt: skip
+        Group("experts", arms("n_expert", experts), "time"),
+        Group("sequence length", arms("context", lengths), "time"),
+        Group("perturbed forwards m", arms("m", ms), "time"),
+        Group("vocabulary", arms("V", vocabularies), "time"),
+    ]
 
 
 def has_transformers() -> bool:
@@ -587,14 +648,19 @@ def draw(results: dict, path: str):
         figure, axes = plt.subplots(1, 4, figsize=(16, 3.6), layout="constrained")
         for axis, group in zip(axes, groups, strict=True):
             for kind in ("LM", "ERL all", "ERL router"):
-                rows = [(a["name"].removeprefix(kind + " "), a["seconds"]) for a in group["arms"]
-                        if a["name"].startswith(kind + " ")]  # fmt: skip
+                rows = [
+                    (a["name"].removeprefix(kind + " "), a["seconds"])
+                    for a in group["arms"]
+                    if a["name"].startswith(kind + " ")
+                ]
                 if len(rows) == 1:  # the LM step does not depend on m
                     axis.axhline(1000 * rows[0][1]["median"], color="C0", label=kind)
                     continue
                 x, y = [int(v) for v, _ in rows], [1000 * s["median"] for _, s in rows]
-                spread = [[1000 * (s["median"] - s["q1"]) for _, s in rows],
-                          [1000 * (s["q3"] - s["median"]) for _, s in rows]]  # fmt: skip
+                spread = [
+                    [1000 * (s["median"] - s["q1"]) for _, s in rows],
+                    [1000 * (s["q3"] - s["median"]) for _, s in rows],
+                ]
                 color = {"LM": "C0", "ERL all": "C1", "ERL router": "C2"}[kind]
                 axis.errorbar(x, y, spread, marker="o", ms=4, capsize=2, label=kind, color=color)
                 axis.set_xticks(x, [str(v) for v in x])
@@ -608,8 +674,14 @@ def draw(results: dict, path: str):
         axes[0].legend()
     else:
         count = [len(g["arms"]) for g in groups]
-        figure, axes = plt.subplots(len(groups), 1, figsize=(8, 1.0 * len(groups) + 0.36 * sum(count)), squeeze=False,
-                                    layout="constrained", gridspec_kw={"height_ratios": count})  # fmt: skip
+        figure, axes = plt.subplots(
+            len(groups),
+            1,
+            figsize=(8, 1.0 * len(groups) + 0.36 * sum(count)),
+            squeeze=False,
+            layout="constrained",
+            gridspec_kw={"height_ratios": count},
+        )
         for axis, group in zip(axes[:, 0], groups, strict=True):
             key = "seconds" if group["relative"] == "seconds" else "relative"
             for y, arm in enumerate(group["arms"]):
@@ -674,10 +746,17 @@ def main(argv: list[str] | None = None) -> dict:
         print(peak_memory(groups[group].arms[arm].make(), args.device))
         return {}
     results = {
-        "benchmark": args.benchmark, "torch": torch.__version__, "device": device_name(args.device),
-        "dtype": args.dtype, "compiled": args.compile, "threads": torch.get_num_threads(), "pairs": args.pairs,
-        "model": args.model, "batch_size": args.batch_size, "groups": measure(groups, args),
-    }  # fmt: skip
+        "benchmark": args.benchmark,
+        "torch": torch.__version__,
+        "device": device_name(args.device),
+        "dtype": args.dtype,
+        "compiled": args.compile,
+        "threads": torch.get_num_threads(),
+        "pairs": args.pairs,
+        "model": args.model,
+        "batch_size": args.batch_size,
+        "groups": measure(groups, args),
+    }
     path = os.path.join(args.out, f"bench-{args.benchmark}")
     with open(path + ".json", "w") as file:
         json.dump(results, file, indent=1)

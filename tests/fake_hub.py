@@ -1,6 +1,6 @@
 """A hub on loopback: as much of the Hugging Face API as `datasets.load_dataset` asks for, over Parquet files in memory.
 
-    FakeHub({"owner/name": {"train": [row, ...], "test": [...]}}).url is what HF_ENDPOINT should name
+FakeHub({"owner/name": {"train": [row, ...], "test": [...]}}).url is what HF_ENDPOINT should name
 """
 
 import hashlib
@@ -32,8 +32,14 @@ class FakeHub:
             repository, _, config = name.partition(":")
             folder = config or "data"
             files = {f"{folder}/{split}-00000-of-00001.parquet": parquet(rows) for split, rows in splits.items()}
-            card = {"configs": [{"config_name": config or "default",
-                                 "data_files": [{"split": s, "path": f"{folder}/{s}-*"} for s in splits]}]}
+            card = {
+                "configs": [
+                    {
+                        "config_name": config or "default",
+                        "data_files": [{"split": s, "path": f"{folder}/{s}-*"} for s in splits],
+                    }
+                ]
+            }
             # YAML holds JSON: the card is a YAML header that says which files belong to which split
             self.files[repository] = files | {"README.md": f"---\n{json.dumps(card)}\n---\n".encode()}
         hub = self
@@ -69,8 +75,20 @@ class FakeHub:
                     return self._send(request, files[name], name)
             elif path == f"/api/datasets/{repository}" or path.startswith(f"/api/datasets/{repository}/revision/"):
                 siblings = [{"rfilename": f, "size": len(b)} for f, b in files.items()]
-                return self._json(request, {"id": repository, "sha": COMMIT, "siblings": siblings, "private": False,
-                                            "disabled": False, "gated": False, "tags": [], "downloads": 0, "likes": 0})
+                return self._json(
+                    request,
+                    {
+                        "id": repository,
+                        "sha": COMMIT,
+                        "siblings": siblings,
+                        "private": False,
+                        "disabled": False,
+                        "gated": False,
+                        "tags": [],
+                        "downloads": 0,
+                        "likes": 0,
+                    },
+                )
             elif match := re.fullmatch(rf"/api/datasets/{repository}/(tree|paths-info)/(.*)", path):
                 entries = [self._entry(f, b) for f, b in files.items()]
                 folders = sorted({f.rpartition("/")[0] for f in files} - {""})

@@ -91,8 +91,22 @@ def router_shift(new, old, floor=0.8, layers="mean"):
 # --------------------------------------------------------------------------------------------------------------- ERPO
 
 
-def erpo(new, old, rewards, mask, experts, old_experts, probs, old_probs, num_experts, group_size, alpha=0.2,
-         low=0.2, high=0.28, entropy_reward="relative"):  # fmt: skip
+def erpo(
+    new,
+    old,
+    rewards,
+    mask,
+    experts,
+    old_experts,
+    probs,
+    old_probs,
+    num_experts,
+    group_size,
+    alpha=0.2,
+    low=0.2,
+    high=0.28,
+    entropy_reward="relative",
+):
     """(loss, d loss / d new [B, T] by eq. 12 with the clip, counts) from clusters kept as lists of positions."""
     B, T, L, K = experts.shape
     if entropy_reward == "none":

@@ -64,8 +64,10 @@ def test_losses():
     P = torch.randn(2, 8, 3, 4, generator=g).log_softmax(-1)
     log_probs, A, mask = -torch.rand(2, 8, generator=g), torch.randn(2, 8, generator=g), targets % 5 > 0
     for f, arguments in (
-        (lm_loss, (x, w, targets, mask)), (token_log_probs, (x, w, targets)),
-        (erl_advantage, (log_probs, A)), (erl_loss, (P, P + 0.1, A, mask[..., None].expand(2, 8, 3))),
+        (lm_loss, (x, w, targets, mask)),
+        (token_log_probs, (x, w, targets)),
+        (erl_advantage, (log_probs, A)),
+        (erl_loss, (P, P + 0.1, A, mask[..., None].expand(2, 8, 3))),
         (rais_loss, (log_probs, log_probs + 0.1, A[:, 0], mask, P, P + 0.1)),
-    ):  # fmt: skip
+    ):
         torch.testing.assert_close(whole(f)(*arguments), f(*arguments))

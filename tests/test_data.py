@@ -77,8 +77,22 @@ def test_unknown_names_give_the_nearest_one():
 
 
 def test_the_table_is_whole():
-    assert set(data.DATASETS) == {"pydocs", "wikitext2", "samsum", "xsum", "squad", "gsm8k", "deepscaler", "math500",
-                                  "aime24", "aime25", "minerva", "olympiad", "countdown", "addition"}
+    assert set(data.DATASETS) == {
+        "pydocs",
+        "wikitext2",
+        "samsum",
+        "xsum",
+        "squad",
+        "gsm8k",
+        "deepscaler",
+        "math500",
+        "aime24",
+        "aime25",
+        "minerva",
+        "olympiad",
+        "countdown",
+        "addition",
+    }
     example = data.Example("p", "1", ("1",), (1, 1, 1))
     for spec in data.DATASETS.values():
         assert spec.kind in ("text", "task") and spec.tokenizer in ("gpt2", "bytes") and spec.max_new_tokens > 0
@@ -105,8 +119,9 @@ def paragraphs(text):
 
 
 def test_pydocs_splits_share_no_paragraph(tmp_path):
-    texts = {s: BYTES.decode(data.load_text("pydocs", s, BYTES, cache_dir=tmp_path).tokens.tolist())
-             for s in data.SPLITS}
+    texts = {
+        s: BYTES.decode(data.load_text("pydocs", s, BYTES, cache_dir=tmp_path).tokens.tolist()) for s in data.SPLITS
+    }
     assert all(len(t) > 10_000 for t in texts.values())
     for a, b in [("train", "validation"), ("train", "test"), ("validation", "test")]:
         assert not paragraphs(texts[a]) & paragraphs(texts[b])
@@ -209,11 +224,33 @@ def test_every_generated_answer_earns_its_reward():
         assert example.answer == str(int(a) + int(b))
 
 
-@pytest.mark.parametrize(("response", "right"), [
-    ("3*5+7", 1), (" 7+5*3 ", 1), ("(5*3)+7", 1), ("7--5*3", 0), ("22", 0), ("3*5+7+0", 0), ("3*5", 0), ("7*3+1", 0),
-    ("", 0), ("3*5+7)", 0), ("3*5+7=22", 0), ("3**5+7", 0), ("5//3+7", 0), ("__import__('os')", 0), ("3*5+7\x00", 0),
-    ("(" * 60, 0), ("5/(3-3)+7", 0), ("3*5+07", 0), ("3" * 65, 0), ("3 5 7", 0), ("3,5,7", 0), ("٣*5+7", 0),
-])
+@pytest.mark.parametrize(
+    ("response", "right"),
+    [
+        ("3*5+7", 1),
+        (" 7+5*3 ", 1),
+        ("(5*3)+7", 1),
+        ("7--5*3", 0),
+        ("22", 0),
+        ("3*5+7+0", 0),
+        ("3*5", 0),
+        ("7*3+1", 0),
+        ("", 0),
+        ("3*5+7)", 0),
+        ("3*5+7=22", 0),
+        ("3**5+7", 0),
+        ("5//3+7", 0),
+        ("__import__('os')", 0),
+        ("3*5+7\x00", 0),
+        ("(" * 60, 0),
+        ("5/(3-3)+7", 0),
+        ("3*5+07", 0),
+        ("3" * 65, 0),
+        ("3 5 7", 0),
+        ("3,5,7", 0),
+        ("٣*5+7", 0),
+    ],
+)
 def test_countdown_evaluates_safely(response, right):
     example = data.Example("3 5 7=22:", "3*5+7", ("22",), (3, 5, 7))
     assert data.measure_countdown(response, example) == {"accuracy": right}
@@ -260,21 +297,24 @@ def test_f1_is_the_books_and_the_best_reference_counts(response, references):
     assert squad["exact_match"] == float(any(response == r for r in references))
 
 
-@pytest.mark.parametrize(("response", "references", "exact", "f1"), [
-    ("The Denver Broncos!", ["Denver Broncos"], 1, 1),
-    ("denver  broncos", ["Carolina Panthers", "the Denver Broncos."], 1, 1),
-    ("a U.S. theater", ["US theater"], 1, 1),
-    ("Denver", ["Denver Broncos"], 0, 2 / 3),
-    ("Anthem", ["An them"], 0, 0),  # an article is a word of its own
-    ("", ["Denver"], 0, 0),
-])
+@pytest.mark.parametrize(
+    ("response", "references", "exact", "f1"),
+    [
+        ("The Denver Broncos!", ["Denver Broncos"], 1, 1),
+        ("denver  broncos", ["Carolina Panthers", "the Denver Broncos."], 1, 1),
+        ("a U.S. theater", ["US theater"], 1, 1),
+        ("Denver", ["Denver Broncos"], 0, 2 / 3),
+        ("Anthem", ["An them"], 0, 0),  # an article is a word of its own
+        ("", ["Denver"], 0, 0),
+    ],
+)
 def test_squad_normalises_as_the_official_script(response, references, exact, f1):
     got = data.measure_squad(response, data.Example("p", "a", tuple(references)))
     assert got == {"exact_match": exact, "f1": pytest.approx(f1)}
 
 
 def rouge_n_by_the_book(response, reference, n):
-    grams = [Counter(tuple(t[i:i + n]) for i in range(len(t) - n + 1)) for t in (response, reference)]
+    grams = [Counter(tuple(t[i : i + n]) for i in range(len(t) - n + 1)) for t in (response, reference)]
     common = sum(min(count, grams[1][gram]) for gram, count in grams[0].items())
     return 2 * common / (sum(grams[0].values()) + sum(grams[1].values())) if common else 0.0
 
@@ -307,8 +347,12 @@ def test_rouge_of_a_known_example():
 def test_rewards_are_the_metrics_numbers():
     summary = data.Example("p", "a", ("the cat on the mat",))
     three = data.Example("p", "a", ("3",))
-    for name, response, example in [("samsum", "the cat sat", summary), ("squad", "the cat sat", summary),
-                                    ("pydocs", "the cat sat", summary), ("gsm8k", "#### 3", three)]:
+    for name, response, example in [
+        ("samsum", "the cat sat", summary),
+        ("squad", "the cat sat", summary),
+        ("pydocs", "the cat sat", summary),
+        ("gsm8k", "#### 3", three),
+    ]:
         spec = data.get_dataset(name)
         scores = data.score(spec, [response, "zzz"], [example, example])
         assert scores[spec.reward] == pytest.approx(data.reward(spec, response, example) / 2)
@@ -318,7 +362,8 @@ def test_rewards_are_the_metrics_numbers():
     assert set(data.score(data.get_dataset("math500"), ["a"], [summary])) == {"accuracy"}
     assert set(data.score(data.get_dataset("wikitext2"), ["a"], [summary])) == {"unigram_f1"}
     assert data.sample_score(data.get_dataset("samsum"), "the cat sat", summary) == pytest.approx(
-        rouge_n_by_the_book("the cat sat".split(), "the cat on the mat".split(), 2))
+        rouge_n_by_the_book("the cat sat".split(), "the cat on the mat".split(), 2)
+    )
 
 
 def test_score_needs_a_response_for_each_example():
@@ -338,21 +383,48 @@ def test_avg_at_k():
 # ----------------------------------------------------------------------------------------------------- mathematics
 
 
-@pytest.mark.parametrize(("reference", "answer", "equal"), [
-    ("025", "25", True), ("25", "025", True), ("025", "250", False),
-    (r"336^\circ", "336", True), ("41.8", r"41.8^{\circ}", True),
-    ("$166$", "166", True), ("$69$,$84$", "69, 84", True),
-    ("3,5,7", "7, 3, 5", True), ("3,5,7", "3,5", False), ("3,5", "3,5,7", False), ("$69$,$84$", "84,69", True),
-    ("16,3,1,1", "16,3,1", True),  # a set: how often a value stands there is lost
-    ("(1,2)", "(1, 2)", True), ("(1,2)", "(2,1)", False), ("(3,2),(-3,2)", "(-3,2),(3,2)", True),
-    ("8.7e8", r"8.7 \times 10^{8}", True), ("8.7e8", "870000000", True), ("8.7e8", "8.8e8", False),
-    ("5.3e-9", "1e-9", False), ("5.3e-9", r"5.3\cdot 10^{-9}", True),  # both round to 0 at six decimals
-    ("np.arcsin(10/13)", r"\arcsin{\frac{10}{13}}", True), ("np.arcsin(10/13)", r"\arcsin(10/14)", False),
-    ("-1./3", r"-\frac{1}{3}", True), (r"\frac{1}{2}", "0.5", True), (r"80\%", "80", True), ("1,234", "1234", True),
-    ("18", r"\$18.00", True), (r"\text{even}", "even", True), ("x=5", "5", True), ("p - q", "-q+p", True),
-    (r"1 \pm \sqrt{19}", r"1+\sqrt{19},1-\sqrt{19}", True), ("2", "", False), ("2", "two", False), ("2", "2+", False),
-    ("7", "7 apples", True), ("7", "seven", False), ("7", "7 " + "indeed " * 9, False),
-])
+@pytest.mark.parametrize(
+    ("reference", "answer", "equal"),
+    [
+        ("025", "25", True),
+        ("25", "025", True),
+        ("025", "250", False),
+        (r"336^\circ", "336", True),
+        ("41.8", r"41.8^{\circ}", True),
+        ("$166$", "166", True),
+        ("$69$,$84$", "69, 84", True),
+        ("3,5,7", "7, 3, 5", True),
+        ("3,5,7", "3,5", False),
+        ("3,5", "3,5,7", False),
+        ("$69$,$84$", "84,69", True),
+        ("16,3,1,1", "16,3,1", True),  # a set: how often a value stands there is lost
+        ("(1,2)", "(1, 2)", True),
+        ("(1,2)", "(2,1)", False),
+        ("(3,2),(-3,2)", "(-3,2),(3,2)", True),
+        ("8.7e8", r"8.7 \times 10^{8}", True),
+        ("8.7e8", "870000000", True),
+        ("8.7e8", "8.8e8", False),
+        ("5.3e-9", "1e-9", False),
+        ("5.3e-9", r"5.3\cdot 10^{-9}", True),  # both round to 0 at six decimals
+        ("np.arcsin(10/13)", r"\arcsin{\frac{10}{13}}", True),
+        ("np.arcsin(10/13)", r"\arcsin(10/14)", False),
+        ("-1./3", r"-\frac{1}{3}", True),
+        (r"\frac{1}{2}", "0.5", True),
+        (r"80\%", "80", True),
+        ("1,234", "1234", True),
+        ("18", r"\$18.00", True),
+        (r"\text{even}", "even", True),
+        ("x=5", "5", True),
+        ("p - q", "-q+p", True),
+        (r"1 \pm \sqrt{19}", r"1+\sqrt{19},1-\sqrt{19}", True),
+        ("2", "", False),
+        ("2", "two", False),
+        ("2", "2+", False),
+        ("7", "7 apples", True),
+        ("7", "seven", False),
+        ("7", "7 " + "indeed " * 9, False),
+    ],
+)
 def test_same_math(reference, answer, equal):
     assert data.same_math(reference, answer) is equal
 
@@ -367,10 +439,27 @@ def test_final_answer():
     assert data.final_answer("") == ""
 
 
-@pytest.mark.parametrize("response", [
-    "", "####", "####\n", "#" * 99, "\x00", "\ud800", "9" * 5000, "1.2.3.4", r"\boxed{}", r"\boxed{\frac{1}{",
-    r"\boxed{1/0}", r"\boxed{2e9999}", r"\boxed{\int}", r"\boxed{\begin{pmatrix}1}", r"\boxed{9^{9^{9^{9}}}}",
-    r"\boxed{" + "(" * 400 + "}"])
+@pytest.mark.parametrize(
+    "response",
+    [
+        "",
+        "####",
+        "####\n",
+        "#" * 99,
+        "\x00",
+        "\ud800",
+        "9" * 5000,
+        "1.2.3.4",
+        r"\boxed{}",
+        r"\boxed{\frac{1}{",
+        r"\boxed{1/0}",
+        r"\boxed{2e9999}",
+        r"\boxed{\int}",
+        r"\boxed{\begin{pmatrix}1}",
+        r"\boxed{9^{9^{9^{9}}}}",
+        r"\boxed{" + "(" * 400 + "}",
+    ],
+)
 def test_what_cannot_be_read_earns_nothing(response, caplog):
     assert data.reward(data.get_dataset("math500"), response, data.Example("p", "a", (r"\frac{1}{2}",))) == 0
     assert not caplog.records  # a rollout of nonsense does not fill the log
@@ -415,11 +504,21 @@ def test_a_real_answer_is_not_its_neighbours():
 
 
 @needs_real
-@pytest.mark.parametrize(("name", "counts"), [
-    ("samsum", (14731, 818, 819)), ("xsum", 2131), ("squad", (12134, 10570)), ("gsm8k", (7473, 1319)),
-    ("deepscaler", 5000), ("math500", (None, None, 500)), ("aime24", (None, None, 30)), ("aime25", (None, None, 30)),
-    ("minerva", (None, None, 272)), ("olympiad", (None, None, 675)),
-])
+@pytest.mark.parametrize(
+    ("name", "counts"),
+    [
+        ("samsum", (14731, 818, 819)),
+        ("xsum", 2131),
+        ("squad", (12134, 10570)),
+        ("gsm8k", (7473, 1319)),
+        ("deepscaler", 5000),
+        ("math500", (None, None, 500)),
+        ("aime24", (None, None, 30)),
+        ("aime25", (None, None, 30)),
+        ("minerva", (None, None, 272)),
+        ("olympiad", (None, None, 675)),
+    ],
+)
 def test_real_records_become_examples_that_earn_their_reward(name, counts):
     spec = data.get_dataset(name)
     splits = {s: data.load_examples(name, s, data_dir=REAL) for s in spec.files}
@@ -438,13 +537,19 @@ def test_real_records_become_examples_that_earn_their_reward(name, counts):
 
 
 @needs_real
-@pytest.mark.parametrize(("name", "what"), [
-    ("squad", lambda e: e.prompt.rpartition("\nQuestion:")[0]), ("xsum", lambda e: e.prompt),
-    ("gsm8k", lambda e: e.prompt), ("deepscaler", lambda e: e.prompt)])
+@pytest.mark.parametrize(
+    ("name", "what"),
+    [
+        ("squad", lambda e: e.prompt.rpartition("\nQuestion:")[0]),
+        ("xsum", lambda e: e.prompt),
+        ("gsm8k", lambda e: e.prompt),
+        ("deepscaler", lambda e: e.prompt),
+    ],
+)
 def test_real_splits_share_nothing(name, what):
     splits = [{what(e) for e in data.load_examples(name, s, data_dir=REAL)} for s in data.get_dataset(name).files]
     for i, a in enumerate(splits):
-        for b in splits[i + 1:]:
+        for b in splits[i + 1 :]:
             assert a and b and not a & b
 
 
@@ -477,15 +582,26 @@ def test_sets_without_a_split_say_where_to_go():
 
 
 def test_empty_records_are_left_out_and_counted(tmp_path):
-    write(tmp_path, ("samsum", "train"), {"dialogue": "A: hi", "summary": "A greets."},
-          {"dialogue": " ", "summary": "x"}, {"dialogue": "B: hi", "summary": ""}, {"dialogue": "C", "summary": None})
+    write(
+        tmp_path,
+        ("samsum", "train"),
+        {"dialogue": "A: hi", "summary": "A greets."},
+        {"dialogue": " ", "summary": "x"},
+        {"dialogue": "B: hi", "summary": ""},
+        {"dialogue": "C", "summary": None},
+    )
     examples = data.load_examples("samsum", "train", data_dir=tmp_path)
     assert [e.answer for e in examples] == [" A greets."] and examples.skipped == 3
     encoded, counts = data.encode_examples(examples, BYTES, 64)
     assert len(encoded) == 1 and counts == {"kept": 1, "cut": 0, "skipped": 3, "too_long": 0, "empty": 3}
 
-    write(tmp_path, ("squad", "test"), {"context": "c", "question": "q", "answers": []},
-          {"context": "c", "question": "q", "answers": ["", "x"]}, {"context": "c", "question": "q", "answers": ["y"]})
+    write(
+        tmp_path,
+        ("squad", "test"),
+        {"context": "c", "question": "q", "answers": []},
+        {"context": "c", "question": "q", "answers": ["", "x"]},
+        {"context": "c", "question": "q", "answers": ["y"]},
+    )
     squad = data.load_examples("squad", "test", data_dir=tmp_path)
     assert squad.skipped == 1 and {e.references for e in squad} == {("x",), ("y",)}  # an empty answer is none
     write(tmp_path, ("gsm8k", "test"), {"question": "q", "answer": "none"}, {"question": "q", "answer": "#### 5"})
@@ -507,8 +623,11 @@ def test_a_split_without_examples_is_an_error(tmp_path):
 
 
 @quick
-@given(st.lists(st.tuples(st.text(max_size=30), st.text(max_size=12)).map(lambda t: data.Example(*t, t[1:])),
-                max_size=6), st.integers(1, 40), st.integers(0, 20))
+@given(
+    st.lists(st.tuples(st.text(max_size=30), st.text(max_size=12)).map(lambda t: data.Example(*t, t[1:])), max_size=6),
+    st.integers(1, 40),
+    st.integers(0, 20),
+)
 def test_encoded_examples_fit_and_keep_their_ends(examples, context, new):
     encoded, counts = data.encode_examples(examples, BYTES, context, min_new_tokens=new)
     kept = iter(encoded)
@@ -529,8 +648,13 @@ def test_encoded_examples_fit_and_keep_their_ends(examples, context, new):
                 cut += 1
                 assert start + max(len(answer) + 1, new) == context
     assert next(kept, None) is None
-    assert counts == {"kept": len(encoded), "cut": cut, "skipped": empty + too_long, "too_long": too_long,
-                      "empty": empty}
+    assert counts == {
+        "kept": len(encoded),
+        "cut": cut,
+        "skipped": empty + too_long,
+        "too_long": too_long,
+        "empty": empty,
+    }
 
 
 def test_prompts_are_cut_from_the_left():
@@ -541,12 +665,18 @@ def test_prompts_are_cut_from_the_left():
         data.encode_prompt(example, BYTES, 0)
 
 
-@pytest.mark.parametrize(("content", "message"), [
-    (None, r"gsm8k/test.jsonl is missing.*DIR/gsm8k/test.jsonl"), ("", r"test.jsonl is empty"), ("\n\n", "is empty"),
-    ('{"question": "q", "answer": "#### 1"}\n{"question": \n', r"test.jsonl, line 2: not a JSON object"),
-    ('\n[1]\n', r"line 2: gsm8k needs the field 'question'"), ('{"question": "q"}\n', r"line 1: .*field 'answer'"),
-    ('{"question": "q", "answer": 3}\n', "gsm8k: a record's question or answer is not text"),
-])
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (None, r"gsm8k/test.jsonl is missing.*DIR/gsm8k/test.jsonl"),
+        ("", r"test.jsonl is empty"),
+        ("\n\n", "is empty"),
+        ('{"question": "q", "answer": "#### 1"}\n{"question": \n', r"test.jsonl, line 2: not a JSON object"),
+        ("\n[1]\n", r"line 2: gsm8k needs the field 'question'"),
+        ('{"question": "q"}\n', r"line 1: .*field 'answer'"),
+        ('{"question": "q", "answer": 3}\n', "gsm8k: a record's question or answer is not text"),
+    ],
+)
 def test_bad_files_are_named(tmp_path, content, message):
     if content is not None:
         write(tmp_path, ("gsm8k", "test"), content)
@@ -580,8 +710,14 @@ def in_a_new_python(code, home, **env):
     # The libraries' threads can abort an interpreter that is shutting down ("terminate called without an active
     # exception", seen once on a busy machine): the process ends before it comes to that.
     code = f"import json, os, sys, data\n{textwrap.dedent(code)}\nsys.stdout.flush()\nsys.stderr.flush()\nos._exit(0)"
-    run = subprocess.run([sys.executable, "-c", code], cwd=ROOT, text=True,
-                         capture_output=True, env=env | {"HF_HOME": str(home)}, timeout=900)
+    run = subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=ROOT,
+        text=True,
+        capture_output=True,
+        env=env | {"HF_HOME": str(home)},
+        timeout=900,
+    )
     assert run.returncode == 0, run.stderr
     return json.loads(run.stdout.splitlines()[-1]), run.stderr
 
@@ -592,14 +728,33 @@ RECORDS = {  # as the hub's tables have them, columns that we do not use include
     "knkarthick/samsum": {s: [{"id": "1", "dialogue": f"A: {s}", "summary": "S."}] for s in THREE},
     "EdinburghNLP/xsum": {s: [{"document": f"D {s}", "summary": "S.", "id": "1"}] for s in THREE},
     "rajpurkar/squad": {
-        "train": [{"id": f"{i}", "title": "t", "context": f"c{i % 100}", "question": "q?",
-                   "answers": {"text": ["a"], "answer_start": [0]}} for i in range(200)],
-        "validation": [{"id": "d", "title": "t", "context": "dev", "question": "q?",
-                        "answers": {"text": ["a", "the b"], "answer_start": [0, 1]}}]},
-    "openai/gsm8k:main": {"train": [{"question": f"q{i}", "answer": "1+1=<<1+1=2>>2\n#### 2"} for i in range(100)],
-                          "test": [{"question": "q", "answer": "x\n#### 1,000"}]},
+        "train": [
+            {
+                "id": f"{i}",
+                "title": "t",
+                "context": f"c{i % 100}",
+                "question": "q?",
+                "answers": {"text": ["a"], "answer_start": [0]},
+            }
+            for i in range(200)
+        ],
+        "validation": [
+            {
+                "id": "d",
+                "title": "t",
+                "context": "dev",
+                "question": "q?",
+                "answers": {"text": ["a", "the b"], "answer_start": [0, 1]},
+            }
+        ],
+    },
+    "openai/gsm8k:main": {
+        "train": [{"question": f"q{i}", "answer": "1+1=<<1+1=2>>2\n#### 2"} for i in range(100)],
+        "test": [{"question": "q", "answer": "x\n#### 1,000"}],
+    },
     "agentica-org/DeepScaleR-Preview-Dataset": {
-        "train": [{"problem": f"p{i}", "answer": "1", "solution": "s"} for i in range(100)]},
+        "train": [{"problem": f"p{i}", "answer": "1", "solution": "s"} for i in range(100)]
+    },
     "HuggingFaceH4/MATH-500": {"test": [{"problem": "p", "solution": "s", "answer": "\\frac{1}{2}", "level": 1}]},
     "HuggingFaceH4/aime_2024": {"train": [{"id": 1, "problem": "p", "solution": "s", "answer": "025"}]},
     "math-ai/aime25": {"test": [{"problem": "p", "answer": "70", "id": "0"}]},
@@ -610,7 +765,8 @@ RECORDS = {  # as the hub's tables have them, columns that we do not use include
 
 def test_every_set_reads_from_the_hub_as_from_files(tmp_path):
     with FakeHub(RECORDS) as hub:
-        got, _ = in_a_new_python("""
+        got, _ = in_a_new_python(
+            """
             out = {}
             tokenizer = data.load_tokenizer("bytes")
             for spec in data.DATASETS.values():
@@ -622,7 +778,10 @@ def test_every_set_reads_from_the_hub_as_from_files(tmp_path):
                         examples = data.load_examples(spec.name, split)
                         out[f"{spec.name} {split}"] = [[e.prompt, e.answer, e.references] for e in examples]
             print(json.dumps(out))
-            """.replace("CACHE", repr(str(tmp_path / "cache"))), tmp_path, HF_ENDPOINT=hub.url)
+            """.replace("CACHE", repr(str(tmp_path / "cache"))),
+            tmp_path,
+            HF_ENDPOINT=hub.url,
+        )
     assert set(got) == {f"{s.name} {split}" for s in data.DATASETS.values() for split in s.hub_splits}
     assert got["wikitext2 test"] == " \n = test = \n \n"
     assert got["samsum validation"] == [["A: validation\nTL;DR:", " S.", ["S."]]]
@@ -634,23 +793,33 @@ def test_every_set_reads_from_the_hub_as_from_files(tmp_path):
     assert len(got["gsm8k train"]) + len(got["gsm8k validation"]) == 100 and got["gsm8k validation"]
     assert len(got["deepscaler train"]) + len(got["deepscaler validation"]) == 100
     assert [got[f"{n} test"][0][2][0] for n in ("math500", "aime24", "aime25", "minerva", "olympiad")] == [
-        "\\frac{1}{2}", "025", "70", "8.7e8", "1,3"]
+        "\\frac{1}{2}",
+        "025",
+        "70",
+        "8.7e8",
+        "1,3",
+    ]
 
 
 def test_a_hub_table_with_other_columns_is_refused(tmp_path):
     with FakeHub({"knkarthick/samsum": {"test": [{"text": "A: hi", "summary": "S."}]}}) as hub:
-        got, _ = in_a_new_python("""
+        got, _ = in_a_new_python(
+            """
             try:
                 data.load_examples("samsum", "test")
             except data.UserError as error:
                 print(json.dumps(str(error)))
-            """, tmp_path, HF_ENDPOINT=hub.url)
+            """,
+            tmp_path,
+            HF_ENDPOINT=hub.url,
+        )
     assert "knkarthick/samsum has no column 'dialogue', only text, summary" in got and "--data-dir" in got
 
 
 @pytest.mark.parametrize("env", [{"HF_ENDPOINT": "http://127.0.0.1:9"}, {"HF_HUB_OFFLINE": "1"}])
 def test_without_network_one_sentence_says_what_to_do(tmp_path, env):
-    got, stderr = in_a_new_python("""
+    got, stderr = in_a_new_python(
+        """
         errors = []
         for load in (lambda: data.load_examples("squad", "train"),
                      lambda: data.load_text("wikitext2", "test", data.load_tokenizer("bytes"), cache_dir="unused")):
@@ -659,7 +828,10 @@ def test_without_network_one_sentence_says_what_to_do(tmp_path, env):
             except data.UserError as error:
                 errors.append(str(error))
         print(json.dumps(errors))
-        """, tmp_path, **env)
+        """,
+        tmp_path,
+        **env,
+    )
     assert "rajpurkar/squad" in got[0] and "DIR/squad-v1.1/train_subset.jsonl" in got[0]
     assert "Salesforce/wikitext" in got[1] and "--data-dir DIR" in got[1] and "HF_HUB_OFFLINE=1" in got[1]
     assert not any("\n" in error for error in got) and "Retrying" not in stderr
@@ -667,18 +839,24 @@ def test_without_network_one_sentence_says_what_to_do(tmp_path, env):
 
 
 def test_without_network_gpt2_names_the_variable(tmp_path):
-    got, _ = in_a_new_python("""
+    got, _ = in_a_new_python(
+        """
         try:
             data.load_tokenizer("gpt2")
         except data.UserError as error:
             print(json.dumps(str(error)))
-        """, tmp_path, TIKTOKEN_CACHE_DIR=str(tmp_path / "none"), HTTPS_PROXY="http://127.0.0.1:9")
+        """,
+        tmp_path,
+        TIKTOKEN_CACHE_DIR=str(tmp_path / "none"),
+        HTTPS_PROXY="http://127.0.0.1:9",
+    )
     assert "TIKTOKEN_CACHE_DIR" in got and "--tokenizer bytes" in got and "\n" not in got
 
 
 @needs_real
 def test_a_data_folder_needs_no_network(tmp_path):
-    got, _ = in_a_new_python("""
+    got, _ = in_a_new_python(
+        """
         import socket, sys
         def refuse(*_): raise AssertionError("network")
         socket.socket.connect = refuse
@@ -686,5 +864,7 @@ def test_a_data_folder_needs_no_network(tmp_path):
                for s in data.DATASETS.values() if s.kind == "task" for split in s.files]
         data.load_text("wikitext2", "test", data.load_tokenizer("gpt2", DIR), data_dir=DIR, cache_dir=CACHE)
         print(json.dumps([out, [m for m in ("datasets", "torch", "math_verify", "rouge_score") if m in sys.modules]]))
-        """.replace("DIR", repr(str(REAL))).replace("CACHE", repr(str(tmp_path))), tmp_path)
+        """.replace("DIR", repr(str(REAL))).replace("CACHE", repr(str(tmp_path))),
+        tmp_path,
+    )
     assert set(got[0]) == {2} and got[1] == []  # nor what is slow to import

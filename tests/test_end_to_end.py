@@ -28,14 +28,21 @@ needs_real = pytest.mark.skipif(not REAL.is_dir(), reason="../shared/data (the r
 MICRO = dict(n_layer=4, n_head=2, n_embd=32, context=48)
 ALGORITHMS = train.SUPERVISED + train.GENERATIVE
 # As little as a run can do: both phases, and an evaluation, a checkpoint and minibatches in each.
-LITTLE = ("--steps 2 --pretrain-steps 2 --batch-size 2 --prompts-per-step 2 --group-size 2 --minibatches 2 "
-          "--eval-samples 2 --max-new-tokens 4")  # fmt: skip
+LITTLE = (
+    "--steps 2 --pretrain-steps 2 --batch-size 2 --prompts-per-step 2 --group-size 2 --minibatches 2 "
+    "--eval-samples 2 --max-new-tokens 4"
+)
 METRICS = {
-    "pydocs": ["perplexity", "bits_per_byte"], "wikitext2": ["perplexity", "bits_per_byte"],
-    "samsum": ["rouge1", "rouge2", "rougeL"], "xsum": ["rouge1", "rouge2", "rougeL"],
-    "squad": ["exact_match", "f1"], "gsm8k": ["accuracy"], "deepscaler": ["accuracy"],
-    "addition": ["accuracy"], "countdown": ["accuracy"],
-}  # fmt: skip
+    "pydocs": ["perplexity", "bits_per_byte"],
+    "wikitext2": ["perplexity", "bits_per_byte"],
+    "samsum": ["rouge1", "rouge2", "rougeL"],
+    "xsum": ["rouge1", "rouge2", "rougeL"],
+    "squad": ["exact_match", "f1"],
+    "gsm8k": ["accuracy"],
+    "deepscaler": ["accuracy"],
+    "addition": ["accuracy"],
+    "countdown": ["accuracy"],
+}
 
 
 @pytest.fixture
@@ -59,8 +66,14 @@ def rows_of(out="r"):
 
 
 def command(program, flags, cwd, **env):
-    return subprocess.run([sys.executable, str(ROOT / program), *shlex.split(flags)], cwd=cwd, capture_output=True,
-                          text=True, timeout=900, env=os.environ | {"OMP_NUM_THREADS": "1"} | env)  # fmt: skip
+    return subprocess.run(
+        [sys.executable, str(ROOT / program), *shlex.split(flags)],
+        cwd=cwd,
+        capture_output=True,
+        text=True,
+        timeout=900,
+        env=os.environ | {"OMP_NUM_THREADS": "1"} | env,
+    )
 
 
 def png_size(path):
@@ -132,10 +145,19 @@ def slices(tmp_path_factory):
 
 
 PAIRS = [
-    ("wikitext2", "erl"), ("wikitext2", "rais"), ("samsum", "erl"), ("samsum", "grpo"), ("xsum", "lm"),
-    ("xsum", "gmpo"), ("squad", "dense"), ("squad", "erpo"), ("gsm8k", "erpo"), ("gsm8k", "gspo"),
-    ("deepscaler", "erl"), ("deepscaler", "rais"),
-]  # fmt: skip
+    ("wikitext2", "erl"),
+    ("wikitext2", "rais"),
+    ("samsum", "erl"),
+    ("samsum", "grpo"),
+    ("xsum", "lm"),
+    ("xsum", "gmpo"),
+    ("squad", "dense"),
+    ("squad", "erpo"),
+    ("gsm8k", "erpo"),
+    ("gsm8k", "gspo"),
+    ("deepscaler", "erl"),
+    ("deepscaler", "rais"),
+]
 
 
 @needs_real
@@ -154,19 +176,36 @@ def test_real_data(dataset, algo, slices, here, monkeypatch):
 # ------------------------------------------------------------------------------------------------ the flags, one by one
 
 
-@pytest.mark.parametrize("flags", [
-    "--algo erl --wpl", "--algo erl --advantage log", "--algo erl --erl-grad router",
-    "--algo erl --wpl --erl-grad router",
-    "--algo erl --top-k 2 --alpha 1", "--algo erl --n-perturb 1 --delta 0", "--algo erl --gate prob",
-    "--algo erl --n-shared-expert 1", "--algo erl --expert-capacity 4", "--algo erl --moe-every 1 --n-expert 3",
-    "--algo erl --dataset addition --wpl", "--algo lm --gate prob --top-k 2 --n-shared-expert 1",
-    "--algo grpo --replay routing", "--algo erpo --replay routing --entropy-reward absolute",
-    "--algo erpo --entropy-reward none", "--algo erpo --entropy-alpha 1", "--algo rais --shift-base gspo",
-    "--algo rais --shift-base grpo --shift-floor 0.5 --replay routing", "--algo gspo --expert-capacity 4",
-    "--algo gmpo --gate prob --n-shared-expert 1", "--algo grpo --temperature 0.7 --top-p 0.7 --beams 2",
-    "--algo grpo --clip-low 0.1 --clip-high 0.5 --minibatches 1", "--algo erpo --top-k 1 --moe-every 4",
-    "--algo dense --pretrain-steps 0 --steps 1", "--algo grpo --pretrain-steps 0 --steps 1",
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "flags",
+    [
+        "--algo erl --wpl",
+        "--algo erl --advantage log",
+        "--algo erl --erl-grad router",
+        "--algo erl --wpl --erl-grad router",
+        "--algo erl --top-k 2 --alpha 1",
+        "--algo erl --n-perturb 1 --delta 0",
+        "--algo erl --gate prob",
+        "--algo erl --n-shared-expert 1",
+        "--algo erl --expert-capacity 4",
+        "--algo erl --moe-every 1 --n-expert 3",
+        "--algo erl --dataset addition --wpl",
+        "--algo lm --gate prob --top-k 2 --n-shared-expert 1",
+        "--algo grpo --replay routing",
+        "--algo erpo --replay routing --entropy-reward absolute",
+        "--algo erpo --entropy-reward none",
+        "--algo erpo --entropy-alpha 1",
+        "--algo rais --shift-base gspo",
+        "--algo rais --shift-base grpo --shift-floor 0.5 --replay routing",
+        "--algo gspo --expert-capacity 4",
+        "--algo gmpo --gate prob --n-shared-expert 1",
+        "--algo grpo --temperature 0.7 --top-p 0.7 --beams 2",
+        "--algo grpo --clip-low 0.1 --clip-high 0.5 --minibatches 1",
+        "--algo erpo --top-k 1 --moe-every 4",
+        "--algo dense --pretrain-steps 0 --steps 1",
+        "--algo grpo --pretrain-steps 0 --steps 1",
+    ],
+)
 def test_variants(flags, here):
     if "--dataset" not in flags and flags.split()[1] in train.GENERATIVE:
         flags += " --dataset addition"
@@ -288,8 +327,19 @@ def test_the_commands(tmp_path):
     done = command("eval_routing.py", "r --samples 1 --compare r", tmp_path)
     assert done.returncode == 0, done.stderr
     routing = json.loads((tmp_path / "r" / "routing.json").read_text())
-    wanted = {"mrr", "hit1", "chance_mrr", "chance_hit1", "samples", "original_score", "perturbed_score", "robustness",
-              "top1_histogram", "top1_above_0.9", "expert_load"}  # fmt: skip
+    wanted = {
+        "mrr",
+        "hit1",
+        "chance_mrr",
+        "chance_hit1",
+        "samples",
+        "original_score",
+        "perturbed_score",
+        "robustness",
+        "top1_histogram",
+        "top1_above_0.9",
+        "expert_load",
+    }
     assert wanted <= set(routing) and routing["samples"] == 1
     assert list(map(float, routing["robustness"])) == [0, 0.25, 0.5, 0.75, 1]
     pictures = list((tmp_path / "r").glob("routing*.png"))
@@ -333,8 +383,11 @@ def test_the_demo(here, monkeypatch, capsys):
 
 def contents(folder):
     """Every file of a folder and what is in it; the cache of tokens is nobody's work."""
-    return {str(p.relative_to(folder)): p.is_file() and hashlib.sha256(p.read_bytes()).hexdigest()
-            for p in sorted(Path(folder).rglob("*")) if ".cache" not in p.parts and p.name != ".lock"}  # fmt: skip
+    return {
+        str(p.relative_to(folder)): p.is_file() and hashlib.sha256(p.read_bytes()).hexdigest()
+        for p in sorted(Path(folder).rglob("*"))
+        if ".cache" not in p.parts and p.name != ".lock"
+    }
 
 
 def refused(flags, folder, capsys):
@@ -350,30 +403,54 @@ def refused(flags, folder, capsys):
     return lines[0]
 
 
-@pytest.mark.parametrize(("flags", "says"), [
-    ("--algo erll", "did you mean erl?"), ("--algo PPO", "did you mean"), ("--dataset pydocs", "--algo is missing"),
-    ("--algo erl --dataset wikitext", "did you mean wikitext2?"), ("--algo erl --dataset gsm8", "did you mean gsm8k?"),
-    ("--algo erl --dataset math500", "is a test set"), ("--algo erl --model huge", "unknown model 'huge'"),
-    ("--algo erl --tokenizer byte", "did you mean bytes?"), ("--algo erl --gate norm", "did you mean renorm?"),
-    ("--algo erl --top-k 9", "top_k 9 is above n_expert 8"), ("--algo erl --n-expert 1", "--n-expert 1 leaves nothing"),
-    ("--algo erl --top-k 0", "--top-k: must be at least 1"), ("--algo lm --moe-every 5", "moe_every 5 leaves none"),
-    ("--algo erl --alpha 1.1", "--alpha: must be at least 0 and at most 1"), ("--algo erl --alpha -0.1", "--alpha"),
-    ("--algo erl --alpha nan", "--alpha"), ("--algo erl --batch-size 0", "--batch-size: must be at least 1"),
-    ("--algo erl --batch-size -4", "--batch-size"), ("--algo erl --steps 0", "--steps: must be at least 1"),
-    ("--algo erl --steps 2.5", "is not a whole number"), ("--algo erl --lr 0", "--lr: must be above 0"),
-    ("--algo erl --lr -1e-3", "--lr"), ("--algo erl --lr much", "'much' is not a number"),
-    ("--algo erl --lr inf", "--lr"), ("--algo erl --epochs 0", "--epochs"), ("--algo erl --lr", "expected one"),
-    ("--algo erl --steps 3 --epochs 1", "give one of them"), ("--algo erl --learning-rate 1", "--learning-rate"),
-    ("--algo erl --data", "--data"), ("--algo erl --seed -1", "--seed"), ("--algo erl --device tpu", "unknown device"),
-    ("--algo grpo --group-size 1", "--group-size: must be at least 2"), ("--algo grpo --top-p 0", "--top-p"),
-    ("--algo grpo --temperature 0", "--temperature: must be above 0"), ("--algo rais --shift-floor 2", "--shift-floor"),
-    ("--algo grpo --prompts-per-step 6 --minibatches 4", "not divisible by --minibatches"),
-    ("--algo erpo --entropy-reward some", "unknown entropy reward"), ("--algo rais --shift-base ppo", "unknown base"),
-    ("--algo grpo --dataset addition --max-new-tokens 48", "leaves no room for a prompt"),
-    ("--algo erl --init nowhere", "there is no run, checkpoint file or GPT-2 folder"),
-    ("--algo erl --dataset samsum --tokenizer bytes --data-dir nowhere", "nowhere/samsum/train.jsonl is missing"),
-    ("--resume", "--resume needs --out"), ("--resume --out nowhere", "holds no run to resume"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("flags", "says"),
+    [
+        ("--algo erll", "did you mean erl?"),
+        ("--algo PPO", "did you mean"),
+        ("--dataset pydocs", "--algo is missing"),
+        ("--algo erl --dataset wikitext", "did you mean wikitext2?"),
+        ("--algo erl --dataset gsm8", "did you mean gsm8k?"),
+        ("--algo erl --dataset math500", "is a test set"),
+        ("--algo erl --model huge", "unknown model 'huge'"),
+        ("--algo erl --tokenizer byte", "did you mean bytes?"),
+        ("--algo erl --gate norm", "did you mean renorm?"),
+        ("--algo erl --top-k 9", "top_k 9 is above n_expert 8"),
+        ("--algo erl --n-expert 1", "--n-expert 1 leaves nothing"),
+        ("--algo erl --top-k 0", "--top-k: must be at least 1"),
+        ("--algo lm --moe-every 5", "moe_every 5 leaves none"),
+        ("--algo erl --alpha 1.1", "--alpha: must be at least 0 and at most 1"),
+        ("--algo erl --alpha -0.1", "--alpha"),
+        ("--algo erl --alpha nan", "--alpha"),
+        ("--algo erl --batch-size 0", "--batch-size: must be at least 1"),
+        ("--algo erl --batch-size -4", "--batch-size"),
+        ("--algo erl --steps 0", "--steps: must be at least 1"),
+        ("--algo erl --steps 2.5", "is not a whole number"),
+        ("--algo erl --lr 0", "--lr: must be above 0"),
+        ("--algo erl --lr -1e-3", "--lr"),
+        ("--algo erl --lr much", "'much' is not a number"),
+        ("--algo erl --lr inf", "--lr"),
+        ("--algo erl --epochs 0", "--epochs"),
+        ("--algo erl --lr", "expected one"),
+        ("--algo erl --steps 3 --epochs 1", "give one of them"),
+        ("--algo erl --learning-rate 1", "--learning-rate"),
+        ("--algo erl --data", "--data"),
+        ("--algo erl --seed -1", "--seed"),
+        ("--algo erl --device tpu", "unknown device"),
+        ("--algo grpo --group-size 1", "--group-size: must be at least 2"),
+        ("--algo grpo --top-p 0", "--top-p"),
+        ("--algo grpo --temperature 0", "--temperature: must be above 0"),
+        ("--algo rais --shift-floor 2", "--shift-floor"),
+        ("--algo grpo --prompts-per-step 6 --minibatches 4", "not divisible by --minibatches"),
+        ("--algo erpo --entropy-reward some", "unknown entropy reward"),
+        ("--algo rais --shift-base ppo", "unknown base"),
+        ("--algo grpo --dataset addition --max-new-tokens 48", "leaves no room for a prompt"),
+        ("--algo erl --init nowhere", "there is no run, checkpoint file or GPT-2 folder"),
+        ("--algo erl --dataset samsum --tokenizer bytes --data-dir nowhere", "nowhere/samsum/train.jsonl is missing"),
+        ("--resume", "--resume needs --out"),
+        ("--resume --out nowhere", "holds no run to resume"),
+    ],
+)
 def test_mistakes_in_the_flags(flags, says, here, capsys):
     assert says in refused(flags, here, capsys)
 
@@ -385,15 +462,21 @@ def test_a_device_that_is_not_there(device, here, capsys):
     assert f"no {device} device" in refused(f"--algo dense --device {device}", here, capsys)
 
 
-@pytest.mark.parametrize(("rows", "says"), [
-    ("", "is empty"), ("\n\n", "is empty"), ('{"dialogue": "A: hi"\n', "line 1: not a JSON object"),
-    ('{"dialogue": "A: hi"}\n', "needs the field 'summary'"), ("[1, 2]\n", "line 1: samsum needs the field"),
-    ('{"dialogue": "", "summary": "x"}\n', "has no train example"),
-    ('{"dialogue": "A: hi", "summary": ""}\n', "has no train example"),
-    ('{"dialogue": 3, "summary": "x"}\n', "is not text"),
-    ('{"dialogue": "A: hi", "summary": "%s"}\n' % ("x" * 100), "fits into 48 tokens"),
-    (b"\xff\xfe\x00", "is not UTF-8"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("rows", "says"),
+    [
+        ("", "is empty"),
+        ("\n\n", "is empty"),
+        ('{"dialogue": "A: hi"\n', "line 1: not a JSON object"),
+        ('{"dialogue": "A: hi"}\n', "needs the field 'summary'"),
+        ("[1, 2]\n", "line 1: samsum needs the field"),
+        ('{"dialogue": "", "summary": "x"}\n', "has no train example"),
+        ('{"dialogue": "A: hi", "summary": ""}\n', "has no train example"),
+        ('{"dialogue": 3, "summary": "x"}\n', "is not text"),
+        ('{"dialogue": "A: hi", "summary": "%s"}\n' % ("x" * 100), "fits into 48 tokens"),
+        (b"\xff\xfe\x00", "is not UTF-8"),
+    ],
+)
 def test_mistakes_in_the_files(rows, says, here, capsys):
     good = '{"dialogue": "A: hi", "summary": "A greets."}\n'
     (here / "d" / "samsum").mkdir(parents=True)
@@ -515,9 +598,14 @@ def test_a_loss_that_diverges_ends_the_run(here, capsys):
 
 def test_without_a_network(tmp_path):
     """Nothing listens on port 9: each program says which flag or variable makes it work offline."""
-    closed = {"HF_ENDPOINT": "http://127.0.0.1:9", "HF_HOME": str(tmp_path / "hf"), "HF_HUB_OFFLINE": "0",
-              "HTTPS_PROXY": "http://127.0.0.1:9", "https_proxy": "http://127.0.0.1:9",
-              "TIKTOKEN_CACHE_DIR": str(tmp_path / "no-words")}  # fmt: skip
+    closed = {
+        "HF_ENDPOINT": "http://127.0.0.1:9",
+        "HF_HOME": str(tmp_path / "hf"),
+        "HF_HUB_OFFLINE": "0",
+        "HTTPS_PROXY": "http://127.0.0.1:9",
+        "https_proxy": "http://127.0.0.1:9",
+        "TIKTOKEN_CACHE_DIR": str(tmp_path / "no-words"),
+    }
     (tmp_path / "no-words").mkdir()
     cases = {
         "--algo erl --dataset samsum --tokenizer bytes": ["--data-dir", "HF_ENDPOINT"],
@@ -525,11 +613,16 @@ def test_without_a_network(tmp_path):
         "--algo erl --dataset wikitext2": ["TIKTOKEN_CACHE_DIR", "--tokenizer bytes"],
     }
     started = [
-        subprocess.Popen([sys.executable, str(ROOT / "train.py"), *flags.split(), "--out", "r"], cwd=tmp_path,
-                         text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-                         env=os.environ | {"OMP_NUM_THREADS": "1"} | closed)
+        subprocess.Popen(
+            [sys.executable, str(ROOT / "train.py"), *flags.split(), "--out", "r"],
+            cwd=tmp_path,
+            text=True,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            env=os.environ | {"OMP_NUM_THREADS": "1"} | closed,
+        )
         for flags in cases
-    ]  # fmt: skip
+    ]
     for process, (flags, words) in zip(started, cases.items(), strict=True):
         out, err = process.communicate(timeout=900)
         assert process.returncode == 2, (flags, err)
@@ -570,8 +663,16 @@ def spoil_state(**changes):
     torch.save({k: v for k, v in state.items() if v is not None}, path)
 
 
-@pytest.mark.parametrize("changes", [{"step": 500}, {"step": "x"}, {"optimizer": None}, {"metrics_bytes": None},
-                                     {"optimizer": {"state": {}, "param_groups": []}}])  # fmt: skip
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"step": 500},
+        {"step": "x"},
+        {"optimizer": None},
+        {"metrics_bytes": None},
+        {"optimizer": {"state": {}, "param_groups": []}},
+    ],
+)
 def test_resume_with_a_state_that_makes_no_sense(changes, runs, capsys):
     run("--algo lm --dataset addition", "longer", LITTLE + " --steps 4")
     shutil.rmtree("lm")
@@ -607,8 +708,10 @@ def test_a_full_disk_leaves_the_last_checkpoint(runs, capsys, monkeypatch):
     assert train.main(shlex.split("--resume --out r")) == 0
 
 
-@pytest.mark.parametrize("flags", ["--algo grpo --pretrain-steps 1 --pretrain-lr 1e30", "--algo lm --lr 1e30",
-                                   "--algo dense --steps 1 --lr 1e30"])  # fmt: skip
+@pytest.mark.parametrize(
+    "flags",
+    ["--algo grpo --pretrain-steps 1 --pretrain-lr 1e30", "--algo lm --lr 1e30", "--algo dense --steps 1 --lr 1e30"],
+)
 def test_weights_that_are_not_finite_give_no_score(flags, here, capsys):
     assert train.main(shlex.split(f"{LITTLE} --dataset addition {flags} --out r")) == 2
     assert "lower --lr (or --pretrain-lr)" in capsys.readouterr().err.splitlines()[-1]
@@ -659,8 +762,12 @@ def test_compare_runs(runs, capsys, compare_runs):
     assert table["lm"]["seeds"] == [0, 1] and table["dense"]["seeds"] == [0] and Path("x/v1.2.png").exists()
     assert "| `lm` | 2 |" in capsys.readouterr().out
     run("--algo lm --dataset countdown", "other")
-    for bad, says in ((["lm", "other"], "ran on countdown"), (["lm", "lm"], "was given before"),
-                      (["nowhere"], "is no finished run"), (["lm", "--metric", "algo"], "has no algo")):  # fmt: skip
+    for bad, says in (
+        (["lm", "other"], "ran on countdown"),
+        (["lm", "lm"], "was given before"),
+        (["nowhere"], "is no finished run"),
+        (["lm", "--metric", "algo"], "has no algo"),
+    ):
         assert compare_runs([*bad, "--out", "y"]) == 2
         assert says in capsys.readouterr().err
     assert not Path("y.json").exists()

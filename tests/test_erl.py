@@ -246,8 +246,10 @@ def test_entries_outside_the_set_change_nothing(junk):
 def test_extra_padding_changes_nothing():
     """Numerator and denominator run over the same set: three more columns of padding leave loss and gradient."""
     new, old, advantages, perturbed = make(9)
-    wide = [torch.cat([x, torch.full_like(x[:, :1], float("nan")).expand(-1, 3, *x.shape[2:])], 1)
-            for x in (new, old, advantages)]  # fmt: skip
+    wide = [
+        torch.cat([x, torch.full_like(x[:, :1], float("nan")).expand(-1, 3, *x.shape[2:])], 1)
+        for x in (new, old, advantages)
+    ]
     wide_mask = torch.cat([perturbed, torch.zeros(2, 3, 2, dtype=torch.bool)], 1)
     a, b = new.clone().requires_grad_(), wide[0].clone().requires_grad_()
     narrow, wider = erl_loss(a, old, advantages, perturbed)[0], erl_loss(b, *wide[1:], wide_mask)[0]

@@ -48,8 +48,16 @@ def make(seed, P=2, G=2, T=6, L=2, K=2, E=4, spread=0.5, changed=0.4, dtype=torc
 
 
 def by_the_book(inputs, **options):
-    names = ("log_probs", "old_log_probs", "rewards", "response_mask", "experts", "old_experts", "expert_probs",
-             "old_expert_probs")  # fmt: skip
+    names = (
+        "log_probs",
+        "old_log_probs",
+        "rewards",
+        "response_mask",
+        "experts",
+        "old_experts",
+        "expert_probs",
+        "old_expert_probs",
+    )
     tensors = (inputs[name].detach() for name in names)
     arrays = (x.double().numpy() if x.is_floating_point() else x.numpy() for x in tensors)
     return reference.erpo(*arrays, inputs["num_experts"], inputs["group_size"], **options)
@@ -67,8 +75,17 @@ def with_gradient(inputs, **options):
 
 
 @settings(deadline=None, max_examples=50)
-@given(seed=seeds, P=st.integers(1, 2), G=st.integers(2, 4), T=st.integers(1, 6), L=st.integers(1, 2),
-       K=st.integers(1, 2), E=st.integers(2, 5), alpha=st.sampled_from([0.0, 0.2, 1.0]), kind=kinds)  # fmt: skip
+@given(
+    seed=seeds,
+    P=st.integers(1, 2),
+    G=st.integers(2, 4),
+    T=st.integers(1, 6),
+    L=st.integers(1, 2),
+    K=st.integers(1, 2),
+    E=st.integers(2, 5),
+    alpha=st.sampled_from([0.0, 0.2, 1.0]),
+    kind=kinds,
+)
 def test_value_and_gradient_equal_the_reference(seed, P, G, T, L, K, E, alpha, kind):
     """The value is eq. 11's, the gradient eq. 12's: e A / |X| for each cluster a token is in, over B |E^i|."""
     inputs = make(seed, P, G, T, L, K, E)
@@ -114,10 +131,18 @@ def test_a_case_by_hand():
     new = torch.tensor([[-1.0, -1.0], [-1.0, -3.0]]).double()
     old = torch.tensor([[-1.1, -1.1], [-1.0, -1.2]]).double()
     experts = torch.tensor([[0, 0], [0, 1]]).view(2, 2, 1, 1)
-    inputs = dict(log_probs=new, old_log_probs=old, rewards=torch.tensor([1.0, 0.0]).double(),
-                  response_mask=torch.ones(2, 2, dtype=torch.bool), experts=experts,
-                  old_experts=torch.zeros_like(experts), expert_probs=torch.full((2, 2, 1, 1), 0.6).double(),
-                  old_expert_probs=torch.full((2, 2, 1, 1), 0.6).double(), num_experts=2, group_size=2)  # fmt: skip
+    inputs = dict(
+        log_probs=new,
+        old_log_probs=old,
+        rewards=torch.tensor([1.0, 0.0]).double(),
+        response_mask=torch.ones(2, 2, dtype=torch.bool),
+        experts=experts,
+        old_experts=torch.zeros_like(experts),
+        expert_probs=torch.full((2, 2, 1, 1), 0.6).double(),
+        old_expert_probs=torch.full((2, 2, 1, 1), 0.6).double(),
+        num_experts=2,
+        group_size=2,
+    )
     loss, gradient, metrics = with_gradient(inputs)
     e, A = np.exp([0.1, 0.1]), np.array([1, -1]) * 0.5**0.5  # row 1: -1 by the new cluster, -1.1 by the old
     assert loss == pytest.approx(-(e * A).mean(), abs=1e-5)
@@ -239,12 +264,18 @@ def test_entropy_reward_favours_certainty_in_good_answers():
     P = torch.tensor([0.95, 0.9, 0.85, 0.9]).double().view(4, 1, 1, 1)  # -P log P falls as P rises from 0.85 up
     A = []
     for kind in ("relative", "none"):
-        inputs = dict(log_probs=torch.zeros(4, 1).double(), old_log_probs=torch.zeros(4, 1).double(),
-                      rewards=torch.tensor([1.0, 1.0, 1.0, 0.0]).double(),
-                      response_mask=torch.ones(4, 1, dtype=torch.bool),
-                      experts=torch.zeros(4, 1, 1, 1, dtype=torch.long),
-                      old_experts=torch.zeros(4, 1, 1, 1, dtype=torch.long), expert_probs=P,
-                      old_expert_probs=torch.full_like(P, 0.9), num_experts=2, group_size=4)  # fmt: skip
+        inputs = dict(
+            log_probs=torch.zeros(4, 1).double(),
+            old_log_probs=torch.zeros(4, 1).double(),
+            rewards=torch.tensor([1.0, 1.0, 1.0, 0.0]).double(),
+            response_mask=torch.ones(4, 1, dtype=torch.bool),
+            experts=torch.zeros(4, 1, 1, 1, dtype=torch.long),
+            old_experts=torch.zeros(4, 1, 1, 1, dtype=torch.long),
+            expert_probs=P,
+            old_expert_probs=torch.full_like(P, 0.9),
+            num_experts=2,
+            group_size=4,
+        )
         _, gradient, metrics = with_gradient(inputs, entropy_reward=kind)
         A.append((-gradient * 4).flatten())
     relative, none = A

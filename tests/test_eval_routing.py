@@ -159,8 +159,9 @@ def test_text_scores_are_those_of_plain_forwards(sizes):
 def test_a_freshly_upcycled_model_is_indifferent(top_k):
     dense = random_model(n_expert=1)
     model = upcycle(dense, MoEConfig(**SMALL, n_expert=8, top_k=top_k), seeded(2))
-    scored = [eval_routing.score_text(model, random_window(seed=s), eval_routing.draw_routes(model, 24, s))
-              for s in range(3)]  # fmt: skip
+    scored = [
+        eval_routing.score_text(model, random_window(seed=s), eval_routing.draw_routes(model, 24, s)) for s in range(3)
+    ]
     result = eval_routing.figures(scored, model.config, text=True)
     assert result["tied_routes"] == [99] * 3 and result["better_routes"] == [0] * 3
     assert result["mrr"] == pytest.approx(eval_routing.CHANCE_MRR) and result["hit1"] == pytest.approx(0.01)
@@ -306,8 +307,12 @@ def runs(tmp_path_factory):
         common = ["--steps", "2", "--pretrain-steps", "2", "--eval-samples", "4", "--device", "cpu"]
         train.run(train.parse(["--algo", "erl", "--out", "text", *common]))
         train.run(train.parse(["--algo", "grpo", "--dataset", "addition", "--out", "task", *common]))
-        models = {"small": random_model(0), "other": random_model(9), "dense": random_model(0, n_expert=1),
-                  "wide": random_model(0, n_expert=8)}  # fmt: skip
+        models = {
+            "small": random_model(0),
+            "other": random_model(9),
+            "dense": random_model(0, n_expert=1),
+            "wide": random_model(0, n_expert=8),
+        }
         for name, model in models.items():
             (folder / name / "checkpoint").mkdir(parents=True)
             save_model(model, folder / name / "checkpoint" / "model.safetensors", step=3)
@@ -331,14 +336,17 @@ def check_folder(folder, result, pictures=PICTURES):
 
 def test_text_run_from_the_command_line(runs, tmp_path):
     program = Path(eval_routing.__file__)
-    done = subprocess.run([sys.executable, program, "text", "--samples", "2", "--device", "cpu"], cwd=runs,
-                          capture_output=True, text=True)  # fmt: skip
+    done = subprocess.run(
+        [sys.executable, program, "text", "--samples", "2", "--device", "cpu"], cwd=runs, capture_output=True, text=True
+    )
     assert done.returncode == 0, done.stderr
     assert "mrr" in done.stdout and "0.0519" in done.stdout
     result = json.loads((runs / "text" / "routing.json").read_text())
     check_folder(runs / "text", result)
-    contract = "mrr hit1 chance_mrr chance_hit1 samples original_score perturbed_score robustness top1_histogram " \
-               "top1_above_0.9 expert_load dataset split step seed score"  # fmt: skip
+    contract = (
+        "mrr hit1 chance_mrr chance_hit1 samples original_score perturbed_score robustness top1_histogram "
+        "top1_above_0.9 expert_load dataset split step seed score"
+    )
     assert set(contract.split()) <= set(result)
     assert (result["samples"], result["score"], result["step"], result["split"]) == (2, "perplexity", 4, "test")
     assert result["robustness"]["0"] == result["original_score"]
@@ -362,8 +370,10 @@ def test_task_run(runs):
 def test_seeds_and_samples(runs, tmp_path):
     one = evaluate("small", "--samples", "12", "--out", tmp_path)
     assert evaluate("small", "--samples", "12", "--out", tmp_path) == one
-    assert evaluate("small", "--samples", "12", "--seed", "1", "--out", tmp_path)["original_scores"] != \
-        one["original_scores"]  # fmt: skip
+    assert (
+        evaluate("small", "--samples", "12", "--seed", "1", "--out", tmp_path)["original_scores"]
+        != one["original_scores"]
+    )
     more = evaluate("small", "--samples", "14", "--out", tmp_path)
     assert more["original_scores"][:12] == one["original_scores"]  # the same order of samples and routes
     other = evaluate("small", "--samples", "12", "--split", "validation", "--out", tmp_path)
@@ -383,8 +393,11 @@ def test_compare(runs, tmp_path):
     same = evaluate("small", "--samples", "2", "--compare", "small", "--out", tmp_path)
     check_folder(tmp_path, same, (*PICTURES, "consistency"))
     assert same["compared_tokens"] >= 10_000  # more than the ranked samples hold
-    pairs = [(share, tokens) for rows in zip(same["expert_consistency"], same["expert_consistency_tokens"], strict=True)
-             for share, tokens in zip(*rows, strict=True)]  # fmt: skip
+    pairs = [
+        (share, tokens)
+        for rows in zip(same["expert_consistency"], same["expert_consistency_tokens"], strict=True)
+        for share, tokens in zip(*rows, strict=True)
+    ]
     assert len(pairs) == 8 and sum(share == 1.0 for share, _ in pairs) > 1
     assert all(share == (1.0 if tokens >= 100 else None) for share, tokens in pairs)
     assert sum(tokens for _, tokens in pairs) == 2 * same["compared_tokens"]
@@ -400,25 +413,28 @@ def test_the_comparison_of_task_runs_reads_prompt_and_answer(runs, tmp_path):
     assert all(share in (1.0, None) for row in result["expert_consistency"] for share in row)
 
 
-@pytest.mark.parametrize("argv, says", [
-    (["nothing"], "nothing is not a run folder of train.py: there is no readable config.json"),
-    (["dense"], "dense is a dense model: it has no routes to rank"),
-    (["unfinished"], "unfinished has no checkpoint yet"),
-    (["broken"], "not a readable checkpoint of this program"),
-    (["garbled"], "garbled is not a run folder"),
-    (["small", "--dataset", "wikitext2", "--data-dir", "empty"], "wiki.test.tokens is missing"),
-    (["small", "--dataset", "pydoc"], "did you mean pydocs?"),
-    (["small", "--split", "tests"], "did you mean test?"),
-    (["small", "--dataset", "deepscaler"], "deepscaler has no test split"),
-    (["small", "--samples", "0"], "at least 1"),
-    (["small", "--batch-size", "x"], "not a whole number"),
-    (["small", "--compare", "dense"], "dense is a dense model"),
-    (["small", "--compare", "wide"], "small and wide cannot be compared"),
-    (["small", "--compare", "tokens"], "small and tokens cannot be compared"),
-    (["foreign"], "foreign is not one run"),
-    (["small", "--out", "small/config.json"], "cannot write into small/config.json"),
-    ([], "required: RUN"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "argv, says",
+    [
+        (["nothing"], "nothing is not a run folder of train.py: there is no readable config.json"),
+        (["dense"], "dense is a dense model: it has no routes to rank"),
+        (["unfinished"], "unfinished has no checkpoint yet"),
+        (["broken"], "not a readable checkpoint of this program"),
+        (["garbled"], "garbled is not a run folder"),
+        (["small", "--dataset", "wikitext2", "--data-dir", "empty"], "wiki.test.tokens is missing"),
+        (["small", "--dataset", "pydoc"], "did you mean pydocs?"),
+        (["small", "--split", "tests"], "did you mean test?"),
+        (["small", "--dataset", "deepscaler"], "deepscaler has no test split"),
+        (["small", "--samples", "0"], "at least 1"),
+        (["small", "--batch-size", "x"], "not a whole number"),
+        (["small", "--compare", "dense"], "dense is a dense model"),
+        (["small", "--compare", "wide"], "small and wide cannot be compared"),
+        (["small", "--compare", "tokens"], "small and tokens cannot be compared"),
+        (["foreign"], "foreign is not one run"),
+        (["small", "--out", "small/config.json"], "cannot write into small/config.json"),
+        ([], "required: RUN"),
+    ],
+)
 def test_mistakes_are_one_sentence_and_change_nothing(runs, argv, says, capsys):
     for name in ("unfinished", "broken", "garbled", "tokens", "foreign", "empty"):
         shutil.rmtree(runs / name, ignore_errors=True)

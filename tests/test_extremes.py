@@ -26,10 +26,14 @@ LOSSES = {
     "grpo": lambda new, old, advantages: grpo_loss(new, old, advantages, ROWS),
     "gspo": lambda new, old, advantages: gspo_loss(new, old, advantages, ROWS),
     "gmpo": lambda new, old, advantages: gmpo_loss(new, old, advantages, ROWS),
-    "rais grpo": rais("grpo"), "rais gspo": rais("gspo"), "rais gmpo": rais("gmpo"), "erpo": erpo,
-    "erl": lambda new, old, advantages: erl_loss(new[:, :, None, None], old[:, :, None, None],
-                                                 advantages[:, None].expand(4, 2), ROWS[..., None]),
-}  # fmt: skip
+    "rais grpo": rais("grpo"),
+    "rais gspo": rais("gspo"),
+    "rais gmpo": rais("gmpo"),
+    "erpo": erpo,
+    "erl": lambda new, old, advantages: erl_loss(
+        new[:, :, None, None], old[:, :, None, None], advantages[:, None].expand(4, 2), ROWS[..., None]
+    ),
+}
 
 
 @pytest.mark.parametrize("name", LOSSES)

@@ -225,9 +225,15 @@ def make_layer(seed, dtype=torch.float32, **changes):
 @pytest.mark.parametrize("path", ["grouped", "turns"])
 @moderate
 @given(
-    st.integers(2, 9), st.integers(1, 3), st.sampled_from(["renorm", "prob"]), st.integers(0, 2), st.integers(0, 3),
-    st.integers(1, 2), st.integers(1, 12), seeds,
-)  # fmt: skip
+    st.integers(2, 9),
+    st.integers(1, 3),
+    st.sampled_from(["renorm", "prob"]),
+    st.integers(0, 2),
+    st.integers(0, 3),
+    st.integers(1, 2),
+    st.integers(1, 12),
+    seeds,
+)
 def test_dispatch_equals_a_loop_over_experts(path, n_expert, top_k, gate, n_shared, capacity, B, T, seed):
     """Value and all gradients, by the grouped product and without it; experts without a token included."""
     top_k = min(top_k, n_expert)

@@ -34,8 +34,12 @@ def make(seed, B=3, T=5, L=2, K=2, spread=0.3, drift=0.15, dtype=torch.float64):
 
 
 @settings(deadline=None, max_examples=40)
-@given(st.tuples(st.integers(1, 3), st.integers(1, 4), st.integers(1, 3), st.integers(1, 3)), seeds,
-       st.floats(0, 1), st.sampled_from(["mean", "sum"]))  # fmt: skip
+@given(
+    st.tuples(st.integers(1, 3), st.integers(1, 4), st.integers(1, 3), st.integers(1, 3)),
+    seeds,
+    st.floats(0, 1),
+    st.sampled_from(["mean", "sum"]),
+)
 def test_router_shift_equals_the_reference(shape, seed, floor, layers):
     *_, new, old = make(seed, *shape)
     gamma = router_shift(new, old, floor=floor, layers=layers)
@@ -105,8 +109,13 @@ def test_router_shift_refuses_bad_arguments():
 
 @bases
 @settings(deadline=None, max_examples=40)
-@given(seed=seeds, B=st.integers(1, 3), T=st.integers(1, 5), spread=st.sampled_from([1e-4, 0.3, 1.0]),
-       layers=st.sampled_from(["mean", "sum"]))  # fmt: skip
+@given(
+    seed=seeds,
+    B=st.integers(1, 3),
+    T=st.integers(1, 5),
+    spread=st.sampled_from([1e-4, 0.3, 1.0]),
+    layers=st.sampled_from(["mean", "sum"]),
+)
 def test_loss_equals_the_reference(base, seed, B, T, spread, layers):
     new, old, A, mask, router, old_router = make(seed, B, T, spread=spread)
     loss, _ = rais_loss(new, old, A, mask, router, old_router, base=base, layers=layers)
@@ -205,11 +214,13 @@ def test_metrics_by_hand():
     log_w = (new - old)[mask] + gamma.log()
     assert 0 < (unfloored < 0.8).sum() < len(unfloored)
     for name, expected in (
-        ("gamma_mean", gamma.mean()), ("gamma_min", gamma.min()),
+        ("gamma_mean", gamma.mean()),
+        ("gamma_min", gamma.min()),
         ("floor_share", (unfloored < 0.8).double().mean()),
-        ("ratio_mean", log_w.exp().mean()), ("ratio_std", log_w.exp().std(correction=0)),
+        ("ratio_mean", log_w.exp().mean()),
+        ("ratio_std", log_w.exp().std(correction=0)),
         ("ratio_neg_log", -log_w.mean()),
-    ):  # fmt: skip
+    ):
         assert metrics[name].item() == pytest.approx(expected.item()), name
     assert all(v.shape == () and not v.requires_grad for v in metrics.values())
 
@@ -230,8 +241,15 @@ def test_padding_changes_nothing(base, junk):
 
     dirty, dirty_A = pad(new, junk).requires_grad_(), A.clone()
     dirty_A[2] = junk
-    loss, metrics = rais_loss(dirty, pad(old, -junk), dirty_A, torch.cat([mask, torch.zeros_like(mask[:, :2])], 1),
-                              pad(router, junk), pad(old_router, junk), base=base)  # fmt: skip
+    loss, metrics = rais_loss(
+        dirty,
+        pad(old, -junk),
+        dirty_A,
+        torch.cat([mask, torch.zeros_like(mask[:, :2])], 1),
+        pad(router, junk),
+        pad(old_router, junk),
+        base=base,
+    )
     loss.backward()
     assert loss.item() == pytest.approx(expected.item(), rel=1e-12)
     torch.testing.assert_close(dirty.grad[:, :5], clean.grad)
@@ -276,8 +294,13 @@ def test_dtypes(base, dtype):
 
 
 def test_loss_refuses_bad_arguments():
-    good = dict(zip(("log_probs", "old_log_probs", "advantages", "response_mask", "router_log_probs",
-                     "old_router_log_probs"), make(13), strict=True))  # fmt: skip
+    good = dict(
+        zip(
+            ("log_probs", "old_log_probs", "advantages", "response_mask", "router_log_probs", "old_router_log_probs"),
+            make(13),
+            strict=True,
+        )
+    )
     for name, bad, message in (
         ("log_probs", good["log_probs"][0], r"log_probs.*\[B, T\].*\[5\]"),
         ("log_probs", torch.zeros(0, 5), r"log_probs.*\[0, 5\]"),

@@ -545,10 +545,16 @@ def test_silent_groups_still_count_in_the_mean_over_rows(algo, micro, monkeypatc
     report = run.step()
     assert report["silent_groups"] >= 0.5 and len(run.losses[0][2]) <= 8 < 16
     examples = [run.task.examples[i] for _, i in Order(len(run.task.examples), 0, "prompts")(0, 4) for _ in range(4)]
-    rollout = moe.generate(before, [BYTES.encode(e.prompt) for e in examples], max_new_tokens=4, end_token=BYTES.end,
-                           generator=rng(0, "rollout", 0))  # fmt: skip
-    rewards = torch.tensor([reward(None, BYTES.decode(r), e)
-                            for r, e in zip(rollout.responses(BYTES.end), examples, strict=True)])  # fmt: skip
+    rollout = moe.generate(
+        before,
+        [BYTES.encode(e.prompt) for e in examples],
+        max_new_tokens=4,
+        end_token=BYTES.end,
+        generator=rng(0, "rollout", 0),
+    )
+    rewards = torch.tensor(
+        [reward(None, BYTES.decode(r), e) for r, e in zip(rollout.responses(BYTES.end), examples, strict=True)]
+    )
     assert float(rewards.mean()) == pytest.approx(report["reward_mean"])
     new = train.ask_policy(before, before.stem, before.branch, rollout, args)
     old = train.Policy(*(t.detach() for t in new))
@@ -590,7 +596,8 @@ def test_replayed_experts_do_not_change(micro, monkeypatch):
             same = torch.equal(new.experts, rows.experts)
             assert same or replay == "none"
             torch.testing.assert_close(  # the router is free to move, only its choice is not
-                new.expert_log_probs, new.old_expert_log_probs if replay == "routing" else new.expert_log_probs)
+                new.expert_log_probs, new.old_expert_log_probs if replay == "routing" else new.expert_log_probs
+            )
         monkeypatch.undo()
         monkeypatch.setitem(SIZES, "tiny", MICRO)
     assert changed["routing"] == 0.0 < changed["none"]
@@ -704,8 +711,11 @@ def test_a_save_that_is_killed_leaves_a_whole_checkpoint(killed_at, tmp_path, mo
 
             m.setattr(train.shutil, "rmtree", rmtree)
         else:
-            owner, name = {"makedirs": (os, "makedirs"), "save_model": (train, "save_model"),
-                           "torch.save": (torch, "save")}[killed_at]  # fmt: skip
+            owner, name = {
+                "makedirs": (os, "makedirs"),
+                "save_model": (train, "save_model"),
+                "torch.save": (torch, "save"),
+            }[killed_at]
             m.setattr(owner, name, crash)
         with pytest.raises(Crash):
             saved(tmp_path, model, 2)
@@ -823,8 +833,14 @@ DRIVER = """
 
 def drive(folder, body):
     script = textwrap.dedent(DRIVER.format(root=str(ROOT), micro=MICRO)) + textwrap.dedent(body)
-    done = subprocess.run([sys.executable, "-c", script], cwd=folder, capture_output=True, text=True, timeout=900,
-                          env=os.environ | {"OMP_NUM_THREADS": "1"})  # fmt: skip
+    done = subprocess.run(
+        [sys.executable, "-c", script],
+        cwd=folder,
+        capture_output=True,
+        text=True,
+        timeout=900,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+    )
     assert done.returncode == 0, done.stderr
     return done
 
@@ -913,10 +929,13 @@ def test_ctrl_c_saves_says_how_to_go_on_and_resumes_to_the_same_bytes(tmp_path):
         assert f"interrupted{saved}; continue with: {command}\n" in stderr
         assert not (tmp_path / out / "summary.json").exists()
     assert "Traceback" not in stderr
-    drive(tmp_path, """
+    drive(
+        tmp_path,
+        """
     for out in ("border", "second", "last"):
         assert run("--resume --out " + out) == 0, out
-    """)
+    """,
+    )
     for out in ("border", "second", "last"):
         assert_same_run(tmp_path / "straight", tmp_path / out)
 

@@ -1,0 +1,1 @@
+"""Plumbing that a reader of the papers may skip: faster kernels, generation, files, data, arguments, grading."""
