@@ -7,11 +7,24 @@ experts become more probable; where it predicts it worse, less.
     random_routes    eq. 6-9             which decisions are replaced, and by which experts
     erl_advantage    eq. 10-11 and 18    for each predicted token the sign of the gain, or the gain
     erl_loss         eq. 12-14           the clipped surrogate on the router's probabilities
+    explore          eq. 6-11            a step's first half: m perturbed passes, drawn, run and scored
+    erl_objective    eq. 14-17           its second half: L = L_o + delta * L_p, once an inner epoch
+
+The last two make the method from any model, seen as one function forward(routes) (see `explore`):
+
+    paths = explore(forward, mask, top_k)
+    for loss, metrics in erl_objective(forward, paths):
+        loss.backward(); optimizer.step(); optimizer.zero_grad()
 
 Needs torch alone. B sequences, T positions, L MoE layers, K active experts a token, E experts a layer.
 """
 
+from typing import Literal, NamedTuple
+
 import torch
+
+
+NOISE = 4  # see `rounding`
 
 
 def random_routes(batch, length, layers, num_experts, top_k, alpha, *, generator=None, device=None):
@@ -112,6 +125,105 @@ def erl_loss(router_log_probs, old_router_log_probs, advantages, perturbed, *, c
             "perturbed_share": perturbed.sum() / max(perturbed.numel(), 1),
         }
     return loss, metrics
+
+
+class Paths(NamedTuple):
+    """m perturbed passes over B rows, and how they fared against the original one. Rows are m copies of the batch."""
+
+    original: tuple  # forward(None) as it was returned
+    perturbed: tuple  # forward(routes), likewise: for the first inner epoch, when nothing has been updated yet
+    experts: torch.Tensor  # int64 [m * B, T, L, K], the random experts
+    S: torch.Tensor  # bool [m * B, T, L], the decisions that use them
+    advantages: torch.Tensor  # [m * B, T], of the token that position t predicts
+    old_router_log_probs: torch.Tensor  # [m * B, T, L, K], log P of the random experts when they were drawn
+
+
+def explore(
+    forward,
+    mask,
+    top_k,
+    *,
+    alpha: float = 0.6,
+    n_perturb: int = 3,
+    advantage: Literal["static", "log"] = "static",
+    dtype=torch.float32,
+    generator=None,
+):
+    """Draw m perturbed passes, run them and score them against the original pass (eq. 6-11). -> Paths
+
+    forward(routes)  the caller's model on the caller's batch. routes is None for the original pass over B rows, or
+                     (experts int64 [m*B, T, L, K], S bool [m*B, T, L]) for m copies of them, one after the other:
+                     where S is true the experts are used with weight 1/K each (eq. 9), elsewhere the router decides.
+                     The passes must differ in their routes alone: no dropout, the same jitter or none.
+                     -> log_probs [.., T]               of the token that position t predicts; read without gradient
+                        router_log_probs [.., T, L, E]  log of the routers' full softmax; the RL loss's gradient goes
+                                                        as far as the caller lets it
+                        lm_loss                         0-d: L_o of the original pass (LM, balance and z loss); the
+                                                        LM loss of the perturbed ones, which only wpl reads (or None)
+    mask             bool [B, T], predictions that count: not padding, and of a task the answer alone
+    top_k            K
+    alpha            share of routing decisions that are replaced (the paper: 0.6 for text, 0.7 for tasks)
+    n_perturb        perturbed passes m per original one
+    advantage        "static" is the sign of the gain (eq. 10-11), "log" the gain itself (eq. 18)
+    dtype            what the model computes in: how large rounding is
+    generator        draws the routes, on the CPU
+
+    Decision: only decisions at positions that predict a counting token are replaced. On a task the prompt stays as it
+    is: the paper's tasks run on encoder-decoder models whose decoder alone is perturbed.
+    """
+    original = forward(None)
+    before, (B, T, L, E) = original[0].detach(), original[1].shape
+    experts, replaced = random_routes(n_perturb * B, T, L, E, top_k, alpha, generator=generator)  # eq. 6-9
+    S = (replaced & mask.cpu().repeat(n_perturb, 1).unsqueeze(-1)).to(before.device)  # [m * B, T, L]
+    experts = experts.to(before.device)
+    perturbed = forward((experts, S))
+    before, after = before.repeat(n_perturb, 1), perturbed[0].detach()  # [m * B, T]
+    after = torch.where((after - before).abs() <= rounding(before, dtype), before, after)
+    A = erl_advantage(after, before, advantage)  # eq. 10-11
+    # Layers at position t decide for the token predicted there; where none was replaced the value is never read.
+    old_router_log_probs = perturbed[1].detach().gather(-1, experts)
+    return Paths(original, perturbed, experts, S, A, old_router_log_probs)
+
+
+def erl_objective(
+    forward, paths, *, delta: float = 0.5, clip_eps: float = 0.2, wpl: bool = False, inner_epochs: int = 1
+):
+    """L = L_o + delta * L_p (eq. 15-17), an iterator of (loss, metrics): the caller updates after each of them.
+
+    forward, paths  as `explore` took and gave them
+    delta           weight of the perturbed loss L_p (the paper: 0.5 for text, 2.0 for tasks)
+    clip_eps        range of the importance ratio around 1
+    wpl             add the LM loss of the perturbed passes to L_p (eq. 17)
+    inner_epochs    optimizer steps on the same perturbed routes
+
+    The first loss reuses the passes of `explore`, so its ratio is exactly 1. Further ones run the same routes through
+    the updated model, and the clip begins to act. Decision: they hold delta * L_RL alone; two inner epochs are not two
+    epochs of the LM loss.
+    """
+    for epoch in range(inner_epochs):
+        _, router_log_probs, lm_loss = forward((paths.experts, paths.S)) if epoch else paths.perturbed
+        log_probs = router_log_probs.gather(-1, paths.experts)  # [m * B, T, L, K]
+        loss, metrics = erl_loss(log_probs, paths.old_router_log_probs, paths.advantages, paths.S, clip_eps=clip_eps)
+        if wpl:
+            metrics["perturbed_lm_loss"] = lm_loss.detach()
+        if epoch == 0:
+            L_p = loss + lm_loss if wpl else loss  # eq. 17, 15
+            loss = paths.original[2] + delta * L_p  # eq. 16
+        else:
+            loss = delta * loss
+        yield loss, metrics
+
+
+def rounding(log_probs, dtype=torch.float32):
+    """The gap up to which two log-probabilities of a token, computed in `dtype`, count as equal; shape of log_probs.
+
+    Two routes that compute the same in another order (experts that are copies of each other, as in a freshly upcycled
+    model; batches of other sizes) differ by rounding, and a sign would make +1 and -1 of it. Decision: the bound is
+    NOISE units in the last place of the log-probability, or of 4 nats where it is nearer to 0, since it is a
+    difference of logits, which are larger. With copies of one expert at most 0.9 such units were measured in float32
+    and 0.5 in bfloat16 (tests/test_erl.py).
+    """
+    return NOISE * torch.finfo(dtype).eps * log_probs.abs().clamp(min=4)
 
 
 def _at_least_float32(x):
