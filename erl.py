@@ -23,7 +23,6 @@ from typing import Literal, NamedTuple
 
 import torch
 
-
 NOISE = 4  # see `rounding`
 
 
