@@ -1,0 +1,413 @@
+"""A run and its folder: the order of steps, updates, evaluations, checkpoints, and what is written down of them.
+
+    config.json  metrics.jsonl  summary.json  curves.png
+    checkpoint/  model.safetensors, state.pt: the last state, from which --resume goes on to the same bytes
+    best/        model.safetensors: the weights with the best validation score since the algorithm began
+"""
+
+import contextlib
+import json
+import math
+import os
+import shlex
+import shutil
+import signal
+import sys
+import time
+
+import torch
+from safetensors import SafetensorError
+from torch import Tensor
+from tqdm import tqdm
+
+from support.checkpoints import load_model, save_model
+from support.errors import UserError
+from support.evaluation import evaluate
+
+LOG_EVERY = 10  # steps between two lines of metrics.jsonl, where a step is one update on text
+
+
+def write_json(path: str, value):
+    with open(path + ".tmp", "w") as file:
+        json.dump(value, file, indent=2)
+        file.write("\n")
+    os.replace(path + ".tmp", path)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Checkpoints of a run
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def replace_folder(path: str, write):
+    """Write a folder aside and rename it: whoever is killed meanwhile leaves a whole one, old or new."""
+    old, aside = path + ".old", path + ".tmp"
+    shutil.rmtree(aside, ignore_errors=True)
+    try:
+        os.makedirs(aside)
+        write(aside)
+    except (OSError, RuntimeError, SafetensorError):  # each library reports a full disk in its own way
+        shutil.rmtree(aside, ignore_errors=True)
+        raise
+    if os.path.isdir(path):
+        shutil.rmtree(old, ignore_errors=True)
+        os.rename(path, old)
+    os.rename(aside, path)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def find_checkpoint(out: str, name: str = "checkpoint") -> str | None:
+    """The folder of the newest whole checkpoint of a run, or None."""
+    return next((p for n in (name, name + ".old") if os.path.isdir(p := os.path.join(out, n))), None)
+
+
+NEW_STATE = {
+    "step": 0,  # steps done, of both phases
+    "metrics_bytes": 0,  # length of metrics.jsonl
+    "seconds": 0.0,
+    "tokens": 0,  # tokens learned from
+    "updates": 0,  # optimizer steps since the last line of metrics.jsonl ...
+    "clipped": 0,  # ... and those whose gradient was clipped
+    "best_score": -math.inf,  # validation score, higher is better
+    "best_step": -1,
+    "before": {},  # test scores where the algorithm began
+    "optimizer": {},
+}
+
+
+def load_state(folder: str) -> dict:
+    """state.pt of a checkpoint, every entry of the type that it had."""
+    try:
+        state = torch.load(os.path.join(folder, "state.pt"), map_location="cpu", weights_only=True)
+        if {k: type(v) for k, v in state.items()} != {k: type(v) for k, v in NEW_STATE.items()}:
+            raise TypeError
+        return state
+    except Exception as error:  # torch.load has no error type of its own for a broken file
+        raise UserError(f"{folder}/state.pt is not a readable checkpoint of this program") from error
+
+
+def read_metrics(out: str) -> list[dict]:
+    path = os.path.join(out, "metrics.jsonl")
+    try:
+        with open(path) as file:
+            rows = [json.loads(line) for line in file]
+        if all(isinstance(row, dict) and {"step", "phase"} <= set(row) for row in rows):
+            return rows
+    except (ValueError, RecursionError):
+        pass
+    raise UserError(
+        f"{path} holds a line that is no row of metrics: put the run's own file back, or start a new run with "
+        f"--init {out}"
+    )
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The run
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def learning_rate(step: int, steps: int, peak: float) -> float:
+    """Linear schedule (ERL table 7): up over the first twentieth (at most 100 steps), then down to 0."""
+    warmup = min(100, max(1, steps // 20))
+    return peak * ((step + 1) / warmup if step < warmup else (steps - step) / max(1, steps - warmup))
+
+
+def make_optimizer(model, weight_decay: float, router_factor: float = 1.0):
+    """AdamW (ERL table 7: betas 0.9, 0.999); matrices decay, biases and norms do not. A group's `factor` scales its
+    learning rate: that of the routers may differ."""
+    named = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
+    routers = [p for n, p in named if n.endswith("router.weight")]
+    others = [p for n, p in named if p.ndim <= 1 or ".b_" in n]
+    matrices = [p for n, p in named if not any(p is q for q in routers + others)]
+    groups = [
+        {"params": matrices, "weight_decay": weight_decay, "factor": 1.0},
+        {"params": others, "weight_decay": 0.0, "factor": 1.0},
+        {"params": routers, "weight_decay": weight_decay, "factor": router_factor},
+    ]
+    fused = model.wte.weight.device.type in ("cpu", "cuda")
+    return torch.optim.AdamW([g for g in groups if g["params"]], lr=0.0, betas=(0.9, 0.999), fused=fused)
+
+
+class Run:
+    """Two phases of steps over one folder; see `steps`, `update` and `after`, which the training loops call.
+
+    Stopping, saving, finiteness, logging, the schedule and the summary are decided here and nowhere else.
+    """
+
+    def __init__(self, args, state: dict, phases: dict[str, int], prepare):
+        """phases: steps of "supervised" and of the algorithm; prepare: puts a loaded model where it is to run."""
+        self.args, self.out, self.state, self.phases, self.prepare = args, args.out, state, phases, prepare
+        self.total = sum(phases.values())
+        self.begun = time.perf_counter() - state["seconds"]
+        self.stop_asked = self.stop_at_once = False
+        self.metrics_path = os.path.join(self.out, "metrics.jsonl")
+
+    @property
+    def step(self) -> int:
+        return self.state["step"]
+
+    # ---- what the training loops call
+
+    def begin(self, phase: str, model, task, peak: float):
+        """The next phase: its model, its peak learning rate and an optimizer of its own."""
+        self.phase, self.model, self.task, self.peak = phase, model, task, peak
+        self.first = 0 if phase == "supervised" else self.phases["supervised"]
+        self.last = self.first + self.phases[phase]
+        self.optimizer = make_optimizer(model, self.args.weight_decay, self.args.router_lr_factor)
+        self.routers = [p for n, p in model.named_parameters() if n.endswith("router.weight")]
+        if self.step > self.first:  # resumed within the phase
+            try:
+                self.optimizer.load_state_dict(self.state["optimizer"])
+            except (ValueError, KeyError, TypeError) as error:
+                raise UserError(f"{self.out}/checkpoint/state.pt does not fit the weights: {error}") from error
+
+    def steps(self):
+        """The steps of this phase that are still to do, counted from its beginning."""
+        while self.step < self.last:
+            if self.phase != "supervised" and self.step == self.first:
+                self._evaluate_before()
+            elif self.step and self.step % self.args.eval_every == 0:
+                # after the checkpoint of this step: a run that is interrupted here evaluates when it goes on
+                self._evaluate_on_the_way()
+            rate = learning_rate(self.step - self.first, self.last - self.first, self.peak)
+            for group in self.optimizer.param_groups:
+                group["lr"] = rate * group["factor"]
+            yield self.step - self.first
+
+    def update(self, loss: Tensor) -> dict[str, Tensor]:
+        """One optimizer step, its gradient clipped to the norm --clip-grad (0: never). -> the norms before."""
+        self.optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        limit = self.args.clip_grad or math.inf
+        routers = torch.nn.utils.get_total_norm([p.grad for p in self.routers if p.grad is not None])
+        norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), limit)
+        self.optimizer.step()
+        self.state["updates"] += 1
+        self.state["clipped"] = self.state["clipped"] + (norm.detach() > limit)  # a tensor: no wait for the device
+        return {"grad_norm": norm.detach(), "router_grad_norm": routers.detach()}
+
+    def after(self, metrics: dict, tokens: int, every: int = LOG_EVERY):
+        """A step is done: write it down (each `every` steps), save, stop if that was asked for."""
+        self.state["step"] += 1
+        self.state["tokens"] += tokens
+        self.bar.update()
+        stopping, finished = self.stop_asked, self.step == self.total
+        saving = stopping or finished or self.step % self.args.checkpoint_every == 0
+        logging = finished or self.step % every == 0
+        if logging or saving:
+            metrics = {k: v.item() if isinstance(v, Tensor) else v for k, v in metrics.items()}
+            self._check_finite(metrics)
+        if logging:
+            self._log_step(metrics)
+        if saving:
+            self._save()
+        if stopping:
+            raise KeyboardInterrupt(f" at step {self.step} of {self.total}, state saved")
+
+    def finish(self) -> dict:
+        """Final scores of the last and of the best weights -> summary.json."""
+        self.stop_at_once = True  # all steps are saved: nothing to wait for
+        self.seconds = time.perf_counter() - self.begun
+        validation = self._evaluate_on_the_way()
+        tests = [name for name in self.task.held_out if name != "validation"]
+        results = {name: evaluate(self.model, self.task, name, self.args, final=True) for name in tests}
+        for name, scores in results.items():
+            self._log(step=self.step, phase="evaluation", split=name, **scores)
+        summary = mean_scores(results) | {f"validation_{k}": v for k, v in validation.items()}
+        summary["test_samples"] = summary.pop("samples")
+        summary |= {f"before_{k}": v for k, v in self.state["before"].items()}
+        best = results
+        if self.state["best_step"] < self.step:
+            model = self.prepare(load_model(os.path.join(find_checkpoint(self.out, "best"), "model.safetensors"))[0])
+            best = {name: evaluate(model, self.task, name, self.args, final=True) for name in results}
+        summary |= {f"best_{k}": v for k, v in mean_scores(best).items() if k != "samples"}
+        summary["best_step"] = self.state["best_step"]
+        return summary | self._facts()
+
+    # ---- evaluation
+
+    def _evaluate_before(self):
+        """Where the algorithm begins: on tasks the test scores too, since the first phase decides most of them."""
+        names = self.task.held_out if self.task.spec.kind == "task" else ("validation",)
+        results = {name: evaluate(self.model, self.task, name, self.args) for name in names}
+        for name, scores in results.items():
+            self._log(step=self.step, phase="evaluation", split=name, **scores)
+        results.pop("validation")
+        self.state["before"] = mean_scores(results)
+
+    def _evaluate_on_the_way(self) -> dict:
+        scores = evaluate(self.model, self.task, "validation", self.args)
+        self._log(step=self.step, phase="evaluation", split="validation", **scores)
+        if self.phase != "supervised":
+            self._keep_best(scores)
+        return scores
+
+    def _keep_best(self, scores: dict):
+        metric = self.task.spec.metric
+        score = -scores["perplexity"] if metric == "perplexity" else scores[metric]
+        if score > self.state["best_score"]:
+            self.state |= {"best_score": score, "best_step": self.step}
+            self._write_folder("best", lambda folder: self._write_model(folder))
+
+    def _write_model(self, folder: str):
+        save_model(self.model, os.path.join(folder, "model.safetensors"), step=self.step)
+
+    # ---- writing down
+
+    def _log(self, **row):
+        row = {k: v.item() if isinstance(v, Tensor) else v for k, v in row.items()}
+        try:
+            with open(self.metrics_path, "a") as file:
+                file.write(json.dumps(row) + "\n")
+        except OSError as error:
+            raise UserError(f"{self.metrics_path} could not be written ({error.strerror}); {self._kept()}") from error
+
+    def _log_step(self, metrics: dict):
+        state, seconds = self.state, time.perf_counter() - self.begun
+        rate = state["tokens"] / seconds
+        shown = {"loss": f"{metrics['loss']:.3f}", "tok/s": f"{rate:.0f}"}
+        if "reward_mean" in metrics:
+            shown["reward"] = f"{metrics['reward_mean']:.3f}"
+        if "load_max" in metrics:
+            shown["load"] = f"{metrics['load_min']:.2f}-{metrics['load_max']:.2f}"
+        self.bar.set_postfix(shown, refresh=False)
+        clipped = float(state["clipped"]) / max(1, state["updates"])
+        state |= {"updates": 0, "clipped": 0}
+        lr = self.optimizer.param_groups[0]["lr"]
+        measured = {"seconds": round(seconds, 2), "tokens_per_second": round(rate, 1)}
+        self._log(step=self.step, phase=self.phase, lr=lr, **metrics, clipped_share=clipped, **measured)
+
+    def _check_finite(self, metrics: dict):
+        broken = [f"{k} is {metrics[k]}" for k in ("loss", "grad_norm", "entropy") if not math.isfinite(metrics.get(k, 0))]
+        if not broken and not is_finite(self.model):
+            broken = ["the weights are not finite"]
+        if broken:
+            raise UserError(
+                f"{broken[0]} at step {self.step}: lower --lr (or --pretrain-lr) in a new run; {self._kept()}"
+            )
+
+    def _kept(self) -> str:
+        return f"{self.out} keeps the last checkpoint" if find_checkpoint(self.out) else "nothing was saved"
+
+    def _save(self):
+        state = self.state
+        state["optimizer"], state["clipped"] = self.optimizer.state_dict(), int(state["clipped"])
+        state["metrics_bytes"], state["seconds"] = os.path.getsize(self.metrics_path), time.perf_counter() - self.begun
+
+        def write(folder):
+            self._write_model(folder)
+            torch.save(state, os.path.join(folder, "state.pt"))
+
+        self._write_folder("checkpoint", write)
+
+    def _write_folder(self, name: str, write):
+        try:
+            replace_folder(os.path.join(self.out, name), write)
+        except (OSError, RuntimeError, SafetensorError) as error:
+            raise UserError(
+                f"the {name} of step {self.step} could not be written ({error}): make room for {self.out}, then "
+                "continue with --resume from the checkpoint before"
+            ) from error
+
+    def _facts(self) -> dict:
+        """What a summary says besides its scores."""
+        args, (parameters, active) = self.args, self.model.count_parameters()
+        return {
+            "parameters": parameters,
+            "active_parameters": active,
+            "algo": args.algo,
+            "dataset": args.dataset,
+            "data_variant": self.task.variant,
+            "seed": args.seed,
+            "steps": self.total,
+            "seconds": round(self.seconds, 2),
+            "tokens_per_second": round(self.state["tokens"] / self.seconds, 1),
+        }
+
+    # ---- the context in which it runs
+
+    @contextlib.contextmanager
+    def open(self):
+        """One process a folder, Ctrl-C and SIGTERM that save first, a bar; metrics.jsonl as the checkpoint knew it."""
+        with open(os.path.join(self.out, ".lock"), "w") as lock:
+            lock_file(lock, self.out)
+            with open(self.metrics_path, "ab") as file:
+                if file.tell() < self.state["metrics_bytes"]:
+                    raise UserError(
+                        f"{self.metrics_path} is shorter than it was when the checkpoint was saved: put the run's own "
+                        f"file back, or start a new run with --init {self.out}"
+                    )
+                file.truncate(self.state["metrics_bytes"])  # lines after the checkpoint will be written again
+            read_metrics(self.out)  # better to hear of a spoilt line now than after the last step
+            with self._stops_politely(), tqdm(total=self.total, initial=self.step, disable=None, unit="step") as bar:
+                self.bar = bar
+                try:
+                    yield
+                except KeyboardInterrupt as stop:
+                    bar.close()
+                    again = f"python train.py --resume --out {shlex.quote(self.out)}"
+                    print(f"\ninterrupted{stop}; continue with: {again}", file=sys.stderr)
+                    raise
+
+    @contextlib.contextmanager
+    def _stops_politely(self):
+        """The first Ctrl-C (or SIGTERM) ends the run after the current step, its state saved; a second one at once."""
+
+        def handler(signum, frame):
+            if self.stop_asked or self.stop_at_once:
+                raise KeyboardInterrupt
+            self.stop_asked = True
+            os.write(2, b"\nstopping after this step; Ctrl-C once more stops at once\n")  # print is not for handlers
+
+        try:
+            previous = {s: signal.signal(s, handler) for s in (signal.SIGINT, signal.SIGTERM)}
+        except ValueError:  # not in the main thread
+            previous = {}
+        try:
+            yield
+        finally:
+            for number, old in previous.items():
+                signal.signal(number, old)
+
+
+def mean_scores(results: dict[str, dict]) -> dict:
+    """Scores of several test sets: their mean, the number of samples in all, and each set's own; of one: as they are."""
+    sets = list(results.values())
+    if not sets:
+        return {}
+    scores = {k: sum(s[k] for s in sets) / len(sets) for k in sets[0]} | {"samples": sum(s["samples"] for s in sets)}
+    if len(sets) > 1:
+        scores |= {f"{k}_{name}": v for name, s in results.items() for k, v in s.items()}
+    return scores
+
+
+def is_finite(model) -> bool:
+    return all(bool(p.isfinite().all()) for p in model.parameters())
+
+
+def lock_file(file, out: str):
+    """One process a run folder."""
+    try:
+        import fcntl
+
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except ImportError:  # Windows: no lock
+        pass
+    except OSError:
+        raise UserError(f"{out} is in use by another process") from None
+
+
+def open_folder(args):
+    """args.out becomes the run's folder: a new one, or with --resume the one that is there, if it is free."""
+    if not args.out:
+        name = f"{args.algo}-{args.dataset}-seed{args.seed}"
+        paths = (os.path.join("runs", f"{name}-{i}") for i in range(1, 10**6))
+        args.out = next(path for path in paths if not os.path.exists(path))
+    if not args.resume and os.path.isdir(args.out) and os.listdir(args.out):
+        raise UserError(f"{args.out} is not empty: continue its run with --resume, or name another folder with --out")
+    try:
+        os.makedirs(args.out, exist_ok=True)
+        if not args.resume:
+            write_json(os.path.join(args.out, "config.json"), {k: v for k, v in vars(args).items() if k != "resume"})
+    except OSError as error:
+        raise UserError(f"cannot write the run folder {args.out}: {error.strerror}") from error
