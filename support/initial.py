@@ -5,7 +5,7 @@ from dataclasses import asdict, replace
 
 from moe import GPT, SIZES, MoEConfig
 from support.checkpoints import load_gpt2, load_model, read_config
-from support.errors import UserError
+from support.errors import UserError, plainly
 from support.run_folder import find_checkpoint, is_finite
 from support.tasks import rng
 
@@ -40,14 +40,6 @@ def look_at(source: str) -> tuple[str | None, int | None]:
         return "gpt2", 50257
     config = plainly(read_config, where)
     return size_of(config), config.vocab_size
-
-
-def plainly(function, *args):
-    """function(*args), whose ValueError is the user's mistake."""
-    try:
-        return function(*args)
-    except ValueError as error:
-        raise UserError(str(error)) from error
 
 
 def expert_settings(args) -> dict:

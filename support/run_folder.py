@@ -1,8 +1,8 @@
 """A run and its folder: the order of steps, updates, evaluations, checkpoints, and what is written down of them.
 
-    config.json  metrics.jsonl  summary.json  curves.png
-    checkpoint/  model.safetensors, state.pt: the last state, from which --resume goes on to the same bytes
-    best/        model.safetensors: the weights with the best validation score since the algorithm began
+config.json  metrics.jsonl  summary.json  curves.png
+checkpoint/  model.safetensors, state.pt: the last state, from which --resume goes on to the same bytes
+best/        model.safetensors: the weights with the best validation score since the algorithm began
 """
 
 import contextlib
@@ -61,6 +61,7 @@ def find_checkpoint(out: str, name: str = "checkpoint") -> str | None:
     return next((p for n in (name, name + ".old") if os.path.isdir(p := os.path.join(out, n))), None)
 
 
+SCORES = "perplexity bits_per_byte rouge1 rouge2 rougeL exact_match f1 accuracy unigram_f1".split()
 NEW_STATE = {
     "step": 0,  # steps done, of both phases
     "metrics_bytes": 0,  # length of metrics.jsonl
@@ -224,6 +225,16 @@ class Run:
         summary["best_step"] = self.state["best_step"]
         return summary | self._facts()
 
+    def result_line(self, summary: dict) -> str:
+        """The run's last words: its scores, on what, and of how many samples."""
+        tests = [name for name in self.task.held_out if name != "validation"]
+        scores = ", ".join(f"{k} {summary[k]:.4g}" for k in SCORES if k in summary)
+        units = "windows" if self.task.spec.kind == "text" else "examples"
+        return (
+            f"{self.out}: {scores} on {' and '.join(tests)} ({self.task.variant}, {summary['test_samples']} {units}) "
+            f"after {self.total} steps"
+        )
+
     # ---- evaluation
 
     def _evaluate_before(self):
@@ -278,7 +289,9 @@ class Run:
         self._log(step=self.step, phase=self.phase, lr=lr, **metrics, clipped_share=clipped, **measured)
 
     def _check_finite(self, metrics: dict):
-        broken = [f"{k} is {metrics[k]}" for k in ("loss", "grad_norm", "entropy") if not math.isfinite(metrics.get(k, 0))]
+        broken = [
+            f"{k} is {metrics[k]}" for k in ("loss", "grad_norm", "entropy") if not math.isfinite(metrics.get(k, 0))
+        ]
         if not broken and not is_finite(self.model):
             broken = ["the weights are not finite"]
         if broken:
@@ -371,7 +384,7 @@ class Run:
 
 
 def mean_scores(results: dict[str, dict]) -> dict:
-    """Scores of several test sets: their mean, the number of samples in all, and each set's own; of one: as they are."""
+    """Scores of one test set as they are; of several their mean, the number of samples in all, and each set's own."""
     sets = list(results.values())
     if not sets:
         return {}

@@ -1,0 +1,225 @@
+"""train.py's command line: its flags, their defaults, and what does not fit together."""
+
+import argparse
+import math
+import sys
+
+import torch
+
+import data
+from moe import SIZES
+from support.arguments import Option, Parser, add_options, number, one_of, read_config, saved_arguments
+from support.errors import UserError
+from support.initial import look_at
+
+TEXT = ("dense", "lm", "erl")  # algorithms that learn from the text, or the reference answers, of the data set
+# Flags that an option of a loss had before: still understood.
+ALIASES = {"alpha": "entropy_alpha", "base": "shift_base", "floor": "shift_floor"}
+# What a resumed run may be given anew: it changes where and how fast a run goes, not what it computes.
+FREE_ON_RESUME = {"resume", "out", "data_dir", "device", "compile"}
+
+count, positive = number(int, low=1, high=10**8), number(float, above=0, high=1e30)
+natural, share = number(int, low=0, high=10**8), number(float, low=0, high=1)
+not_negative = number(float, low=0, high=1e30)
+
+
+def parser(description: str, algo: str | None, options: dict[str, dict[str, Option]]) -> Parser:
+    """options: of every algorithm that has some; their flags are there for `algo` alone (None: for all, as --help)."""
+    p = Parser(description=description, allow_abbrev=False)
+    algos = TEXT + tuple(name for name in options if name not in TEXT)
+    p.add_argument("--algo", type=one_of("algorithm", algos), help=", ".join(algos))
+    _data_flags(p.add_argument_group("data"))
+    _model_flags(p.add_argument_group("model"))
+    _training_flags(p.add_argument_group("training"))
+    _answer_flags(p.add_argument_group("generated answers"))
+    g = p.add_argument_group("the run")
+    g.add_argument("--eval-every", type=count, help="steps between evaluations; default: ten in a run")
+    g.add_argument("--eval-samples", type=natural, help="windows or examples of an evaluation on the way; 0: all")
+    g.add_argument("--test-samples", type=natural, help="of the final evaluation; default: all, of large task sets 500")
+    g.add_argument("--checkpoint-every", type=count, help="steps between checkpoints; default: with each evaluation")
+    g.add_argument("--out", help="run folder; default: a new one below runs/")
+    g.add_argument("--resume", action="store_true", help="continue the run in --out")
+    for name, theirs in options.items():
+        if algo == name:
+            add_options(p, f"options of {name}", theirs, {} if name == "erl" else ALIASES)
+    if algo is None:
+        p.epilog = "\n".join(
+            f"--algo {name} also has "
+            + " ".join("--" + o.replace("_", "-") for o in theirs)
+            + f" (see --algo {name} --help)"
+            for name, theirs in options.items()
+        )
+    return p
+
+
+def _data_flags(g):
+    g.add_argument("--dataset", type=one_of("data set", tuple(data.DATASETS)), help=", ".join(data.DATASETS))
+    g.add_argument("--data-dir", help="read the set from files below this folder instead of the hub")
+    g.add_argument("--tokenizer", type=one_of("tokenizer", ("gpt2", "bytes")), help="default: fits the data set")
+
+
+def _model_flags(g):
+    g.add_argument("--model", type=one_of("model", tuple(SIZES)), default="tiny", help=", ".join(SIZES))
+    g.add_argument("--n-expert", type=count, default=8, help="experts per MoE layer")
+    g.add_argument("--top-k", type=count, help="experts a token passes; default 1, for generated answers 2")
+    g.add_argument("--n-shared-expert", type=natural, default=0, help="further experts that every token passes")
+    g.add_argument("--moe-every", type=count, default=2, help="every n-th block holds experts")
+    gates = one_of("gate", ("renorm", "prob", "straight"))
+    g.add_argument("--gate", type=gates, default="renorm", help="weights of chosen experts: renorm, prob, straight")
+    g.add_argument("--expert-capacity", type=natural, default=0, help="tokens of a sequence an expert takes; 0: all")
+    g.add_argument("--init", default="scratch", help="scratch, gpt2, a run folder, a checkpoint, a folder of GPT-2's")
+
+
+def _training_flags(g):
+    g.add_argument("--pretrain-steps", type=natural, help="steps of next-token prediction before the algorithm")
+    g.add_argument("--pretrain-lr", type=positive, default=1e-3, help="learning rate of those steps")
+    g.add_argument("--steps", type=count, help="steps of the algorithm")
+    g.add_argument("--epochs", type=positive, help="instead of --steps: passes over the training data")
+    g.add_argument("--batch-size", type=count, help="sequences a step, where the model learns from text")
+    g.add_argument("--lr", type=positive, help="peak learning rate of the algorithm")
+    g.add_argument("--router-lr-factor", type=not_negative, default=1.0, help="the routers' rate is this times --lr")
+    g.add_argument("--freeze-router", action="store_true", help="routers keep their weights")
+    g.add_argument("--weight-decay", type=not_negative, default=0.1)
+    g.add_argument("--clip-grad", type=not_negative, default=1.0, help="largest norm of the gradient; 0: no limit")
+    g.add_argument("--balance-coef", type=not_negative, default=1e-3, help="of Switch's balance loss on text")
+    g.add_argument("--z-coef", type=not_negative, default=1e-3, help="of Switch's router z loss on text")
+    g.add_argument("--jitter", type=share, default=0.0, help="noise on the routers' input (lm, erl; Switch: 0.01)")
+    gradients = one_of("gradient", ("all", "router"))
+    g.add_argument("--erl-grad", type=gradients, default="all", help="how far ERL's RL loss goes: all or router alone")
+    g.add_argument("--seed", type=natural, default=0)
+    g.add_argument("--device", type=one_of("device", ("auto", "cpu", "cuda", "mps")), default="auto")
+    dtypes = one_of("dtype", ("float32", "bfloat16"))
+    g.add_argument("--dtype", type=dtypes, default="float32", help="of autocast; router and losses stay in float32")
+    g.add_argument("--compile", action="store_true", help="torch.compile the forward")
+
+
+def _answer_flags(g):
+    g.add_argument("--group-size", type=number(int, low=2, high=10**8), default=8, help="responses a prompt")
+    g.add_argument("--prompts-per-step", type=count, help="default 16; 64 for the generated problems, which are short")
+    g.add_argument("--minibatches", type=count, default=4, help="optimizer steps on one batch of responses")
+    g.add_argument("--max-new-tokens", type=count, help="longest response; default: fits the data set")
+    g.add_argument("--temperature", type=positive, default=1.0)
+    g.add_argument("--top-p", type=number(float, above=0, high=1), default=1.0)
+    g.add_argument("--answer-balance-coef", type=not_negative, default=0.0, help="of the balance loss in the updates")
+    replays = one_of("replay", ("none", "routing"))
+    g.add_argument("--replay", type=replays, default="none", help="routing: updates use the experts of the rollout")
+    g.add_argument("--beams", type=count, help="beams of the evaluation; default 6 for samsum, xsum and squad, else 1")
+
+
+def parse(argv: list[str], description: str, options: dict[str, dict[str, Option]]) -> argparse.Namespace:
+    """Arguments with every default filled in. UserError for what does not fit together."""
+    first = Parser(add_help=False, allow_abbrev=False)
+    for name in ("--algo", "--out"):
+        first.add_argument(name)
+    first.add_argument("--resume", action="store_true")
+    seen, _ = first.parse_known_args(argv)
+    saved = read_config(seen.out) if seen.resume and seen.out else {}
+    algo = seen.algo or saved.get("algo")
+    p = parser(description, algo if isinstance(algo, str) else None, options)
+    args, unknown = p.parse_known_args(argv)
+    if unknown:
+        raise UserError(_unknown(unknown[0], args.algo, options))
+    given = _given(p, argv)
+    if args.resume:
+        if not args.out:
+            raise UserError("--resume needs --out RUN: which run should go on?")
+        return _resumed(p, args, saved, given)
+    if args.algo is None:
+        raise UserError("--algo is missing: " + ", ".join(TEXT + tuple(n for n in options if n not in TEXT)))
+    args.dataset = args.dataset or "pydocs"
+    _fill(args, given, generative=args.algo not in TEXT)
+    return args
+
+
+def _unknown(flag: str, algo: str | None, options) -> str:
+    name = flag.partition("=")[0].lstrip("-").replace("-", "_")
+    names = {old: new for new, old in ALIASES.items()} | {n: n for theirs in options.values() for n in theirs}
+    owners = [a for a, theirs in options.items() if names.get(name) in theirs]
+    if owners and flag.startswith("--"):
+        return f"{flag.partition('=')[0]} is an option of --algo {' or '.join(owners)}, not of {algo}: leave it out"
+    return f"unknown flag {flag}: see --help"
+
+
+def _given(p: Parser, argv: list[str]) -> set[str]:
+    """The names of the arguments that the user gave."""
+    defaults = {action: action.default for action in p._actions}
+    for action in p._actions:
+        action.default = argparse.SUPPRESS
+    given = set(vars(p.parse_args(argv)))
+    for action, default in defaults.items():
+        action.default = default
+    return given
+
+
+def _resumed(p: Parser, args, saved: dict, given: set[str]) -> argparse.Namespace:
+    values = saved_arguments(p, saved, args.out)
+    for name in given - FREE_ON_RESUME:
+        if values.get(name) != getattr(args, name):
+            flag = "--" + name.replace("_", "-")
+            raise UserError(f"{flag} was {values.get(name)} when {args.out} began: leave it out, or start a new run")
+    kept = {name: getattr(args, name) for name in FREE_ON_RESUME & given}
+    return argparse.Namespace(**{**vars(args), **values, **kept})
+
+
+def _fill(args, given: set[str], generative: bool):
+    """Defaults that depend on the algorithm, the data set and the model that --init names."""
+    spec = data.get_dataset(args.dataset)
+    if spec.test_only:
+        raise UserError(f"{args.dataset} is a test set: train on gsm8k or deepscaler, which is tested on it")
+    if args.steps and args.epochs:
+        raise UserError("--steps and --epochs say the same thing: give one of them")
+    if args.algo != "dense" and args.n_expert == 1:
+        raise UserError(f"--n-expert 1 leaves nothing to route: --algo {args.algo} needs at least 2 (dense has one)")
+    size, vocabulary = look_at(args.init)
+    args.model = size if size in SIZES else args.model
+    text, short, started = spec.kind == "text", spec.problems is not None, size is not None
+    published = started and args.model == "gpt2"  # weights of GPT-2's size that were trained before
+    if args.algo == "erl" and not text:  # ERL table 7
+        defaults = {"alpha": 0.7, "delta": 2.0}
+        vars(args).update({name: value for name, value in defaults.items() if name not in given})
+    # ERL table 7: batch 4 of 1,024 tokens for text, 8 for tasks, learning rate 1e-5 on published weights; models that
+    # start from scratch are small and want more
+    lr = 1e-5 if published else 1e-4 if generative else 1e-3 if args.algo == "dense" and not started else 3e-4
+    defaults = {
+        "tokenizer": "gpt2" if vocabulary == 50257 else "bytes" if vocabulary == 257 else spec.tokenizer,
+        "top_k": 2 if generative else 1,
+        "pretrain_steps": 0 if started or args.algo == "dense" else 600 if generative else 1000,
+        "batch_size": 32 if short else 4 if text and args.model == "gpt2" else 8,
+        "lr": lr,
+        "max_new_tokens": min(spec.max_new_tokens, SIZES[args.model]["context"] // 2),
+        "beams": spec.beams,
+        "eval_samples": 64 if text else 0 if short else 200,
+        "test_samples": spec.test_samples,
+        "prompts_per_step": 64 if short else 16,
+    }
+    for name, value in defaults.items():
+        if getattr(args, name) is None:
+            setattr(args, name, value)
+    if generative and args.prompts_per_step % args.minibatches:
+        raise UserError(
+            f"--prompts-per-step {args.prompts_per_step} is not divisible by --minibatches {args.minibatches}: a "
+            "group's responses stay together"
+        )
+    if args.steps is None and args.epochs is None:
+        args.steps = 400 if generative else 1000
+
+
+def fill_steps(args, task, generative: bool):
+    """Steps from epochs, and the intervals that follow from the number of steps."""
+    if args.steps is None:
+        draws = args.prompts_per_step if generative else args.batch_size
+        items = len(task.examples) if generative else task.batch.per_epoch
+        args.steps = max(1, math.ceil(args.epochs * items / draws))
+    args.eval_every = args.eval_every or max(1, (args.pretrain_steps + args.steps) // 10)
+    args.checkpoint_every = args.checkpoint_every or args.eval_every
+
+
+def describe(args, size: int, active: int):
+    """What a person wants to know at the start of a run."""
+    phases = f"{args.pretrain_steps} supervised steps, then " if args.pretrain_steps else ""
+    print(
+        f"{args.algo} on {args.dataset}: {phases}{args.steps} steps at learning rate {args.lr:g}, seed {args.seed}, "
+        f"{torch.get_num_threads()} thread(s)\n{size:,} parameters, {active:,} active a token; every setting in "
+        f"{args.out}/config.json",
+        file=sys.stderr,
+    )
