@@ -9,6 +9,8 @@ from torch import Tensor
 
 from moe import GPT, MoEConfig
 
+DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
 
 def save_model(model: GPT, path: str, **metadata):
     """Weights as safetensors; the configuration and `metadata` (JSON values) travel in the file's header."""
@@ -34,8 +36,7 @@ def load_model(path: str) -> tuple[GPT, dict]:
         metadata = config.pop("metadata", {})
         if not isinstance(metadata, dict):
             raise ValueError("the metadata in its header is not a table")
-        dtypes = {w.dtype for w in weights.values()}
-        if len(dtypes) != 1 or not dtypes.pop().is_floating_point:
+        if {w.dtype for w in weights.values()} not in ({dtype} for dtype in DTYPES):
             raise ValueError("its weights are not all of one floating-point type")
         model = _empty_model(MoEConfig(**config), weights)
         model.load_state_dict(weights, assign=True)

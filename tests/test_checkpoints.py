@@ -56,15 +56,37 @@ def test_broken_and_foreign_checkpoints_are_refused(tmp_path):
     weights = load_file(path)
     config = json.dumps(SMALL)
     save_file({k: v for k, v in weights.items() if "router" not in k}, bad["other"], metadata={"config": config})
-    configs = {"unknown": SMALL | {"colour": 3}, "impossible": SMALL | {"top_k": 9}, "bigger": SMALL | {"n_embd": 32}}
-    for name, config in (configs | {"list": [1]}).items():
+    changes = {
+        "unknown": {"colour": 3},
+        "impossible": {"top_k": 9},
+        "bigger": {"n_embd": 32},
+        "text": {"n_layer": "3"},
+        "null": {"n_head": None},
+        "bool": {"n_expert": True},
+        "number": {"gate": 1},
+        "table": {"context": {"a": 1}},
+        "many": {"n_layer": 10**9},
+        "huge": {"vocab_size": 10**30},
+        "words": {"metadata": "step 3"},
+    }
+    headers = {name: json.dumps(SMALL | change) for name, change in changes.items()}
+    headers |= {"list": "[1]", "pairs": "[[1, 2]]", "nothing": "null", "half": '{"n_layer": 3', "deep": "[" * 200_000}
+    headers |= {"deeper": '{"a":' * 200_000, "digits": '{"n_layer": ' + "9" * 10_000 + "}"}
+    for name, header in headers.items():
         bad[name] = tmp_path / f"{name}.safetensors"
-        save_file(weights, bad[name], metadata={"config": json.dumps(config)})
+        save_file(weights, bad[name], metadata={"config": header})
+    dtypes = {"one-bfloat16": weights | {"ln_f.bias": weights["ln_f.bias"].bfloat16()}}
+    dtypes |= {"one-integer": weights | {"ln_f.bias": weights["ln_f.bias"].int()}}
+    dtypes |= {"all-integer": {k: w.int() for k, w in weights.items()}}
+    for name, tensors in dtypes.items():
+        bad[name] = tmp_path / f"{name}.safetensors"
+        save_file(tensors, bad[name], metadata={"config": config})
     bad["folder"] = tmp_path
     for file in bad.values():
         with pytest.raises(ValueError) as error:
             load_model(str(file))
-        assert str(file) in str(error.value) and "\n" not in str(error.value)
+        message = str(error.value)
+        assert str(file) in message and "\n" not in message and len(message) < len(str(file)) + 500
 
 
 # ------------------------------------------------------------------------------------------------------ GPT-2's weights
@@ -113,6 +135,8 @@ def test_gpt2_of_transformers_gives_the_same_logits(gpt2, tmp_path):
         (dict(n_embd=64), "only GPT-2"),
         (dict(n_layer=4), "lacks h.3"),
         (dict(n_layer=None), "n_layer"),
+        (dict(n_layer="3"), "n_layer"),
+        (dict(n_layer=10**9), "more than"),
         (dict(scale_attn_by_inverse_layer_idx=True), "scale_attn"),
     ],
 )
@@ -122,6 +146,12 @@ def test_other_models_are_refused(gpt2, tmp_path, change, message):
     (tmp_path / "config.json").write_text(json.dumps(config | change))
     (tmp_path / "model.safetensors").write_bytes((folder / "model.safetensors").read_bytes())
     with pytest.raises(ValueError, match=message):
+        load_gpt2(str(tmp_path))
+
+
+def test_a_deep_configuration_of_gpt2_is_refused(gpt2, tmp_path):
+    (tmp_path / "config.json").write_text("[" * 200_000)
+    with pytest.raises(ValueError, match="RecursionError"):
         load_gpt2(str(tmp_path))
 
 

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from test_checkpoints import gpt2  # noqa: F401 (a fixture)
 from test_moe import make, random_routes, rng
 
-from moe import Routes
+from moe import COLDEST, Routes
 from support import generation
 from support.checkpoints import load_gpt2
 from support.fast import speed_up
@@ -243,6 +243,20 @@ def test_every_top_p_of_a_narrow_nucleus_is_greedy():
     how = dict(max_new_tokens=8, end_token=END)
     narrow = generate(model, PROMPTS, top_p=1e-6, generator=rng(), **how)
     assert torch.equal(narrow.tokens, generate(model, PROMPTS, temperature=0, **how).tokens)
+
+
+@pytest.mark.parametrize("temperature", [1e-38, 1e-45, 1e-10])
+def test_temperatures_near_zero_are_the_coldest(temperature):
+    """And not 0/0 or infinity, in the response or its records."""
+    model = small(8)
+    cold, coldest = (
+        generate(model, PROMPTS, max_new_tokens=8, end_token=END, temperature=t, generator=rng())
+        for t in (temperature, COLDEST)
+    )
+    assert all(torch.equal(a, b) for a, b in zip(cold, coldest, strict=True))
+    assert cold.log_probs.isfinite().all() and cold.entropies.isfinite().all()
+    greedy = generate(model, PROMPTS, max_new_tokens=8, end_token=END, temperature=0)
+    assert torch.equal(cold.tokens, greedy.tokens)
 
 
 def test_generation_refuses_what_it_cannot_do():

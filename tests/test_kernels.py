@@ -21,7 +21,7 @@ from test_moe import (  # noqa: F401 (run here with fast models, see `fast`)
     test_companions_and_padding_change_nothing,
     test_copies_of_the_branch_equal_separate_forwards,
     test_copies_with_nothing_forced_are_equal,
-    test_every_top1_route_of_a_fresh_upcycled_model_gives_the_same_log_probs,
+    test_every_route_of_a_fresh_upcycled_model_gives_the_same_log_probs,
     test_forced_routes_by_the_book,
     test_forward_by_the_book,
     test_half_precision_model_keeps_a_float32_router,

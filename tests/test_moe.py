@@ -561,13 +561,20 @@ def test_copies_with_nothing_forced_are_equal():
     torch.testing.assert_close(log_probs, log_probs[:1].expand_as(log_probs), atol=2e-6, rtol=0)
 
 
-def test_every_top1_route_of_a_fresh_upcycled_model_gives_the_same_log_probs():
-    model = upcycle(make(n_expert=1, top_k=1, context=64), MoEConfig(**SMALL | dict(top_k=1, context=64)), rng())
+@pytest.mark.parametrize("bfloat16", [False, True])
+@pytest.mark.parametrize("top_k", [1, 2])
+def test_every_route_of_a_fresh_upcycled_model_gives_the_same_log_probs(top_k, bfloat16):
+    """Its own, with weights P_i / sum_topK P, too: so that ERL's advantages are 0 where all experts are copies."""
+    sizes = dict(top_k=top_k, context=64)
+    model = upcycle(make(n_expert=1, top_k=1, context=64), MoEConfig(**SMALL | sizes), rng())
     tokens = words(model, 3, 50)
-    features, routing = model.branch(model.stem(tokens).repeat(4, 1, 1), random_routes(model, 12, 50, alpha=0.6))
+    with torch.autocast("cpu", torch.bfloat16, enabled=bfloat16):
+        hidden = model.stem(tokens)
+        features, routing = model.branch(hidden.repeat(4, 1, 1), random_routes(model, 12, 50, alpha=0.6))
+        log_probs = model.token_log_probs(features, tokens.repeat(4, 1)).view(4, 3, 50)
+        own = model.token_log_probs(model.branch(hidden)[0], tokens)
     assert (routing.experts[:3] != routing.experts[3:6]).any()
-    log_probs = model.token_log_probs(features, tokens.repeat(4, 1)).view(4, 3, 50)
-    torch.testing.assert_close(log_probs, log_probs[:1].expand_as(log_probs), atol=2e-6, rtol=0)
+    torch.testing.assert_close(log_probs, own.expand_as(log_probs), atol=2e-6, rtol=0)
 
 
 def test_route_again_reaches_the_routers_alone():
