@@ -23,6 +23,9 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
 
+# ------------------------------------------------------------------------------------------------------- configuration
+
+
 GATES = {  # P: the router's softmax over all experts
     "renorm": "P_i / sum_topK P (ERL eq. 3): with K = 1 always 1, so the LM loss sends the router no gradient",
     "prob": "P_i (Switch, ERPO eq. 5)",
@@ -77,9 +80,7 @@ SIZES = {
 }
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Routing
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------- routing
 
 
 class Routes(NamedTuple):
@@ -163,9 +164,7 @@ def router_losses(logits: Tensor, experts: Tensor, mask: Tensor | None = None) -
     return E * (load * mean_probs).sum(-1), z, load
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Experts
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------- experts
 
 
 def feed_forward(x: Tensor, w_in: Tensor, b_in: Tensor, w_out: Tensor, b_out: Tensor) -> Tensor:
@@ -247,9 +246,7 @@ class MoE(nn.Module):
         return out.view_as(x), Routing(logits, experts, forced, x)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# The output head
-# ---------------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------- the output head
 
 COLDEST = 1e-4  # lower temperatures count as this one: float32 has no digits left for such log-probabilities
 
@@ -277,9 +274,7 @@ def token_log_probs(features: Tensor, weight: Tensor, targets: Tensor, temperatu
     return logits.log_softmax(-1).gather(-1, targets[..., None]).squeeze(-1)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# The transformer
-# ---------------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------- the transformer
 
 
 class Attention(nn.Module):
@@ -459,6 +454,9 @@ class GPT(nn.Module):
         layers = [self.blocks[i].mlp.experts for i in self.config.moe_blocks]
         one_expert_each = sum(p[0].numel() for experts in layers for p in experts.parameters())
         return total, total - (self.config.n_expert - self.config.top_k) * one_expert_each
+
+
+# ----------------------------------------------------------------------------------------------------------- upcycling
 
 
 def upcycle(dense: GPT, config: MoEConfig, generator: torch.Generator | None = None) -> GPT:
