@@ -367,12 +367,11 @@ class GPT(nn.Module):
             raise ValueError(f"{T} tokens are more than the model's context of {self.config.context}")
         positions = torch.arange(T, device=tokens.device) if cache is None else cache.positions
         x = self.wte(tokens) + self.wpe(positions)
-        for i in range(self.first_router):
-            x, _ = self.blocks[i](x, cache=None if cache is None else cache.layers[i])
-        if self.first_router < len(self.blocks):
-            i = self.first_router
-            x = self.blocks[i].attend(x, None if cache is None else cache.layers[i])
-        return x
+        caches = [None] * len(self.blocks) if cache is None else cache.layers
+        first = self.first_router
+        for block, layer_cache in zip(self.blocks[:first], caches[:first], strict=True):
+            x, _ = block(x, cache=layer_cache)
+        return self.blocks[first].attend(x, caches[first]) if first < len(self.blocks) else x
 
     def branch(self, x: Tensor, routes: Routes | None = None, cache=None, noise=None) -> tuple[Tensor, Routing]:
         """From the first router to the last norm. hidden [B, T, D] -> features [B, T, D], Routing.
@@ -387,16 +386,14 @@ class GPT(nn.Module):
                 f"routes for this forward must have experts {[B, T, L, K]} and forced {[B, T, L]}, "
                 f"not {list(routes.experts.shape)} and {list(routes.forced.shape)}"
             )
+        caches = [None] * len(self.blocks) if cache is None else cache.layers
         layers = []  # the Routing of each
         for i in range(self.first_router, len(self.blocks)):
             block, layer = self.blocks[i], len(layers)
+            layer_routes = routes.of_layer(layer) if routes is not None and block.has_experts else None
+            layer_noise = noise[layer] if noise is not None and block.has_experts else None
             run = block.feed_forward if i == self.first_router else block  # `stem` has done the first one's attention
-            x, routing = run(
-                x,
-                routes=routes.of_layer(layer) if routes is not None and block.has_experts else None,
-                noise=noise[layer] if noise is not None and block.has_experts else None,
-                cache=None if cache is None else cache.layers[i],
-            )
+            x, routing = run(x, layer_routes, layer_noise, caches[i])
             if routing is not None:
                 layers.append(routing)
         if not layers:
