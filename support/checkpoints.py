@@ -1,5 +1,6 @@
 """Models on disk: our own checkpoints, and GPT-2's weights from the hub or from a folder."""
 
+import contextlib
 import json
 import os
 from dataclasses import asdict
@@ -23,24 +24,31 @@ def save_model(model: GPT, path: str, **metadata):
 
 def load_model(path: str) -> tuple[GPT, dict]:
     """The model of `save_model` on the CPU, and its metadata. ValueError for a file that is none of ours."""
+    with _open(path) as file:
+        config, metadata = _header(file)
+        # copies, for their alignment: CPU products of tensors that lie in the mapped file round otherwise
+        weights = {k: file.get_tensor(k).clone() for k in file.keys()}
+        if {w.dtype for w in weights.values()} not in ({dtype} for dtype in DTYPES):
+            raise ValueError("its weights are not all of one floating-point type")
+        model = _empty_model(config, weights)
+        model.load_state_dict(weights, assign=True)
+    return model, metadata
+
+
+def read_config(path: str) -> MoEConfig:
+    """The configuration of a checkpoint, without its weights. ValueError as of `load_model`."""
+    with _open(path) as file:
+        return _header(file)[0]
+
+
+@contextlib.contextmanager
+def _open(path: str):
+    """The safetensors file. Whatever goes wrong with it is a ValueError of one sentence."""
     from safetensors import SafetensorError, safe_open
 
     try:
         with safe_open(path, "pt") as file:
-            header = file.metadata() or {}
-            if "config" not in header:
-                raise ValueError("there are weights in it, but no configuration")
-            # copies, for their alignment: CPU products of tensors that lie in the mapped file round otherwise
-            weights = {k: file.get_tensor(k).clone() for k in file.keys()}
-        config = dict(json.loads(header["config"]))
-        metadata = config.pop("metadata", {})
-        if not isinstance(metadata, dict):
-            raise ValueError("the metadata in its header is not a table")
-        if {w.dtype for w in weights.values()} not in ({dtype} for dtype in DTYPES):
-            raise ValueError("its weights are not all of one floating-point type")
-        model = _empty_model(MoEConfig(**config), weights)
-        model.load_state_dict(weights, assign=True)
-        return model, metadata
+            yield file
     except (
         SafetensorError,
         OSError,
@@ -51,6 +59,17 @@ def load_model(path: str) -> tuple[GPT, dict]:
     ) as error:  # RecursionError too
         reason = (str(error) or type(error).__name__).splitlines()[0]
         raise ValueError(f"{path} is not a readable checkpoint of this program: {reason}") from error
+
+
+def _header(file) -> tuple[MoEConfig, dict]:
+    header = file.metadata() or {}
+    if "config" not in header:
+        raise ValueError("there are weights in it, but no configuration")
+    config = dict(json.loads(header["config"]))
+    metadata = config.pop("metadata", {})
+    if not isinstance(metadata, dict):
+        raise ValueError("the metadata in its header is not a table")
+    return MoEConfig(**config), metadata
 
 
 def _empty_model(config: MoEConfig, weights: dict[str, Tensor]) -> GPT:
