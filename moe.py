@@ -1,7 +1,7 @@
-"""A GPT-2-style language model whose feed-forward layers can be mixtures of experts (MoE).
+"""A GPT-2-style language model whose feed-forward layers can be mixtures of experts (MoE). It needs PyTorch alone.
 
 Read from top to bottom: the configuration, what a routing decision is, the experts, the transformer, its output head,
-generation, and checkpoints. Three habits hold everywhere:
+upcycling. Three habits hold everywhere:
 
 - Routing is a value. A forward takes `Routes` (decisions to impose: explored by ERL, or replayed from a rollout) and
   returns a `Routing` record (what the routers said and which experts worked). Nothing is kept in the modules.
@@ -9,11 +9,12 @@ generation, and checkpoints. Three habits hold everywhere:
   an argument: two forwards with the same routes give the same numbers.
 - Letters in shape comments: B sequences, T positions, D width, L MoE layers, E experts a layer, K experts a token,
   N tokens, S = N * K token slots, V vocabulary, H heads.
+
+What is here is the plain form. `support.fast.speed_up(model)` gives a model faster experts and a faster output head,
+which compute the same; `support/generation.py` generates.
 """
 
-import json
 import math
-import os
 from dataclasses import asdict, dataclass, replace
 from typing import NamedTuple
 
@@ -21,6 +22,15 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
+
+# ------------------------------------------------------------------------------------------------------- configuration
+
+
+GATES = {  # P: the router's softmax over all experts
+    "renorm": "P_i / sum_topK P (ERL eq. 3): with K = 1 always 1, so the LM loss sends the router no gradient",
+    "prob": "P_i (Switch, ERPO eq. 5)",
+    "straight": "the value of renorm, P_i / (sum_topK P).detach(): a gradient through P with K = 1 too (a control)",
+}
 
 
 @dataclass(frozen=True)
@@ -36,13 +46,13 @@ class MoEConfig:
     top_k: int = 1  # experts a token passes through
     n_shared_expert: int = 0  # further experts that every token passes through
     moe_every: int = 2  # blocks moe_every-1, 2*moe_every-1, ... hold experts; the others are dense
-    gate: str = "renorm"  # weight of a chosen expert: "renorm" P_i / sum_topK P (ERL eq. 3), "prob" P_i (ERPO eq. 5)
+    gate: str = "renorm"  # weight of a chosen expert, see GATES
     expert_capacity: int = 0  # tokens of one sequence an expert takes; later ones pass it by. 0: no limit (dropless)
 
     def __post_init__(self):
         for name, value in asdict(self).items():
             lowest = 0 if name in ("n_shared_expert", "expert_capacity") else 1
-            if name != "gate" and (not isinstance(value, int) or value < lowest):
+            if name != "gate" and (type(value) is not int or value < lowest):
                 raise ValueError(f"{name} must be an integer of at least {lowest}, not {value!r}")
         if self.n_embd % self.n_head:
             raise ValueError(f"n_embd {self.n_embd} is not divisible by n_head {self.n_head}")
@@ -50,8 +60,8 @@ class MoEConfig:
             raise ValueError(f"top_k {self.top_k} is above n_expert {self.n_expert}: a token has only so many experts")
         if self.n_expert > 1 and self.moe_every > self.n_layer:
             raise ValueError(f"moe_every {self.moe_every} leaves none of the {self.n_layer} blocks with experts")
-        if self.gate not in ("renorm", "prob"):
-            raise ValueError(f"gate must be 'renorm' or 'prob', not {self.gate!r}")
+        if self.gate not in GATES:
+            raise ValueError(f"gate must be one of {', '.join(GATES)}, not {self.gate!r}")
 
     @property
     def moe_blocks(self) -> list[int]:
@@ -70,24 +80,22 @@ SIZES = {
 }
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Routing
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------- routing
 
 
 class Routes(NamedTuple):
     """Routing decisions imposed on a forward. Where `forced` is False the router decides as usual."""
 
-    experts: Tensor  # int64 [B, T, L, K]
-    forced: Tensor  # bool [B, T, L]
+    experts: Tensor  # int64 [B, T, L, K]; of one layer [B, T, K]
+    forced: Tensor  # bool [B, T, L]; of one layer [B, T]
     uniform: bool = True  # weights of imposed experts: 1/K (exploration, ERL eq. 9), or the router's own gate (replay)
 
-    def of_layer(self, layer: int) -> tuple[Tensor, Tensor, bool]:
-        return self.experts[:, :, layer], self.forced[:, :, layer], self.uniform
+    def of_layer(self, layer: int) -> "Routes":
+        return Routes(self.experts[:, :, layer], self.forced[:, :, layer], self.uniform)
 
 
 class Routing(NamedTuple):
-    """What the routers of one forward did."""
+    """What the routers of one forward did. That of one layer has no dimension L, and its inputs are one tensor."""
 
     logits: Tensor  # float32 [B, T, L, E], before the softmax
     experts: Tensor  # int64 [B, T, L, K], the experts used
@@ -99,21 +107,23 @@ class Routing(NamedTuple):
         return self.logits.log_softmax(-1).gather(-1, self.experts if experts is None else experts)
 
 
-def choose_experts(logits: Tensor, config: MoEConfig, imposed=None) -> tuple[Tensor, Tensor]:
+def choose_experts(logits: Tensor, config: MoEConfig, routes: Routes | None = None) -> tuple[Tensor, Tensor]:
     """Top-K experts and their gate weights (ERL eq. 1-3, 9; ERPO eq. 5).
 
-    logits [B, T, E]; imposed None or (experts [B, T, K], forced [B, T], uniform) -> experts, weights, both [B, T, K].
+    logits [B, T, E], routes of this layer -> experts, weights, both [B, T, K].
     """
     experts = logits.topk(config.top_k, dim=-1).indices  # softmax keeps the order: top-K of logits = top-K of P
-    if imposed is not None:
-        forced = imposed[1][..., None]
-        experts = torch.where(forced, imposed[0], experts)
-    if config.gate == "renorm":  # P_i / sum_topK P is the softmax over the chosen logits; written so, it cannot be 0/0
-        weights = logits.gather(-1, experts).softmax(-1)
-    else:
+    if routes is not None:
+        experts = torch.where(routes.forced[..., None], routes.experts, experts)
+    if config.gate == "prob":
         weights = logits.softmax(-1).gather(-1, experts)
-    if imposed is not None and imposed[2]:
-        weights = torch.where(forced, 1.0 / config.top_k, weights)
+    else:  # P_i / sum_topK P is the softmax over the chosen logits; written so, it cannot be 0/0
+        weights = logits.gather(-1, experts).softmax(-1)
+    if config.gate == "straight":  # the gradient is that of P_i / (sum_topK P).detach(): w_i * grad log P_i
+        log_probs = logits.log_softmax(-1).gather(-1, experts)
+        weights = weights.detach() * (log_probs - log_probs.detach()).exp()  # times exactly 1
+    if routes is not None and routes.uniform:
+        weights = torch.where(routes.forced[..., None], 1.0 / config.top_k, weights)
     return experts, weights
 
 
@@ -135,16 +145,18 @@ def within_capacity(experts: Tensor, n_expert: int, capacity: int, used: Tensor 
 def router_losses(logits: Tensor, experts: Tensor, mask: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
     """Switch's balance and z losses, a value per layer, and the load they were computed from.
 
-    logits [B, T, L, E], experts [B, T, L, K], mask bool [B, T] (False: padding, counts nowhere).
+    logits [B, T, L, E], experts [B, T, L, K], mask bool [B, T] (False: padding, counts nowhere, be it NaN).
     balance [L] = E * sum_i f_i * Pbar_i, which is 1 at perfect balance for every K; z [L] = mean(logsumexp(logits)^2);
     load [L, E] = f, the share of token slots sent to each expert.
     """
     B, T, L, E = logits.shape
-    mask = torch.ones(B, T, dtype=torch.bool, device=logits.device) if mask is None else mask
-    counted = mask[..., None, None].expand_as(experts).long()
+    if mask is None:
+        mask = torch.ones(B, T, dtype=torch.bool, device=logits.device)
+    logits = logits.masked_fill(~mask[..., None, None], 0.0)
+    valid = mask[..., None, None].expand_as(experts).long()  # [B, T, L, K]
     places = experts + E * torch.arange(L, device=logits.device)[:, None]
     counts = torch.zeros(L * E, dtype=torch.long, device=logits.device)  # integers add up alike in every order
-    counts = counts.scatter_add_(0, places.flatten(), counted.flatten()).view(L, E)
+    counts = counts.scatter_add_(0, places.flatten(), valid.flatten()).view(L, E)
     load = counts / counts.sum(-1, keepdim=True).clamp(min=1)  # [L, E]
     weight = mask.to(logits.dtype) / mask.sum().clamp(min=1)  # [B, T]
     mean_probs = torch.einsum("bt,btle->le", weight, logits.softmax(-1))
@@ -152,76 +164,30 @@ def router_losses(logits: Tensor, experts: Tensor, mask: Tensor | None = None) -
     return E * (load * mean_probs).sum(-1), z, load
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Experts: one sort brings the tokens of an expert together, one grouped matrix product serves all experts
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------- experts
 
 
-class _Rearrange(torch.autograd.Function):
-    """x[order // copies], whose gradient is a gather too: index_add would be slow, and not deterministic on CUDA."""
-
-    @staticmethod
-    def forward(ctx, x, order, inverse, copies):
-        ctx.save_for_backward(inverse)
-        ctx.copies = copies
-        return x.index_select(0, order // copies if copies > 1 else order)  # x[order] takes 8 times as long on a CPU
-
-    @staticmethod
-    def backward(ctx, grad):
-        (inverse,) = ctx.saved_tensors
-        grad = grad.index_select(0, inverse)
-        return (grad.view(-1, ctx.copies, grad.shape[-1]).sum(1) if ctx.copies > 1 else grad), None, None, None
+def feed_forward(x: Tensor, w_in: Tensor, b_in: Tensor, w_out: Tensor, b_out: Tensor) -> Tensor:
+    """GPT-2's layer, gelu(x @ w_in + b_in) @ w_out + b_out. x [..., D], w_in [D, 4D], w_out [4D, D] -> [..., D]."""
+    return F.linear(F.gelu(F.linear(x, w_in.T, b_in), approximate="tanh"), w_out.T, b_out)
 
 
-def has_grouped_mm(x: Tensor, weight: Tensor) -> bool:
-    """Whether F.grouped_mm takes them: aligned rows, in float32 or bfloat16 on CPU, bfloat16 on CUDA (since Ampere)."""
-    if not hasattr(F, "grouped_mm") or any(n * x.element_size() % 16 for n in weight.shape[1:]):
-        return False
-    if x.device.type == "cuda":
-        return x.dtype == torch.bfloat16 and torch.cuda.get_device_capability(x.device) >= (8, 0)
-    return x.device.type == "cpu" and x.dtype in (torch.float32, torch.bfloat16)
+def mix_experts(x: Tensor, experts: Tensor, weights: Tensor, w_in, b_in, w_out, b_out) -> Tensor:
+    """ERL eq. 1: y_n = sum_k weights[n, k] * E_i(x_n) with i = experts[n, k], in the plain form.
 
-
-def expert_networks(x, w_in, b_in, w_out, b_out, expert_ids, ends) -> Tensor:
-    """gelu(x_s @ w_in[e_s] + b_in[e_s]) @ w_out[e_s] + b_out[e_s] for token slots sorted by expert.
-
-    x [S, D], w_in [E, D, H], b_in [E, H], w_out [E, H, D], b_out [E, D], expert_ids [S] ascending, ends int32 [E]:
-    where each expert's slots end -> [S, D].
+    x [N, D], experts [N, K], weights [N, K], w_in [E, D, 4D], b_in [E, 4D], w_out [E, 4D, D], b_out [E, D] -> [N, D].
+    One sort brings the rows of an expert together, so that each expert computes its own rows and no others.
     """
-    long_turns = x.device.type == "cpu" and x.dtype == torch.float32 and len(w_in) <= len(x) // 128
-    if long_turns or not (has_grouped_mm(x, w_in) and has_grouped_mm(x, w_out)):
-        return _experts_in_turn(x, w_in, b_in, w_out, b_out, ends)
-    hidden = F.gelu(_grouped_linear(x, w_in, b_in, expert_ids, ends), approximate="tanh")  # [S, H]
-    return _grouped_linear(hidden, w_out, b_out, expert_ids, ends)
-
-
-@torch.compiler.disable  # it reads `ends` on the host
-def _experts_in_turn(x, w_in, b_in, w_out, b_out, ends) -> Tensor:
-    """One expert after the other: where there is no grouped kernel (float64, MPS, ...), and fastest where each has many
-    slots, as its hidden layer stays in a CPU's cache. They take slices of `unbind`, never `w_in[e]`: autograd would
-    fill a gradient of all experts with zeros for each expert."""
-    parts = x.split(ends.diff(prepend=ends.new_zeros(1)).tolist())  # unlike that of slices, its gradient is one cat
-    weights = zip(w_in.unbind(0), b_in.unbind(0), w_out.unbind(0), b_out.unbind(0), strict=True)
-    return torch.cat(
-        [
-            torch.addmm(b2, F.gelu(torch.addmm(b1, part, w1), approximate="tanh"), w2)
-            for part, (w1, b1, w2, b2) in zip(parts, weights, strict=True)
-        ]
-    )
-
-
-def _grouped_linear(x: Tensor, weight: Tensor, bias: Tensor, expert_ids: Tensor, ends: Tensor) -> Tensor:
-    if x.dtype == torch.bfloat16:
-        # A product adds up the bias' gradient in float32 and always in the same order; that of an embedding does
-        # neither (bfloat16 sums on the CPU, atomic additions in compiled CUDA code).
-        one_hot = F.one_hot(expert_ids, len(bias)).to(x.dtype)
-        return torch.addmm(F.grouped_mm(x, weight, offs=ends), one_hot, bias)
-    return _uncompiled_grouped_mm(x, weight, ends).add_(F.embedding(expert_ids, bias))
-
-
-@torch.compiler.disable  # it knows the grouped product in bfloat16 only
-def _uncompiled_grouped_mm(x: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
-    return F.grouped_mm(x, weight, offs=ends)
+    N, K = experts.shape
+    order = experts.flatten().argsort(stable=True)  # [S], slots sorted by expert; slot s belongs to token s // K
+    counts = experts.flatten().bincount(minlength=len(w_in)).tolist()  # slots of each expert
+    rows = x.index_select(0, order // K).split(counts)
+    # `unbind`, never w_in[e]: autograd would fill a gradient of all experts with zeros for each expert
+    networks = zip(w_in.unbind(0), b_in.unbind(0), w_out.unbind(0), b_out.unbind(0), strict=True)
+    y = torch.cat([feed_forward(part, *network) for part, network in zip(rows, networks, strict=True)])  # [S, D]
+    y = torch.zeros_like(y).index_copy(0, order, y).view(N, K, -1)  # back in the order of the tokens
+    # The weights stay float32 under bf16 autocast: rounded, they would no longer sum to 1.
+    return (y * weights[..., None]).sum(1).to(y.dtype)
 
 
 class Experts(nn.Module):
@@ -233,26 +199,13 @@ class Experts(nn.Module):
         self.b_in = nn.Parameter(torch.zeros(n_expert, 4 * n_embd))
         self.w_out = nn.Parameter(torch.empty(n_expert, 4 * n_embd, n_embd))
         self.b_out = nn.Parameter(torch.zeros(n_expert, n_embd))
+        self.kernel = mix_experts  # support.fast.speed_up puts a faster one here
 
     def forward(self, x: Tensor, experts: Tensor | None = None, weights: Tensor | None = None) -> Tensor:
         """x [N, D] through experts [N, K], summed with weights [N, K] (ERL eq. 1) -> [N, D]."""
-        if self.w_in.shape[0] == 1:
-            hidden = F.gelu(F.linear(x, self.w_in.squeeze(0).T, self.b_in.squeeze(0)), approximate="tanh")
-            return F.linear(hidden, self.w_out.squeeze(0).T, self.b_out.squeeze(0))
-        if torch.is_autocast_enabled(x.device.type):  # autocast does not know the grouped product
-            dtype = torch.get_autocast_dtype(x.device.type)
-            x, w_in, b_in, w_out, b_out = (t.to(dtype) for t in (x, self.w_in, self.b_in, self.w_out, self.b_out))
-        else:
-            w_in, b_in, w_out, b_out = self.w_in, self.b_in, self.w_out, self.b_out
-        N, K = experts.shape
-        expert_ids, order = experts.reshape(-1).sort(stable=True)  # [S], [S]: slot s is token order[s] // K
-        inverse = torch.empty_like(order).scatter_(0, order, torch.arange(N * K, device=x.device))
-        every = torch.arange(w_in.shape[0], device=x.device)
-        ends = torch.searchsorted(expert_ids, every, right=True, out_int32=True)  # on the device: no host read
-        slots = _Rearrange.apply(x, order, inverse, K)  # [S, D]
-        slots = expert_networks(slots, w_in, b_in, w_out, b_out, expert_ids, ends)  # [S, D]
-        slots = _Rearrange.apply(slots, inverse, order, 1).view(N, K, -1)
-        return (slots * weights[..., None].to(slots.dtype)).sum(1)
+        if len(self.w_in) == 1:
+            return feed_forward(x, *(p.squeeze(0) for p in (self.w_in, self.b_in, self.w_out, self.b_out)))
+        return self.kernel(x, experts, weights, self.w_in, self.b_in, self.w_out, self.b_out)
 
 
 class MoE(nn.Module):
@@ -271,89 +224,100 @@ class MoE(nn.Module):
             dtype = torch.promote_types(x.dtype, torch.float32)
             return F.linear(x.to(dtype), self.router.weight.to(dtype))
 
-    def forward(self, x: Tensor, imposed=None, noise: Tensor | None = None, used: Tensor | None = None):
-        """x [B, T, D] -> output [B, T, D], router logits [B, T, E], experts [B, T, K], used [B, E] (see capacity).
+    def forward(self, x: Tensor, routes: Routes | None = None, noise: Tensor | None = None, cache=None):
+        """x [B, T, D], routes of this layer -> output [B, T, D] and the layer's Routing.
 
-        noise [B, T, D]: factors near 1 on the router's input (Switch's jitter), or None.
+        noise [B, T, D]: factors near 1 on the router's input (Switch's jitter), or None. cache: see GPT.stem.
         """
         config = self.config
-        logits = self.router_logits(x if noise is None else x * noise)
-        experts, weights = choose_experts(logits, config, imposed)
+        logits = self.router_logits(x if noise is None else x * noise)  # [B, T, E]
+        experts, weights = choose_experts(logits, config, routes)  # [B, T, K]
         if config.expert_capacity:
+            used = None if cache is None else cache.used
             keep, used = within_capacity(experts, config.n_expert, config.expert_capacity, used)
             weights = weights * keep
-        flat = x.reshape(-1, x.shape[-1])
+            if cache is not None:
+                cache.used = used
+        flat = x.flatten(0, 1)
         out = self.experts(flat, experts.flatten(0, 1), weights.flatten(0, 1))
         for shared in self.shared:
             out = out + shared(flat)
-        return out.view_as(x), logits, experts, used
+        forced = torch.zeros_like(experts[..., 0], dtype=torch.bool) if routes is None else routes.forced
+        return out.view_as(x), Routing(logits, experts, forced, x)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# The transformer
-# ---------------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------- the output head
+
+COLDEST = 1e-4  # lower temperatures count as this one: float32 has no digits left for such log-probabilities
 
 
-class Cache:
-    """Preallocated keys and values of a batch that is being generated; every row grows at its own position."""
+def lm_loss(features: Tensor, weight: Tensor, targets: Tensor, mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """Mean over the masked tokens of -log p(target), in nats, and log p of every target, without gradient.
 
-    def __init__(self, model: "GPT", rows: int, length: int):
-        c, w = model.config, model.wte.weight
-        shape = (c.n_layer, rows, c.n_head, length, c.n_embd // c.n_head)
-        self.keys = torch.zeros(shape, device=w.device, dtype=w.dtype)
-        self.values = torch.zeros_like(self.keys)
-        self.used = torch.zeros(c.n_layer, rows, c.n_expert, device=w.device, dtype=torch.long)
-        self.positions = None  # [B] where the next token of each row stands; None while the prompts are read
-        self.longest = 0  # no row is longer than this
-        self.mask = None  # bool [B, 1, 1, longest], what the next token may see
+    features [..., D], weight [V, D], targets int64 [...], mask bool [...] -> 0-d, [...]. An empty mask gives 0.
+    """
+    logits = F.linear(features, weight).flatten(0, -2)  # [N, V]
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    nll = F.cross_entropy(logits, targets.flatten(), reduction="none")  # [N]
+    keep = torch.ones_like(targets, dtype=torch.bool) if mask is None else mask
+    scale = keep.flatten().to(nll.dtype) / keep.sum().clamp(min=1)
+    return (nll * scale).sum(), -nll.detach().view(targets.shape)
 
-    def step(self, positions: Tensor, longest: int):
-        self.positions, self.longest = positions, longest
-        self.mask = (torch.arange(longest, device=positions.device) <= positions[:, None])[:, None, None]
 
-    def reorder(self, rows: Tensor):
-        """Row i becomes a copy of row rows[i] (beam search)."""
-        self.keys, self.values, self.used = (t.index_select(1, rows) for t in (self.keys, self.values, self.used))
+def token_log_probs(features: Tensor, weight: Tensor, targets: Tensor, temperature: float = 1.0) -> Tensor:
+    """log p(target) of every token under softmax(logits / temperature), differentiable in features and weight.
+
+    features [..., D], weight [V, D], targets int64 [...] -> [...], float32 (float64 stays float64).
+    """
+    logits = F.linear(features, weight)  # [..., V]
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32)) / max(temperature, COLDEST)
+    return logits.log_softmax(-1).gather(-1, targets[..., None]).squeeze(-1)
+
+
+# ----------------------------------------------------------------------------------------------------- the transformer
 
 
 class Attention(nn.Module):
+    """Causal self-attention. With a cache (see GPT.stem) the queries also see what the cache has kept."""
+
     def __init__(self, config: MoEConfig):
         super().__init__()
         self.n_head = config.n_head
         self.qkv = nn.Linear(config.n_embd, 3 * config.n_embd)
         self.proj = nn.Linear(config.n_embd, config.n_embd)
 
-    def forward(self, x: Tensor, cache: Cache | None = None, layer: int = 0) -> Tensor:
+    def forward(self, x: Tensor, cache=None) -> Tensor:
         B, T, D = x.shape
         q, k, v = self.qkv(x).view(B, T, 3, self.n_head, -1).permute(2, 0, 3, 1, 4)  # each [B, H, T, D/H]
         if cache is None:
             y = F.scaled_dot_product_attention(q, k, v, is_causal=True)
-        elif cache.positions is None:
-            cache.keys[layer, :, :, :T], cache.values[layer, :, :, :T] = k, v
-            y = F.scaled_dot_product_attention(q, k, v, is_causal=True)
-        else:  # T = 1: one new token a row
-            rows = torch.arange(B, device=x.device)
-            cache.keys[layer, rows, :, cache.positions] = k[:, :, 0].to(cache.keys.dtype)
-            cache.values[layer, rows, :, cache.positions] = v[:, :, 0].to(cache.keys.dtype)
-            keys, values = cache.keys[layer, :, :, : cache.longest], cache.values[layer, :, :, : cache.longest]
-            if x.is_cuda:
-                y = F.scaled_dot_product_attention(q, keys.to(q.dtype), values.to(q.dtype), attn_mask=cache.mask)
-            else:  # the CPU's kernel is made for many queries, and several times slower with one
-                scores = (q @ keys.to(q.dtype).mT * q.shape[-1] ** -0.5).masked_fill(~cache.mask, -torch.inf)
-                y = scores.softmax(-1).to(q.dtype) @ values.to(q.dtype)
+        else:
+            y = cache.attend(q, k, v)
         return self.proj(y.transpose(1, 2).reshape(B, T, D))
 
 
 class Block(nn.Module):
-    def __init__(self, config: MoEConfig, moe: bool):
+    """Attention, then a feed-forward layer: dense, or a mixture of experts. x [B, T, D] -> [B, T, D]."""
+
+    def __init__(self, config: MoEConfig, has_experts: bool):
         super().__init__()
+        self.has_experts = has_experts
         self.ln_1 = nn.LayerNorm(config.n_embd)
         self.attn = Attention(config)
         self.ln_2 = nn.LayerNorm(config.n_embd)
-        self.mlp = MoE(config) if moe else Experts(1, config.n_embd)
+        self.mlp = MoE(config) if has_experts else Experts(1, config.n_embd)
 
-    def attend(self, x: Tensor, cache: Cache | None = None, layer: int = 0) -> Tensor:
-        return x + self.attn(self.ln_1(x), cache, layer)
+    def forward(self, x: Tensor, routes=None, noise=None, cache=None) -> tuple[Tensor, Routing | None]:
+        return self.feed_forward(self.attend(x, cache), routes, noise, cache)
+
+    def attend(self, x: Tensor, cache=None) -> Tensor:
+        return x + self.attn(self.ln_1(x), cache)
+
+    def feed_forward(self, x: Tensor, routes=None, noise=None, cache=None) -> tuple[Tensor, Routing | None]:
+        """The arguments of MoE.forward -> x, and the layer's Routing (None without experts)."""
+        h = self.ln_2(x)
+        out, routing = self.mlp(h, routes, noise, cache) if self.has_experts else (self.mlp(h), None)
+        return x + out, routing
 
 
 class Output(NamedTuple):
@@ -377,6 +341,8 @@ class GPT(nn.Module):
         self.wpe = nn.Embedding(config.context, config.n_embd)
         self.blocks = nn.ModuleList(Block(config, i in config.moe_blocks) for i in range(config.n_layer))
         self.ln_f = nn.LayerNorm(config.n_embd)
+        # What asks the head; support.fast.speed_up puts faster ones here.
+        self.lm_loss_kernel, self.log_probs_kernel = lm_loss, token_log_probs
         for name, p in self.named_parameters():
             if name.endswith("router.weight"):
                 nn.init.normal_(p, std=0.1, generator=generator)  # Decision: N(0, 0.1) gives the standard deviation
@@ -390,76 +356,79 @@ class GPT(nn.Module):
     # The forward in three parts. ERL runs `stem` once and `branch` for 1 + m routes: what comes before the first
     # routing decision is the same for all of them.
 
-    def stem(self, tokens: Tensor, cache: Cache | None = None) -> Tensor:
-        """Everything before the first router. tokens int64 [B, T] -> hidden [B, T, D]."""
-        B, T = tokens.shape
+    def stem(self, tokens: Tensor, cache=None) -> Tensor:
+        """Everything before the first router. tokens int64 [B, T] -> hidden [B, T, D].
+
+        cache: None, or what generation keeps: an object with the tokens' `positions` (int64 [T] or [B, T]) and a list
+        `layers`, one object a block, with `attend(q, k, v)` and the slots `used` [B, E] of experts of limited capacity.
+        """
+        T = tokens.shape[1]
         if T > self.config.context:
             raise ValueError(f"{T} tokens are more than the model's context of {self.config.context}")
-        decoding = cache is not None and cache.positions is not None
-        positions = cache.positions[:, None] if decoding else torch.arange(T, device=tokens.device)
+        positions = torch.arange(T, device=tokens.device) if cache is None else cache.positions
         x = self.wte(tokens) + self.wpe(positions)
-        for i in range(self._first):
-            x = self.blocks[i].attend(x, cache, i)
-            x = x + self.blocks[i].mlp(self.blocks[i].ln_2(x))
-        if self._first < len(self.blocks):
-            x = self.blocks[self._first].attend(x, cache, self._first)
-        return x
+        caches = [None] * len(self.blocks) if cache is None else cache.layers
+        first = self.first_router
+        for block, layer_cache in zip(self.blocks[:first], caches[:first], strict=True):
+            x, _ = block(x, cache=layer_cache)
+        return self.blocks[first].attend(x, caches[first]) if first < len(self.blocks) else x
 
-    def branch(self, x: Tensor, routes: Routes | None = None, cache: Cache | None = None, noise=None):
+    def branch(self, x: Tensor, routes: Routes | None = None, cache=None, noise=None) -> tuple[Tensor, Routing]:
         """From the first router to the last norm. hidden [B, T, D] -> features [B, T, D], Routing.
 
-        noise: None, or L tensors [B, T, D] of factors on the routers' inputs (see `jitter`).
+        noise: None, or L tensors [B, T, D] of factors on the routers' inputs (see `jitter`). Raises ValueError for
+        routes of another shape.
         """
         B, T, _ = x.shape
-        config, moe_blocks = self.config, self.config.moe_blocks
-        if routes is not None:
-            want = (B, T, len(moe_blocks), config.top_k)
-            if tuple(routes.experts.shape) != want or tuple(routes.forced.shape) != want[:3]:
-                raise ValueError(
-                    f"routes for this forward must have experts {list(want)} and forced {list(want[:3])}, "
-                    f"not {list(routes.experts.shape)} and {list(routes.forced.shape)}"
-                )
-        logits, chosen, inputs = [], [], []
-        for i in range(self._first, len(self.blocks)):
-            block = self.blocks[i]
-            if i > self._first:
-                x = block.attend(x, cache, i)
-            h = block.ln_2(x)
-            if i not in moe_blocks:
-                x = x + block.mlp(h)
-                continue
-            layer = len(chosen)
-            imposed = None if routes is None else routes.of_layer(layer)
-            used = None if cache is None else cache.used[i]
-            out, layer_logits, experts, used = block.mlp(h, imposed, None if noise is None else noise[layer], used)
-            if cache is not None:
-                cache.used[i] = used
-            x = x + out
-            logits.append(layer_logits)
-            chosen.append(experts)
-            inputs.append(h)
-        forced = routes.forced if routes is not None else x.new_zeros(B, T, len(moe_blocks), dtype=torch.bool)
-        if moe_blocks:
-            routing = Routing(torch.stack(logits, 2), torch.stack(chosen, 2), forced, tuple(inputs))
-        else:
-            routing = Routing(x.new_zeros(B, T, 0, 1), forced[..., None].long(), forced, ())
-        return self.ln_f(x), routing
+        L, K = len(self.config.moe_blocks), self.config.top_k
+        if routes is not None and (routes.experts.shape, routes.forced.shape) != ((B, T, L, K), (B, T, L)):
+            raise ValueError(
+                f"routes for this forward must have experts {[B, T, L, K]} and forced {[B, T, L]}, "
+                f"not {list(routes.experts.shape)} and {list(routes.forced.shape)}"
+            )
+        caches = [None] * len(self.blocks) if cache is None else cache.layers
+        layers = []  # the Routing of each
+        for i in range(self.first_router, len(self.blocks)):
+            block, layer = self.blocks[i], len(layers)
+            layer_routes = routes.of_layer(layer) if routes is not None and block.has_experts else None
+            layer_noise = noise[layer] if noise is not None and block.has_experts else None
+            run = block.feed_forward if i == self.first_router else block  # `stem` has done the first one's attention
+            x, routing = run(x, layer_routes, layer_noise, caches[i])
+            if routing is not None:
+                layers.append(routing)
+        if not layers:
+            none = torch.zeros(B, T, 0, 1, dtype=torch.long, device=x.device)
+            return self.ln_f(x), Routing(none.to(x.dtype), none, none[..., 0].bool(), ())
+        logits, experts, forced, inputs = zip(*layers, strict=True)
+        return self.ln_f(x), Routing(torch.stack(logits, 2), torch.stack(experts, 2), torch.stack(forced, 2), inputs)
 
     def head(self, features: Tensor) -> Tensor:
         """features [..., D] -> logits [..., V]."""
         return F.linear(features, self.wte.weight)
 
-    def forward(self, tokens, targets=None, mask=None, routes=None, noise=None) -> Output:
-        """tokens [B, T], targets [B, T] the tokens they predict, mask bool [B, T] predictions that count."""
+    def lm_loss(self, features: Tensor, targets: Tensor, mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """features [..., D] -> mean of -log p(target) over the mask, and log p(target) [...] without gradient."""
+        return self.lm_loss_kernel(features, self.wte.weight, targets, mask)
+
+    def token_log_probs(self, features: Tensor, targets: Tensor, temperature: float = 1.0) -> Tensor:
+        """features [..., D] -> log p(target) [...] under softmax(logits / temperature), differentiable."""
+        return self.log_probs_kernel(features, self.wte.weight, targets, temperature)
+
+    def forward(self, tokens, targets=None, mask=None, routes=None, noise=None, routed=None) -> Output:
+        """tokens [B, T], targets [B, T] the tokens they predict.
+
+        mask bool [B, T]: the predictions that count for the LM loss. routed bool [B, T]: the tokens that are not
+        padding, over which the router losses and the load run: a prompt is routed, though nothing is learnt from its
+        words. None: all. routes, noise: see `branch`.
+        """
         features, routing = self.branch(self.stem(tokens), routes, noise=noise)
-        balance, z, load = router_losses(routing.logits, routing.experts, mask)
+        balance, z, load = router_losses(routing.logits, routing.experts, routed)
         if targets is None:
             return Output(self.head(features), None, balance, z, load, routing)
-        loss = lm_loss(features, self.wte.weight, targets, mask)
-        return Output(None, loss, balance, z, load, routing)
+        return Output(None, self.lm_loss(features, targets, mask)[0], balance, z, load, routing)
 
     @property
-    def _first(self) -> int:
+    def first_router(self) -> int:
         """The first block with experts (n_layer where there is none)."""
         return self.config.moe_blocks[0] if self.config.moe_blocks else self.config.n_layer
 
@@ -484,373 +453,7 @@ class GPT(nn.Module):
         return total, total - (self.config.n_expert - self.config.top_k) * one_expert_each
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# The output head. With 50,257 words a [N, V] log-softmax costs more than the rest of a small model, so no function
-# here makes one: they work on blocks of tokens, and on a CPU on tiles of them that stay in its cache. Their plain twins
-# are in tests/test_moe.py.
-# ---------------------------------------------------------------------------------------------------------------------
-
-BLOCK_ELEMENTS = 1 << 23  # logits that exist at a time
-CPU_TILE = (512, 384)  # tokens x words
-SMALL_VOCABULARY = 1024  # up to here one product is fastest
-
-
-def _blocks(x: Tensor, weight: Tensor):
-    """Operands in the dtype that autocast asks for, slices of the tokens, slices of the words."""
-    if torch.is_autocast_enabled(x.device.type):
-        dtype = torch.get_autocast_dtype(x.device.type)
-        x, weight = x.to(dtype), weight.to(dtype)
-    N, V = x.shape[0], weight.shape[0]
-    size, width = CPU_TILE if x.device.type == "cpu" else (max(16, BLOCK_ELEMENTS // V), V)
-    words = [slice(i, min(i + width, V)) for i in range(0, V, width)]
-    return x, weight, [slice(i, i + size) for i in range(0, N, size)], words
-
-
-def _place(targets: Tensor, words: slice) -> tuple[Tensor, Tensor]:
-    """Where targets [n, 1] stand among some of the words, and whether they do."""
-    place, last = targets - words.start, words.stop - words.start - 1
-    return place.clamp(0, last), (place >= 0) & (place <= last)
-
-
-def _block_log_probs(x, w, targets, words, temperature, tiles=None) -> tuple[Tensor, Tensor]:
-    """log p(target) and the log normaliser of a block, both [n, 1]. tiles: a list that receives the logits."""
-    dtype = torch.promote_types(x.dtype, torch.float32)
-    target_logits, norms = torch.zeros(targets.shape, device=x.device, dtype=dtype), []
-    for v in words:
-        logits = (x @ w[v].T).to(dtype)
-        if temperature != 1:
-            logits.div_(temperature)
-        place, inside = _place(targets, v)
-        picked = logits.gather(-1, place)
-        target_logits += picked.masked_fill(~inside, 0)
-        # logsumexp, in fewer passes over the logits
-        norms.append(picked + F.cross_entropy(logits, place.squeeze(-1), reduction="none")[:, None])
-        if tiles is not None:
-            tiles.append(logits)
-    log_norm = torch.cat(norms, -1).logsumexp(-1, keepdim=True)
-    return target_logits - log_norm, log_norm
-
-
-def _softmax_less_target(logits, log_norm, targets, words) -> Tensor:
-    """The gradient of -log p(target) with respect to a tile of logits, which it overwrites."""
-    place, inside = _place(targets, words)
-    return logits.sub_(log_norm).exp_().scatter_add_(-1, place, -inside.to(logits.dtype))
-
-
-class _LMLoss(torch.autograd.Function):
-    """sum_n scale_n * -log p(target_n), and log p(target_n). The gradient is computed in the forward, where the logits
-    are at hand."""
-
-    @staticmethod
-    def forward(ctx, features, weight, targets, scale):
-        x, w, blocks, words = _blocks(features, weight)
-        need_x, need_w, *_ = ctx.needs_input_grad
-        log_probs = torch.empty(x.shape[0], 1, device=x.device, dtype=torch.promote_types(x.dtype, torch.float32))
-        grad_x = torch.zeros_like(x, dtype=log_probs.dtype) if need_x else None
-        grad_w = torch.zeros_like(w, dtype=weight.dtype) if need_w else None
-        targets, scale = targets[:, None], scale[:, None]
-        for s in blocks:
-            tiles = [] if need_x or need_w else None
-            log_probs[s], log_norm = _block_log_probs(x[s], w, targets[s], words, 1.0, tiles)
-            scaled = (x[s] * scale[s]).to(x.dtype)
-            for v, logits in zip(words, tiles or (), strict=False):
-                d = _softmax_less_target(logits, log_norm, targets[s], v).to(x.dtype)
-                if need_x:
-                    grad_x[s] += d @ w[v]
-                if need_w:
-                    grad_w[v] += d.T @ scaled
-        ctx.save_for_backward((grad_x * scale).to(features.dtype) if need_x else None, grad_w)
-        log_probs = log_probs.squeeze(-1)
-        ctx.mark_non_differentiable(log_probs)
-        return -(log_probs * scale.squeeze(-1)).sum(), log_probs
-
-    @staticmethod
-    def backward(ctx, grad, _):
-        grad_x, grad_w = ctx.saved_tensors
-        return None if grad_x is None else grad_x * grad, None if grad_w is None else grad_w * grad, None, None
-
-
-class _TokenLogProbs(torch.autograd.Function):
-    """log p(target_n) for each token; the backward computes the logits of a block again instead of keeping them."""
-
-    @staticmethod
-    def forward(ctx, features, weight, targets, temperature):
-        x, w, blocks, words = _blocks(features, weight)
-        out, log_norm = torch.empty(
-            2, x.shape[0], 1, device=x.device, dtype=torch.promote_types(x.dtype, torch.float32)
-        )
-        for s in blocks:
-            out[s], log_norm[s] = _block_log_probs(x[s], w, targets[s, None], words, temperature)
-        ctx.save_for_backward(features, weight, targets, log_norm)
-        ctx.temperature, ctx.dtype = temperature, x.dtype
-        return out.squeeze(-1)
-
-    @staticmethod
-    def backward(ctx, grad):
-        features, weight, targets, log_norm = ctx.saved_tensors
-        x, w, blocks, words = _blocks(features.to(ctx.dtype), weight.to(ctx.dtype))
-        need_x, need_w, *_ = ctx.needs_input_grad
-        grad_x = torch.zeros_like(x, dtype=log_norm.dtype) if need_x else None
-        grad_w = torch.zeros_like(weight) if need_w else None
-        scale = -grad[:, None] / ctx.temperature
-        for s in blocks:
-            scaled = (x[s] * scale[s]).to(x.dtype)
-            for v in words:
-                logits = (x[s] @ w[v].T).to(log_norm.dtype).div_(ctx.temperature)
-                d = _softmax_less_target(logits, log_norm[s], targets[s, None], v).to(x.dtype)
-                if need_x:
-                    grad_x[s] += d @ w[v]
-                if need_w:
-                    grad_w[v] += d.T @ scaled
-        return (grad_x * scale).to(features.dtype) if need_x else None, grad_w, None, None
-
-
-def lm_loss(features: Tensor, weight: Tensor, targets: Tensor, mask: Tensor | None = None) -> Tensor:
-    """Mean over the masked tokens of -log p(target), in nats.
-
-    features [B, T, D], weight [V, D], targets int64 [B, T], mask bool [B, T] -> 0-d. An empty mask gives 0.
-    """
-    return lm_loss_and_log_probs(features, weight, targets, mask)[0]
-
-
-def lm_loss_and_log_probs(features, weight, targets, mask=None) -> tuple[Tensor, Tensor]:
-    """`lm_loss`, and log p(target) of every token [B, T] as `token_log_probs` gives it, without gradient."""
-    shape, features, targets = targets.shape, features.flatten(0, -2), targets.flatten()
-    keep = torch.ones_like(targets, dtype=torch.bool) if mask is None else mask.flatten()
-    scale = keep.to(torch.promote_types(features.dtype, torch.float32)) / keep.sum().clamp(min=1)
-    if weight.shape[0] <= SMALL_VOCABULARY:
-        nll = F.cross_entropy(F.linear(features, weight).to(scale.dtype), targets, reduction="none")
-        return (nll * scale).sum(), -nll.detach().view(shape)
-    if not torch.is_grad_enabled():  # a parameter asks for its gradient even then, and it is computed in the forward
-        features, weight = features.detach(), weight.detach()
-    loss, log_probs = _LMLoss.apply(features, weight, targets, scale)
-    return loss, log_probs.view(shape)
-
-
-def token_log_probs(features: Tensor, weight: Tensor, targets: Tensor, temperature: float = 1.0) -> Tensor:
-    """log p(target) of every token under softmax(logits / temperature), differentiable in features and weight.
-
-    features [B, T, D], weight [V, D], targets int64 [B, T] -> [B, T], float32 (float64 stays float64).
-    """
-    if weight.shape[0] <= SMALL_VOCABULARY:
-        logits = F.linear(features, weight)
-        logits = logits.to(torch.promote_types(logits.dtype, torch.float32)) / temperature
-        return logits.log_softmax(-1).gather(-1, targets[..., None]).squeeze(-1)
-    return _TokenLogProbs.apply(features.flatten(0, -2), weight, targets.flatten(), temperature).view(targets.shape)
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Generation
-# ---------------------------------------------------------------------------------------------------------------------
-
-
-class Rollout(NamedTuple):
-    """Generated sequences, aligned as the losses want them: index t belongs to the forward at position t, which
-    predicts the token at t + 1. Rows are prompt, response, padding; T is the length of the longest row less one."""
-
-    tokens: Tensor  # int64 [B, T + 1]
-    response_mask: Tensor  # bool [B, T], True where the predicted token belongs to the response, its end token included
-    log_probs: Tensor  # float32 [B, T], under softmax(logits / temperature), 0 outside the response
-    entropies: Tensor  # float32 [B, T], of that distribution, in nats
-    experts: Tensor  # int64 [B, T, L, K]
-    expert_log_probs: Tensor  # float32 [B, T, L, K], log P of those experts
-
-    def responses(self, end_token: int) -> list[list[int]]:
-        """The generated tokens of each row, without the end token."""
-        rows = zip(self.tokens[:, 1:].tolist(), self.response_mask.tolist(), strict=True)
-        return [[t for t, m in zip(tokens, mask, strict=True) if m and t != end_token] for tokens, mask in rows]
-
-
-def sample_tokens(logits: Tensor, top_p: float = 1.0, generator: torch.Generator | None = None) -> Tensor:
-    """One token a row from softmax(logits), cut to its nucleus of mass top_p. logits [B, V] -> int64 [B].
-
-    By the inverse of the cumulative distribution: torch.multinomial over 50,257 words costs more than the model.
-    """
-    return _draw(logits.softmax(-1, dtype=torch.promote_types(logits.dtype, torch.float32)), top_p, generator)
-
-
-def _draw(probs: Tensor, top_p: float, generator: torch.Generator | None) -> Tensor:
-    """`sample_tokens` of probabilities [B, V]."""
-    if not 0 < top_p <= 1:
-        raise ValueError(f"top_p must be above 0 and at most 1, not {top_p}")
-    device = probs.device if generator is None else generator.device
-    if top_p < 1:
-        probs, words = probs.sort(-1, descending=True)
-        probs = probs.masked_fill(probs.cumsum(-1) - probs >= top_p, 0.0)  # the first word always stays
-    u = torch.rand(len(probs), 1, generator=generator, device=device).to(probs.device)
-    index = _invert_long_cdf(probs, u) if probs.shape[-1] > 4096 else _invert_cdf(probs, u)
-    return (index if top_p >= 1 else words.gather(-1, index)).squeeze(-1)
-
-
-def _invert_cdf(weights: Tensor, u: Tensor) -> Tensor:
-    """The first index whose running sum of weights [B, V] exceeds the share u [B, 1] of their total -> [B, 1]."""
-    cdf = weights.cumsum(-1)
-    # u is at most 1 - 2^-24, so u * total stays below the total in float32 too: the word found has probability above 0.
-    return torch.searchsorted(cdf, u * cdf[:, -1:], right=True).clamp_(max=weights.shape[-1] - 1)
-
-
-def _invert_long_cdf(weights: Tensor, u: Tensor, run: int = 256) -> Tensor:
-    """The same, first among runs of words and then within one: a running sum over all words is serial work."""
-    V = weights.shape[-1]
-    whole = V // run
-    rest = weights[:, whole * run :].sum(-1, keepdim=True)
-    sums = torch.cat([weights[:, : whole * run].unflatten(1, (whole, run)).sum(-1), rest], -1)  # [B, runs]
-    place = _invert_cdf(sums, u)
-    ends = sums.cumsum(-1)
-    share = (u * ends[:, -1:] - (ends - sums).gather(-1, place)) / sums.gather(-1, place)  # of the run's own sum
-    words = place * run + torch.arange(run, device=u.device)  # [B, run]
-    inside = weights.gather(-1, words.clamp(max=V - 1)).masked_fill(words >= V, 0)
-    return words.gather(-1, _invert_cdf(inside, share.clamp(0, 1 - 2**-24)))
-
-
-def _read_prompts(model: GPT, prompts: list[list[int]], max_new_tokens: int, end_token: int, routes=None):
-    """Prompts of different lengths, padded on the right, and the cache after reading them.
-
-    A prompt that several rows share (a group's responses, the beams) is read once. -> tokens [B, P + max_new_tokens],
-    lengths [B], cache, experts and their log P [B, P, L, K], features [B, D] of each prompt's last token.
-    """
-    if not prompts or min(map(len, prompts)) == 0:
-        raise ValueError("every prompt needs at least one token")
-    width = max(map(len, prompts))
-    if width + max_new_tokens > model.config.context:
-        raise ValueError(
-            f"a prompt of {width} tokens and {max_new_tokens} new ones exceed the context of {model.config.context}"
-        )
-    imposed, keys = None, [tuple(p) for p in prompts]
-    if routes is not None:  # each row has routes of its own, and is read on its own
-        imposed = Routes(routes.experts[:, :width], routes.forced[:, :width], routes.uniform)
-        keys = list(range(len(prompts)))
-    place = {key: i for i, key in enumerate(dict.fromkeys(keys))}
-    back = [place[key] for key in keys]  # each row's place among the distinct prompts
-    first = [back.index(i) for i in range(len(place))]  # the first row of each distinct prompt
-    device = model.wte.weight.device
-    tokens = torch.tensor([p + [end_token] * (width + max_new_tokens - len(p)) for p in prompts], device=device)
-    lengths = torch.tensor([len(p) for p in prompts], device=device)
-    cache = Cache(model, len(first), width + max_new_tokens)
-    features, routing = model.branch(model.stem(tokens[first, :width], cache), imposed, cache)
-    # Padding on the right is invisible to the causal prompt, and generated tokens overwrite its keys. Only the places
-    # it took from experts of limited capacity must be given back.
-    if model.config.expert_capacity:
-        inside = torch.arange(width, device=device) < lengths[first, None]
-        for layer, block in enumerate(model.config.moe_blocks):
-            slots = F.one_hot(routing.experts[:, :, layer], model.config.n_expert).sum(2)  # [B, P, E]
-            cache.used[block] = (slots * inside[..., None]).sum(1)
-    back = torch.tensor(back, device=device)
-    if len(first) < len(prompts):
-        cache.reorder(back)
-    last = features[back, lengths - 1]
-    return tokens, lengths, cache, routing.experts[back], routing.expert_log_probs()[back].float(), last
-
-
-@torch.no_grad()
-def generate(
-    model: GPT,
-    prompts: list[list[int]],
-    *,
-    max_new_tokens: int,
-    end_token: int,
-    temperature: float = 1.0,
-    top_p: float = 1.0,
-    generator: torch.Generator | None = None,
-    routes: Routes | None = None,
-) -> Rollout:
-    """Sample one response to each prompt, until its end token or max_new_tokens. temperature 0 takes the likeliest.
-
-    Log-probabilities and routes are those of the forwards that sampled, so no second forward is needed. They are of
-    the whole tempered distribution, also with top_p < 1 (Decision: the importance ratio compares policies, not
-    nuclei). `routes` imposes decisions on tokens read and written: index t of a row is its position t, and there are
-    at least (longest prompt + max_new_tokens - 1) of them. Raises ValueError for fewer routes, an empty prompt, prompts
-    too long for the context, a negative temperature and top_p outside (0, 1].
-    """
-    if temperature < 0:
-        raise ValueError(f"temperature must be at least 0, not {temperature}")
-    most = max(map(len, prompts), default=0) + max_new_tokens - 1  # the last token written is never read
-    if routes is not None and (len(routes.experts) != len(prompts) or routes.experts.shape[1] < most):
-        raise ValueError(f"routes must cover {len(prompts)} rows and {most} positions, not {routes.experts.shape[:2]}")
-    tokens, lengths, cache, *read, last = _read_prompts(model, prompts, max_new_tokens, end_token, routes)
-    device, B, width = tokens.device, len(prompts), read[0].shape[1]
-    # places for the tokens still to come behind those of the prompt
-    experts, expert_log_probs = (F.pad(t, (0, 0, 0, 0, 0, max_new_tokens)) for t in read)
-    log_probs, entropies = torch.zeros(2, B, tokens.shape[1], device=device)
-    mask = torch.zeros(B, tokens.shape[1], dtype=torch.bool, device=device)
-    done = torch.zeros(B, dtype=torch.bool, device=device)
-    rows, positions = torch.arange(B, device=device), lengths - 1
-    wrote, routed = [], []  # what each step decided: all written to its places at the end
-    for step in range(max_new_tokens):
-        logits = model.head(last).float()  # [B, V]
-        if temperature not in (0, 1):
-            logits = logits / temperature
-        probs = logits.softmax(-1)
-        log_norm = logits.amax(-1) - probs.amax(-1).log()  # logsumexp, in the two cheapest passes over the words
-        new = _draw(probs, top_p, generator) if temperature else logits.argmax(-1)
-        log_prob = logits.gather(-1, new[:, None]).squeeze(-1) - log_norm
-        entropy = (log_norm - torch.linalg.vecdot(probs, logits)).clamp_(min=0)  # -sum p (logit - log_norm)
-        new = new.masked_fill(done, end_token)
-        wrote.append((new, ~done, log_prob.masked_fill(done, 0), entropy.masked_fill(done, 0)))
-        positions = positions + 1
-        done = done | (new == end_token)
-        if step + 1 == max_new_tokens or done.all():
-            break
-        cache.step(positions, width + step + 1)
-        imposed = None
-        if routes is not None:  # [B, 1, L, K]: every row is at a position of its own
-            imposed = Routes(*(t[rows, positions][:, None] for t in routes[:2]), routes.uniform)
-        features, routing = model.branch(model.stem(new[:, None], cache), imposed, cache)
-        last = features[:, 0]
-        routed.append((routing.experts[:, 0], routing.expert_log_probs()[:, 0].float()))
-    places = lengths[:, None] - 1 + torch.arange(len(wrote), device=device)  # [B, steps]
-    records = (tokens[:, 1:], mask, log_probs, entropies), (experts, expert_log_probs)
-    for kept, values, at in zip(records, (wrote, routed), (places, places[:, 1:]), strict=True):
-        for record, value in zip(kept, zip(*values, strict=True), strict=False):  # no routes of a single step
-            record[rows[:, None], at] = torch.stack(value, 1)
-    T = int((lengths + mask.sum(1)).max()) - 1
-    return Rollout(
-        tokens[:, : T + 1], mask[:, :T], log_probs[:, :T], entropies[:, :T], experts[:, :T], expert_log_probs[:, :T]
-    )
-
-
-@torch.no_grad()
-def beam_search(
-    model: GPT, prompts: list[list[int]], *, max_new_tokens: int, end_token: int, beams: int = 6
-) -> list[list[int]]:
-    """The response of each prompt with the highest mean log-probability a token among `beams` kept ones.
-
-    A finished beam stays among the candidates with its sum; the search compares sums, the final choice means.
-    """
-    P, V = len(prompts), model.config.vocab_size
-    copies = [p for p in prompts for _ in range(beams)]
-    tokens, lengths, cache, _, _, last = _read_prompts(model, copies, max_new_tokens, end_token)
-    device, width = tokens.device, int(lengths.max())
-    scores = torch.full((P, beams), -math.inf, device=device)
-    scores[:, 0] = 0  # all beams of a prompt start equal: only one may branch
-    written = torch.zeros(P, beams, 0, dtype=torch.long, device=device)
-    done = torch.zeros(P, beams, dtype=torch.bool, device=device)
-    counts = torch.zeros(P, beams, device=device)
-    frozen = torch.full((V,), -math.inf, device=device)
-    frozen[end_token] = 0
-    for step in range(max_new_tokens):
-        log_probs = model.head(last).float().log_softmax(-1).view(P, beams, V)
-        log_probs = torch.where(done[..., None], frozen, log_probs)
-        scores, best = (scores[..., None] + log_probs).view(P, -1).topk(beams)
-        parent, new = best // V, best % V
-        written = torch.cat([written.gather(1, parent[..., None].expand_as(written)), new[..., None]], -1)
-        done, counts = done.gather(1, parent), counts.gather(1, parent)
-        counts = counts + ~done
-        done = done | (new == end_token)
-        if step + 1 == max_new_tokens or done.all():
-            break
-        rows = (torch.arange(P, device=device)[:, None] * beams + parent).flatten()
-        cache.reorder(rows)
-        cache.step(lengths + step, width + step + 1)
-        last = model.branch(model.stem(new.view(-1, 1), cache), cache=cache)[0][:, 0]
-    winner = (scores / counts).argmax(-1)
-    rows = written[torch.arange(P, device=device), winner].tolist()
-    return [row[: row.index(end_token)] if end_token in row else row for row in rows]
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Upcycling, checkpoints, GPT-2's weights, devices
-# ---------------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------------- upcycling
 
 
 def upcycle(dense: GPT, config: MoEConfig, generator: torch.Generator | None = None) -> GPT:
@@ -873,113 +476,3 @@ def upcycle(dense: GPT, config: MoEConfig, generator: torch.Generator | None = N
             scale = 1 / (1 + config.n_shared_expert) if part != name and "_out" in name else 1
             value.copy_(source[part] * scale)  # [1, ...] broadcasts over the experts
     return model
-
-
-def save_model(model: GPT, path: str, **metadata):
-    """Weights as safetensors; the configuration and `metadata` (JSON values) travel in the file's header."""
-    from safetensors.torch import save_file
-
-    # one entry alone: safetensors writes several in an order that changes from run to run, and so would the bytes
-    header = {"config": json.dumps(asdict(model.config) | {"metadata": metadata})}
-    save_file({k: v.contiguous() for k, v in model.state_dict().items()}, path, metadata=header)
-
-
-def load_model(path: str) -> tuple[GPT, dict]:
-    """The model of `save_model` on the CPU, and its metadata. ValueError for a file that is none of ours."""
-    from safetensors import SafetensorError, safe_open
-
-    try:
-        with safe_open(path, "pt") as file:
-            header = file.metadata() or {}
-            if "config" not in header:
-                raise ValueError("there are weights in it, but no configuration")
-            # copies, for their alignment: CPU products of tensors that lie in the mapped file round otherwise
-            weights = {k: file.get_tensor(k).clone() for k in file.keys()}
-        config = dict(json.loads(header["config"]))
-        metadata = config.pop("metadata", {})
-        with torch.device("meta"):  # no weights are drawn, so no random generator moves
-            model = GPT(MoEConfig(**config))
-        model.load_state_dict(weights, assign=True)
-        return model, metadata
-    except (SafetensorError, OSError, TypeError, RuntimeError, ValueError) as error:
-        reason = str(error).splitlines()[0]
-        raise ValueError(f"{path} is not a readable checkpoint of this program: {reason}") from error
-
-
-def load_gpt2(source: str = "openai-community/gpt2") -> GPT:
-    """GPT-2 as the dense model, from the hub or from a folder in transformers' format (config.json, model.safetensors).
-
-    ValueError when it cannot be had or is not a GPT-2.
-    """
-    from safetensors.torch import load_file
-
-    try:
-        if os.path.isdir(source):
-            folder = source
-        else:
-            from huggingface_hub import get_hf_file_metadata, hf_hub_download, hf_hub_url
-            from huggingface_hub.errors import LocalEntryNotFoundError
-
-            for file in ("config.json", "model.safetensors"):
-                try:
-                    path = hf_hub_download(source, file, local_files_only=True)  # the cache needs no network
-                except LocalEntryNotFoundError:
-                    get_hf_file_metadata(hf_hub_url(source, file))  # fails at once; a download tries for half a minute
-                    path = hf_hub_download(source, file)
-                folder = os.path.dirname(path)
-        with open(os.path.join(folder, "config.json")) as file:
-            theirs = dict(json.load(file))
-        weights = load_file(os.path.join(folder, "model.safetensors"))
-    except Exception as error:  # the hub's errors have no common base; each means that there are no weights
-        raise ValueError(
-            f"GPT-2's weights could not be had from {source!r} ({type(error).__name__}): give --init a folder with "
-            "config.json and model.safetensors, or a network and HF_ENDPOINT that reach the hub"
-        ) from error
-    expected = dict(
-        model_type="gpt2",
-        activation_function="gelu_new",
-        layer_norm_epsilon=1e-5,
-        scale_attn_by_inverse_layer_idx=False,
-        tie_word_embeddings=True,
-    )
-    for key, value in expected.items():
-        if theirs.get(key, value if key != "model_type" else None) != value:
-            raise ValueError(f"{source!r} has {key} {theirs.get(key)!r}, not {value!r}: only GPT-2 can be loaded")
-    sizes = dict(vocab_size="vocab_size", context="n_positions", n_layer="n_layer", n_head="n_head", n_embd="n_embd")
-    with torch.device("meta"):
-        model = GPT(MoEConfig(n_expert=1, **{ours: theirs.get(key) for ours, key in sizes.items()}))
-    names = {
-        "blocks.": "h.",
-        "attn.qkv": "attn.c_attn",
-        "attn.proj": "attn.c_proj",
-        "w_in": "c_fc.weight",
-        "b_in": "c_fc.bias",
-        "w_out": "c_proj.weight",
-        "b_out": "c_proj.bias",
-    }
-    weights = {k.removeprefix("transformer."): w for k, w in weights.items()}
-    state = {}
-    for name, parameter in model.named_parameters():
-        theirs_name = name
-        for ours, other in names.items():
-            theirs_name = theirs_name.replace(ours, other)
-        w = weights.get(theirs_name)
-        if w is None or w.numel() != parameter.numel():
-            raise ValueError(f"{source!r} lacks {theirs_name} of {parameter.numel()} numbers: only GPT-2 can be loaded")
-        # Conv1D keeps [in, out]: what our experts use too, and the transpose of nn.Linear.
-        w = w.T if name.endswith(("qkv.weight", "proj.weight")) else w.view(parameter.shape)
-        state[name] = w.float().clone(memory_format=torch.contiguous_format)  # aligned, see load_model
-    model.load_state_dict(state, assign=True)
-    return model
-
-
-def pick_device(name: str = "auto") -> torch.device:
-    """auto: CUDA, then MPS, then CPU. ValueError when the one asked for is not there."""
-    present = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
-    if name == "auto":
-        return torch.device(next(kind for kind, there in present.items() if there))
-    if name not in present:
-        raise ValueError(f"unknown device {name!r}: choose auto, cpu, cuda or mps")
-    if not present[name]:
-        raise ValueError(f"this machine has no {name} device that PyTorch can use: leave --device out or say cpu")
-    return torch.device(name)

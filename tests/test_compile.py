@@ -4,10 +4,14 @@ the graph (`fullgraph` raises where the host would read a tensor), in bfloat16, 
 
 import pytest
 import torch
+from test_moe import gradients, make, rng, words
+from test_moe import random_routes as routes_of
 
 from erl import erl_advantage, erl_loss, random_routes
-from moe import GPT, MoEConfig, Routes, lm_loss, router_losses, token_log_probs
+from moe import GPT, MoEConfig, Routes, router_losses
 from rais import rais_loss
+from support.fast import speed_up
+from support.head import lm_loss, token_log_probs
 
 
 @pytest.fixture(autouse=True)
@@ -26,7 +30,7 @@ CONFIG = MoEConfig(vocab_size=31, n_layer=2, n_head=2, n_embd=32, context=16, n_
 
 @pytest.fixture
 def model():
-    return GPT(CONFIG, torch.Generator().manual_seed(0))
+    return speed_up(GPT(CONFIG, torch.Generator().manual_seed(0)))
 
 
 def test_stem_and_branch_with_and_without_routes(model):
@@ -55,6 +59,38 @@ def test_no_gradient_branch(model):
         expected = model.branch(hidden)
     torch.testing.assert_close(features, expected[0], atol=0.05, rtol=0.05)
     assert torch.equal(routing.experts, expected[1].experts)
+
+
+@pytest.mark.parametrize("V", [23, 5000])
+def test_compiled_training_step_equals_the_eager_one(V):
+    """Float32 on the CPU: the grouped product stays outside the graph. Loss and gradients."""
+    model = speed_up(make(8, vocab_size=V, n_shared_expert=1, n_layer=2))
+    tokens = words(model)
+    compiled = torch.compile(model, backend="aot_eager")
+    results = []
+    for f in (model, compiled):
+        out = f(tokens, tokens, noise=model.jitter(tokens.shape, 0.01, rng()))
+        loss = out.lm_loss + out.balance_loss.sum() + out.z_loss.sum()
+        results.append((loss.detach(), *gradients(loss, list(model.parameters()))))
+    for a, b in zip(*results, strict=True):
+        torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("V", [23, 5000])
+def test_bfloat16_step_compiles_without_a_graph_break(V):
+    """No host read (`.tolist()`, `nonzero`) in the bfloat16 path, the one that a GPU takes: fullgraph would raise."""
+    model = speed_up(make(9, vocab_size=V, n_shared_expert=1, expert_capacity=4, n_layer=2))
+    tokens = words(model)
+    routes = routes_of(model, *tokens.shape)
+    compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
+    results = []
+    for f in (model, compiled):
+        with torch.autocast("cpu", torch.bfloat16):
+            out = f(tokens, tokens, routes=routes)
+        loss = out.lm_loss + out.balance_loss.sum() + out.z_loss.sum()
+        results.append((loss.detach(), *gradients(loss, list(model.parameters()))))
+    for a, b in zip(*results, strict=True):
+        assert (a - b).norm() <= 0.05 * b.norm() + 1e-4
 
 
 def test_losses():

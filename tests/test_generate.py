@@ -1,4 +1,4 @@
-"""moe.py: sampling, generation against teacher-forced forwards, beam search against all sequences."""
+"""support/generation.py: sampling, generation against teacher-forced forwards, beam search against all sequences."""
 
 import itertools
 
@@ -7,10 +7,14 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_moe import gpt2, make, random_routes, rng  # noqa: F401 (gpt2 is a fixture)
+from test_checkpoints import gpt2  # noqa: F401 (a fixture)
+from test_moe import make, random_routes, rng
 
-import moe
-from moe import Routes, beam_search, generate, load_gpt2, sample_tokens
+from moe import COLDEST, Routes
+from support import generation
+from support.checkpoints import load_gpt2
+from support.fast import speed_up
+from support.generation import beam_search, generate, sample_tokens
 
 VARIANTS = [
     dict(n_expert=1, top_k=1),
@@ -26,7 +30,7 @@ name_of = lambda v: " ".join(f"{k}={x}" for k, x in v.items())  # noqa: E731
 
 
 def small(seed=0, **variant):
-    return make(seed, **dict(vocab_size=6, context=24) | variant)
+    return speed_up(make(seed, **dict(vocab_size=6, context=24) | variant))
 
 
 def rows_of(rollout, max_new_tokens):
@@ -73,9 +77,11 @@ def test_the_search_in_runs_finds_the_same_words(seed, V, run):
     weights[:, seed % V] += 0.1
     u = torch.rand(100, 1, generator=g, dtype=torch.float64)
     u[0], u[1] = 0, 1 - 2**-24
-    found = moe._invert_long_cdf(weights, u, run)
-    assert torch.equal(found, moe._invert_cdf(weights, u))
-    single = moe._invert_long_cdf(weights.float(), u.float(), run)  # rounding may move it, but to no impossible word
+    found = generation._invert_long_cdf(weights, u, run)
+    assert torch.equal(found, generation._invert_cdf(weights, u))
+    single = generation._invert_long_cdf(
+        weights.float(), u.float(), run
+    )  # rounding may move it, but to no impossible word
     assert (weights.gather(-1, single) > 0).all()
 
 
@@ -237,6 +243,20 @@ def test_every_top_p_of_a_narrow_nucleus_is_greedy():
     how = dict(max_new_tokens=8, end_token=END)
     narrow = generate(model, PROMPTS, top_p=1e-6, generator=rng(), **how)
     assert torch.equal(narrow.tokens, generate(model, PROMPTS, temperature=0, **how).tokens)
+
+
+@pytest.mark.parametrize("temperature", [1e-38, 1e-45, 1e-10])
+def test_temperatures_near_zero_are_the_coldest(temperature):
+    """And not 0/0 or infinity, in the response or its records."""
+    model = small(8)
+    cold, coldest = (
+        generate(model, PROMPTS, max_new_tokens=8, end_token=END, temperature=t, generator=rng())
+        for t in (temperature, COLDEST)
+    )
+    assert all(torch.equal(a, b) for a, b in zip(cold, coldest, strict=True))
+    assert cold.log_probs.isfinite().all() and cold.entropies.isfinite().all()
+    greedy = generate(model, PROMPTS, max_new_tokens=8, end_token=END, temperature=0)
+    assert torch.equal(cold.tokens, greedy.tokens)
 
 
 def test_generation_refuses_what_it_cannot_do():
