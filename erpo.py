@@ -9,6 +9,7 @@ K active experts a token, E experts a layer; each (layer, expert) pair is an exp
 """
 
 import torch
+from torch.utils.checkpoint import checkpoint
 
 
 def erpo_loss(
@@ -143,72 +144,40 @@ def _advantages(rewards, valid, group_size):
 
 
 def _clusters(log_probs, experts, expert_probs, mask, num_experts):
-    """Size, mean log-probability (eq. 6) and mean of -P log P (eq. 8) of every cluster: three [B, L, E]."""
-    size, log_prob_sum, entropy_sum = _ClusterSums.apply(log_probs, experts, expert_probs.detach(), mask, num_experts)
+    """Size, mean log-probability (eq. 6) and mean of -P log P (eq. 8) of every cluster: three [B, L, E].
+
+    A layer at a time, each checkpointed: so the largest tensor made is [B, T, K] (off the CPU [B, T, E + 1]), where
+    autograd would keep an int64 copy of all ids. Its backward is a gather, in a fixed order: a token receives the
+    gradient of every cluster it is in (eq. 12).
+    """
+    layers = [
+        checkpoint(_layer_sums, log_probs, ids, p, mask, num_experts, use_reentrant=False, preserve_rng_state=False)
+        for ids, p in zip(experts.unbind(2), expert_probs.detach().unbind(2), strict=True)
+    ]
+    size, log_prob_sum, entropy_sum = (torch.stack(sums, 1) for sums in zip(*layers, strict=True))
     tokens = size.clamp(min=1)
     return size, log_prob_sum / tokens, entropy_sum / tokens
 
 
-class _ClusterSums(torch.autograd.Function):
-    """log_probs [B, T] and routing [B, T, L, K] -> size, sum of log_probs, sum of -P log P of the clusters [B, L, E].
-
-    For one layer, without padding: torch.zeros(B, E).scatter_add(1, ids.flatten(1), values.flatten(1)). Written out, a
-    layer at a time and with a backward of its own, the largest tensor made is [B, T, K] (off the CPU [B, T, E + 1]),
-    where autograd would keep several of [B, T, L, K]. Padding goes to a bucket E of its own, which is cut off.
-    """
-
-    @staticmethod
-    def forward(ctx, log_probs, experts, expert_probs, mask, num_experts):
-        ctx.save_for_backward(experts, mask)
-        sums, shape = [], experts[:, :, 0].shape  # [B, T, K]
-        for layer in range(experts.shape[2]):
-            ids = _bucket_ids(experts, mask, layer, num_experts)
-            p = expert_probs[:, :, layer].to(log_probs.dtype)
-            entropy = p.clamp(min=torch.finfo(p.dtype).tiny).log_().mul_(p).neg_()  # -P log P, 0 at P = 0
-            sums.append(
-                torch.stack(
-                    (
-                        _bucket_sums(torch.ones_like(p), ids, num_experts + 1),
-                        _bucket_sums(
-                            log_probs.unsqueeze(-1).expand(shape), ids, num_experts + 1
-                        ),  # in each of K clusters
-                        _bucket_sums(entropy, ids, num_experts + 1),
-                    )
-                )
-            )
-        size, log_prob_sum, entropy_sum = torch.stack(sums, 2)[..., :num_experts].unbind()
-        ctx.mark_non_differentiable(size, entropy_sum)
-        return size, log_prob_sum, entropy_sum
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx, _, grad, __):
-        """A token receives the gradient of every cluster it is in (eq. 12): a gather, in a fixed order."""
-        experts, mask = ctx.saved_tensors
-        grad = torch.nn.functional.pad(grad, (0, 1))  # bucket E, the padding's, gives 0 [B, L, E + 1]
-        out = grad.new_zeros(mask.shape)
-        for layer in range(experts.shape[2]):
-            ids = _bucket_ids(experts, mask, layer, grad.shape[2] - 1)
-            out += grad[:, layer].gather(1, ids.flatten(1)).view(ids.shape).sum(-1)
-        return out, None, None, None, None
-
-
-def _bucket_ids(experts, mask, layer, num_experts):
-    """Expert ids of a layer, int64 [B, T, K], padding in a bucket E of its own."""
-    return experts[:, :, layer].long().masked_fill(~mask.unsqueeze(-1), num_experts)
+def _layer_sums(log_probs, ids, p, mask, num_experts):
+    """One layer's clusters: size, sum of log_probs, sum of -P log P, three [B, E]; ids and p of shape [B, T, K]."""
+    ids = ids.long().masked_fill(~mask.unsqueeze(-1), num_experts)  # padding: a bucket E of its own, cut off below
+    p = p.to(log_probs.dtype)
+    entropy = p.clamp(min=torch.finfo(p.dtype).tiny).log_().mul_(p).neg_()  # -P log P, 0 at P = 0
+    log_probs = log_probs.unsqueeze(-1).expand(ids.shape)  # a token is in each of its K clusters
+    bucket_sums = _bucket_sums if ids.device.type == "cpu" else _bucket_sums_without_atomics
+    return [bucket_sums(x, ids, num_experts + 1)[:, :-1] for x in (torch.ones_like(p), log_probs, entropy)]
 
 
 def _bucket_sums(values, ids, buckets):
     """Sum of values [B, T, K] over each bucket of ids [B, T, K] -> [B, buckets]."""
-    if ids.device.type != "cpu":
-        return _bucket_sums_without_atomics(values, ids, buckets)
-    return values.new_zeros(len(values), buckets).scatter_add_(1, ids.flatten(1), values.flatten(1))
+    return values.new_zeros(len(values), buckets).scatter_add(1, ids.flatten(1), values.flatten(1))
 
 
 def _bucket_sums_without_atomics(values, ids, buckets):
     """The same for CUDA, where scatter_add adds in an order that changes from run to run: as a token's experts are
     distinct, each cell of [B, T, buckets] is written at most once (the padding's aside), and a sum over T follows."""
-    return values.new_zeros(*values.shape[:2], buckets).scatter_(2, ids, values).sum(1)
+    return values.new_zeros(*values.shape[:2], buckets).scatter(2, ids, values).sum(1)
 
 
 def _check(
