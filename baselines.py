@@ -11,7 +11,7 @@ The losses share their arguments:
                                     temperature that was sampled; the gradient flows through log_probs alone
   advantages                [B]     one a row; no gradient
   response_mask             [B, T]  bool, true where the predicted token belongs to the response, its end token included
-  clip_low, clip_high               at least 0
+  clip_low, clip_high               each loss has its own meaning and defaults
 
 What they return is (loss, metrics), metrics as detached 0-d tensors:
   loss            the loss
@@ -52,8 +52,11 @@ def group_advantages(rewards, group_size):
     return A.masked_fill(equal, 0).flatten()
 
 
-def grpo_loss(log_probs, old_log_probs, advantages, response_mask, *, clip_low=0.2, clip_high=0.28):
-    """GRPO (ERPO eq. 1-2): min(w A, clip(w, 1 - low, 1 + high) A) a token; mean over tokens, then over rows."""
+def grpo_loss(log_probs, old_log_probs, advantages, response_mask, *, clip_low: float = 0.2, clip_high: float = 0.28):
+    """GRPO (ERPO eq. 1-2): min(w A, clip(w, 1 - low, 1 + high) A) a token; mean over tokens, then over rows.
+
+    clip_low, clip_high   range of a token's ratio, 1 - clip_low to 1 + clip_high; at least 0
+    """
     log_ratio, A, mask = _prepare(log_probs, old_log_probs, advantages, response_mask, clip_low, clip_high)
     ratio = _exp(log_ratio)  # eq. 2 [B, T]
     unclipped, clipped = ratio * A, ratio.clamp(1 - clip_low, 1 + clip_high) * A
@@ -61,11 +64,13 @@ def grpo_loss(log_probs, old_log_probs, advantages, response_mask, *, clip_low=0
     return loss, _metrics(loss, log_ratio, clipped < unclipped, mask)
 
 
-def gspo_loss(log_probs, old_log_probs, advantages, response_mask, *, clip_low=3e-4, clip_high=4e-4):
+def gspo_loss(log_probs, old_log_probs, advantages, response_mask, *, clip_low: float = 3e-4, clip_high: float = 4e-4):
     """GSPO (ERPO eq. 3-4): one ratio a row, the geometric mean over its tokens; mean over rows.
 
     The mean over tokens inside the exponent is the only place where length enters: a sum over tokens of the row's
     surrogate would weigh long rows more.
+
+    clip_low, clip_high   range of a row's ratio, 1 - clip_low to 1 + clip_high; at least 0
     """
     log_ratio, A, mask = _prepare(log_probs, old_log_probs, advantages, response_mask, clip_low, clip_high)
     log_s, A, rows = _row_mean(log_ratio, mask), A.squeeze(1), mask.any(1)  # [B] each
@@ -75,11 +80,13 @@ def gspo_loss(log_probs, old_log_probs, advantages, response_mask, *, clip_low=3
     return loss, _metrics(loss, log_s, clipped < unclipped, rows)
 
 
-def gmpo_loss(log_probs, old_log_probs, advantages, response_mask, *, clip_low=0.4, clip_high=0.4):
+def gmpo_loss(log_probs, old_log_probs, advantages, response_mask, *, clip_low: float = 0.4, clip_high: float = 0.4):
     """GMPO: token log-ratios are clipped, then exp(their mean over the row) * A; mean over rows.
 
     The clip is one-sided and works on log w: at most clip_high where A > 0, at least -clip_low elsewhere. The other
     side stays open, as min() leaves it open in GRPO. (clip_share counts tokens of rows with A = 0 too.)
+
+    clip_low, clip_high   range of a token's log ratio, -clip_low to clip_high; at least 0
     """
     log_ratio, A, mask = _prepare(log_probs, old_log_probs, advantages, response_mask, clip_low, clip_high)
     clipped = torch.where(A > 0, log_ratio.clamp(max=clip_high), log_ratio.clamp(min=-clip_low))  # [B, T]
@@ -87,7 +94,7 @@ def gmpo_loss(log_probs, old_log_probs, advantages, response_mask, *, clip_low=0
     return loss, _metrics(loss, log_ratio, clipped != log_ratio, mask)
 
 
-def cispo_loss(log_probs, old_log_probs, advantages, response_mask, *, clip_low=1.0, clip_high=4.0):
+def cispo_loss(log_probs, old_log_probs, advantages, response_mask, *, clip_low: float = 1.0, clip_high: float = 4.0):
     """CISPO (arXiv 2506.13585, eq. 4-5): sg(clip(w, 1 - low, 1 + high)) A log pi a token; mean over tokens, then rows.
 
     A token outside the range keeps its gradient, with the bound as its weight. Decisions: the paper's reduction is one
@@ -95,7 +102,7 @@ def cispo_loss(log_probs, old_log_probs, advantages, response_mask, *, clip_low=
     not give it and sets no lower bound: 1.0 is none (w >= 0), 4.0 the bound of 5 on w that TRL's documentation
     recommends. Log-probabilities are finite.
 
-    clip_low, clip_high   the ratio's weight stays within [1 - clip_low, 1 + clip_high]; at least 0
+    clip_low, clip_high   range of a token's weight, 1 - clip_low to 1 + clip_high; at least 0
     """
     log_ratio, A, mask = _prepare(log_probs, old_log_probs, advantages, response_mask, clip_low, clip_high)
     ratio = _exp(log_ratio.detach())  # [B, T]

@@ -8,6 +8,8 @@ Needs torch alone. B rows (prompts x G responses, the G of a prompt next to each
 K active experts a token, E experts a layer; each (layer, expert) pair is an expert j of the paper.
 """
 
+from typing import Literal
+
 import torch
 from torch.utils.checkpoint import checkpoint
 
@@ -22,12 +24,12 @@ def erpo_loss(
     expert_probs,
     old_expert_probs,
     *,
-    num_experts,
-    group_size,
-    alpha=0.2,
-    clip_low=0.2,
-    clip_high=0.28,
-    entropy_reward="relative",
+    num_experts: int,
+    group_size: int,
+    alpha: float = 0.2,
+    clip_low: float = 0.2,
+    clip_high: float = 0.28,
+    entropy_reward: Literal["relative", "absolute", "none"] = "relative",
 ):
     """-J_ERPO (eq. 11). With E = K = L = 1, alpha = 0, GSPO's clip range and a response in every row it is GSPO.
 
@@ -38,9 +40,11 @@ def erpo_loss(
     experts, old_experts            [B, T, L, K]  the experts that the new, the old policy used at position t: int64,
                                                   int32, int16, int8 or uint8, distinct within a token
     expert_probs, old_expert_probs  [B, T, L, K]  P(tau)[j] of those experts; no gradient
-    num_experts, group_size         E and G; G at least 2
-    alpha                           weight of the entropy reward, within [0, 1]
-    entropy_reward                  "relative" (eq. 9), "absolute" (the ablation sigma * H) or "none" (as alpha = 0)
+    num_experts          experts a layer, E
+    group_size           responses a prompt, G; at least 2
+    alpha                weight of the entropy reward, within [0, 1]
+    clip_low, clip_high  range of a cluster's ratio, 1 - clip_low to 1 + clip_high; at least 0
+    entropy_reward       "relative" (eq. 9), "absolute" (the ablation sigma * H) or "none" (as alpha = 0)
 
     Decision (alignment): a token belongs to the clusters of position t, the forward pass that predicted it, not to
     those of the position at which it is read.
@@ -55,22 +59,11 @@ def erpo_loss(
     ValueError: wrong shapes or types, G below 2 or no divisor of B, rewards that are not finite, unknown options, and
     on the CPU expert ids outside 0..E-1 (elsewhere the device reports them in its own way).
     """
-    _check(
-        log_probs,
-        old_log_probs,
-        rewards,
-        response_mask,
-        experts,
-        old_experts,
-        expert_probs,
-        old_expert_probs,
-        num_experts,
-        group_size,
-        alpha,
-        clip_low,
-        clip_high,
-        entropy_reward,
+    _check_tensors(
+        log_probs, old_log_probs, rewards, response_mask, experts, old_experts, expert_probs, old_expert_probs
     )
+    _check_options(len(rewards), group_size, alpha, clip_low, clip_high, entropy_reward)
+    _check_ids(experts, old_experts, response_mask, num_experts)
     dtype = torch.float64 if log_probs.dtype == torch.float64 else torch.float32
     R = rewards.detach().to(dtype).to(log_probs.device, non_blocking=True)  # [B]
 
@@ -99,21 +92,25 @@ def erpo_loss(
     J = torch.minimum(unclipped, clipped).sum((1, 2)) / pairs  # eq. 11 [B]
     loss = -J.mean()
 
-    with torch.no_grad():
-        n = valid.sum().clamp(min=1)
-        mean = (e * valid).sum() / n
-        metrics = {
-            "loss": loss.detach(),
-            "ratio_mean": mean,
-            "ratio_std": (((e - mean) ** 2 * valid).sum() / n).sqrt(),
-            "ratio_neg_log": -log_e.sum() / n,
-            "clip_share": (clipped < unclipped).sum() / n,
-            "clusters": valid.sum(),
-            "dropped_clusters": ((size > 0) ^ (old_size > 0)).sum(),
-            "expert_entropy": (H * valid).sum() / n,
-            "entropy_reward": R_ent.sum() / n,
-        }
+    metrics = _metrics(loss, e, log_e, clipped < unclipped, valid, (size > 0) ^ (old_size > 0), H, R_ent)
     return loss, metrics
+
+
+@torch.no_grad()
+def _metrics(loss, e, log_e, clip_acts, valid, dropped, H, R_ent):
+    n = valid.sum().clamp(min=1)
+    mean = (e * valid).sum() / n
+    return {
+        "loss": loss.detach(),
+        "ratio_mean": mean,
+        "ratio_std": (((e - mean) ** 2 * valid).sum() / n).sqrt(),
+        "ratio_neg_log": -log_e.sum() / n,
+        "clip_share": clip_acts.sum() / n,
+        "clusters": valid.sum(),
+        "dropped_clusters": dropped.sum(),
+        "expert_entropy": (H * valid).sum() / n,
+        "entropy_reward": R_ent.sum() / n,
+    }
 
 
 def _sigma(R, group_size):
@@ -180,21 +177,8 @@ def _bucket_sums_without_atomics(values, ids, buckets):
     return values.new_zeros(*values.shape[:2], buckets).scatter(2, ids, values).sum(1)
 
 
-def _check(
-    log_probs,
-    old_log_probs,
-    rewards,
-    response_mask,
-    experts,
-    old_experts,
-    expert_probs,
-    old_expert_probs,
-    num_experts,
-    group_size,
-    alpha,
-    clip_low,
-    clip_high,
-    entropy_reward,
+def _check_tensors(
+    log_probs, old_log_probs, rewards, response_mask, experts, old_experts, expert_probs, old_expert_probs
 ):
     if experts.dim() != 4 or experts.numel() == 0:
         raise ValueError(f"experts must have shape [B, T, L, K], none of them 0, got {list(experts.shape)}")
@@ -212,22 +196,30 @@ def _check(
             raise ValueError(f"{name} must have shape {list(shape)}, got {list(tensor.shape)}")
     if response_mask.dtype != torch.bool:
         raise ValueError(f"response_mask must be torch.bool, got {response_mask.dtype}")
-    if group_size < 2:
-        raise ValueError(f"group_size must be at least 2, got {group_size}")
-    if B % group_size:
-        raise ValueError(f"group_size must divide the number of rows: {B} rows, groups of {group_size}")
     if not torch.isfinite(rewards).all():
         raise ValueError(f"rewards must be finite, got {rewards.tolist()}")
+
+
+def _check_options(rows, group_size, alpha, clip_low, clip_high, entropy_reward):
+    if group_size < 2:
+        raise ValueError(f"group_size must be at least 2, got {group_size}")
+    if rows % group_size:
+        raise ValueError(f"group_size must divide the number of rows: {rows} rows, groups of {group_size}")
     if not 0 <= alpha <= 1:
         raise ValueError(f"alpha must lie within [0, 1], got {alpha}")
     if not (clip_low >= 0 and clip_high >= 0):
         raise ValueError(f"clip_low and clip_high must be at least 0, got {clip_low} and {clip_high}")
     if entropy_reward not in ("relative", "absolute", "none"):
         raise ValueError(f'entropy_reward must be "relative", "absolute" or "none", got {entropy_reward!r}')
+
+
+def _check_ids(experts, old_experts, response_mask, num_experts):
     for name, ids in (("experts", experts), ("old_experts", old_experts)):
         if ids.dtype not in (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8):
             raise ValueError(f"{name} must be of an integer type (int64 ... int8 or uint8), got {ids.dtype}")
-        for layer in range(L if ids.device.type == "cpu" else 0):  # elsewhere the check would wait for the device
+        for layer in range(
+            ids.shape[2] if ids.device.type == "cpu" else 0
+        ):  # elsewhere the check would wait for the device
             lowest, highest = ids[:, :, layer].masked_fill(~response_mask.unsqueeze(-1), 0).aminmax()  # 0 is valid
             if not 0 <= lowest <= highest < num_experts:
                 used = ids[:, :, layer][response_mask]  # [response tokens, K]

@@ -1,8 +1,11 @@
 """baselines.py: group advantages, GRPO, GSPO, GMPO and CISPO."""
 
 import ast
+import inspect
+import re
 import sys
 from pathlib import Path
+from typing import get_args
 
 import numpy as np
 import pytest
@@ -13,6 +16,8 @@ from hypothesis import strategies as st
 from torch.autograd import gradcheck
 
 from baselines import cispo_loss, gmpo_loss, group_advantages, grpo_loss, gspo_loss
+from erpo import erpo_loss
+from rais import rais_loss
 
 LOSSES = {
     "grpo": (grpo_loss, 0.2, 0.28),
@@ -319,6 +324,40 @@ def test_losses_refuse_bad_arguments(base):
         loss(new, old, A, mask, clip_low=-0.1)
     with pytest.raises(ValueError, match="clip_low and clip_high.*nan"):
         loss(new, old, A, mask, clip_high=float("nan"))
+
+
+POLICY = ["log_probs", "old_log_probs", "advantages", "response_mask"]
+ROUTES = ["experts", "old_experts", "expert_probs", "old_expert_probs"]
+ARGUMENTS = {  # what a caller may rely on: train.py hands over what a loss names
+    grpo_loss: (POLICY, ["clip_low", "clip_high"]),
+    gspo_loss: (POLICY, ["clip_low", "clip_high"]),
+    gmpo_loss: (POLICY, ["clip_low", "clip_high"]),
+    cispo_loss: (POLICY, ["clip_low", "clip_high"]),
+    rais_loss: (
+        [*POLICY, "router_log_probs", "old_router_log_probs"],
+        ["base", "clip_low", "clip_high", "floor", "layers"],
+    ),
+    erpo_loss: (
+        ["log_probs", "old_log_probs", "rewards", "response_mask", *ROUTES],
+        ["num_experts", "group_size", "alpha", "clip_low", "clip_high", "entropy_reward"],
+    ),
+}
+
+
+@pytest.mark.parametrize("loss", ARGUMENTS)
+def test_signatures_name_their_options_and_docstrings_explain_them(loss):
+    """Options are keyword-only and typed, each with a line `name   help` that names every value of a closed set."""
+    parameters = inspect.signature(loss).parameters.values()
+    positional, options = ARGUMENTS[loss]
+    assert [p.name for p in parameters if p.kind == p.POSITIONAL_OR_KEYWORD] == positional
+    assert [p.name for p in parameters if p.kind == p.KEYWORD_ONLY] == options
+    for p in (p for p in parameters if p.kind == p.KEYWORD_ONLY):
+        assert p.annotation is not p.empty and p.default is not p.empty or p.name in ("num_experts", "group_size")
+        lines = re.findall(rf"^ *(?:\w+, )*{p.name}(?:, \w+)*  +(.+)$", loss.__doc__, re.M)
+        assert lines, p.name
+        if isinstance(p.default, str):
+            assert p.default in get_args(p.annotation)
+            assert all(f'"{value}"' in lines[0] for value in get_args(p.annotation)), p.name
 
 
 @pytest.mark.parametrize("name", ["erl", "erpo", "rais", "baselines"])
