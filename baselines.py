@@ -1,25 +1,27 @@
-"""Three losses that treat a MoE model as a dense one: GRPO, GSPO and GMPO, and the advantage they share.
+"""Four losses that treat a MoE model as a dense one: GRPO, GSPO, GMPO and CISPO, and the advantage they share.
 
     group_advantages    ERPO eq. 2      how much better an answer is than the others to the same prompt
     grpo_loss           ERPO eq. 1-2    one importance ratio a token
     gspo_loss           ERPO eq. 3-4    one ratio a row, the geometric mean of its tokens'
     gmpo_loss           GMPO            the same mean, but the tokens are clipped before it is taken
+    cispo_loss          CISPO           the clipped ratio is a weight without gradient: no token loses its own
 
 The losses share their arguments:
   log_probs, old_log_probs  [B, T]  log pi and log pi_old of the token that position t predicts, both at the
                                     temperature that was sampled; the gradient flows through log_probs alone
   advantages                [B]     one a row; no gradient
   response_mask             [B, T]  bool, true where the predicted token belongs to the response, its end token included
-  clip_low, clip_high               at least 0
+  clip_low, clip_high               each loss has its own meaning and defaults
 
 What they return is (loss, metrics), metrics as detached 0-d tensors:
   loss            the loss
-  ratio_mean, ratio_std    of the importance ratios: response tokens for GRPO and GMPO, rows for GSPO
+  ratio_mean, ratio_std    of the importance ratios: response tokens, but rows for GSPO
   ratio_neg_log   mean of -log ratio, an estimate of KL(pi_old || pi)
-  clip_share      share of those ratios whose gradient the clip cuts off
-Reduction, all three: a mean over a row's response tokens (of the surrogate in GRPO, inside the exponent in GSPO and
-GMPO), then the mean over all B rows: every row weighs the same however long it is. A row without response tokens adds 0
-and still counts. Padded positions may hold anything. A log ratio above 40 counts as 40: exp would overflow later on.
+  clip_share      share of those ratios whose gradient the clip cuts off (CISPO: cuts down)
+Reduction, all four: a mean over a row's response tokens (of the surrogate in GRPO and CISPO, inside the exponent in
+GSPO and GMPO), then the mean over all B rows: every row weighs the same however long it is. A row without response
+tokens adds 0 and still counts. Padded positions may hold anything. A log ratio above 40 counts as 40: exp would
+overflow later on.
 ValueError: other shapes, a mask that is not bool, a negative clip range.
 
 Needs torch alone. B rows (prompts x G responses, the G of a prompt next to each other), T positions.
@@ -50,8 +52,11 @@ def group_advantages(rewards, group_size):
     return A.masked_fill(equal, 0).flatten()
 
 
-def grpo_loss(log_probs, old_log_probs, advantages, response_mask, *, clip_low=0.2, clip_high=0.28):
-    """GRPO (ERPO eq. 1-2): min(w A, clip(w, 1 - low, 1 + high) A) a token; mean over tokens, then over rows."""
+def grpo_loss(log_probs, old_log_probs, advantages, response_mask, *, clip_low: float = 0.2, clip_high: float = 0.28):
+    """GRPO (ERPO eq. 1-2): min(w A, clip(w, 1 - low, 1 + high) A) a token; mean over tokens, then over rows.
+
+    clip_low, clip_high   range of a token's ratio, 1 - clip_low to 1 + clip_high; at least 0
+    """
     log_ratio, A, mask = _prepare(log_probs, old_log_probs, advantages, response_mask, clip_low, clip_high)
     ratio = _exp(log_ratio)  # eq. 2 [B, T]
     unclipped, clipped = ratio * A, ratio.clamp(1 - clip_low, 1 + clip_high) * A
@@ -59,11 +64,13 @@ def grpo_loss(log_probs, old_log_probs, advantages, response_mask, *, clip_low=0
     return loss, _metrics(loss, log_ratio, clipped < unclipped, mask)
 
 
-def gspo_loss(log_probs, old_log_probs, advantages, response_mask, *, clip_low=3e-4, clip_high=4e-4):
+def gspo_loss(log_probs, old_log_probs, advantages, response_mask, *, clip_low: float = 3e-4, clip_high: float = 4e-4):
     """GSPO (ERPO eq. 3-4): one ratio a row, the geometric mean over its tokens; mean over rows.
 
     The mean over tokens inside the exponent is the only place where length enters: a sum over tokens of the row's
     surrogate would weigh long rows more.
+
+    clip_low, clip_high   range of a row's ratio, 1 - clip_low to 1 + clip_high; at least 0
     """
     log_ratio, A, mask = _prepare(log_probs, old_log_probs, advantages, response_mask, clip_low, clip_high)
     log_s, A, rows = _row_mean(log_ratio, mask), A.squeeze(1), mask.any(1)  # [B] each
@@ -73,16 +80,36 @@ def gspo_loss(log_probs, old_log_probs, advantages, response_mask, *, clip_low=3
     return loss, _metrics(loss, log_s, clipped < unclipped, rows)
 
 
-def gmpo_loss(log_probs, old_log_probs, advantages, response_mask, *, clip_low=0.4, clip_high=0.4):
+def gmpo_loss(log_probs, old_log_probs, advantages, response_mask, *, clip_low: float = 0.4, clip_high: float = 0.4):
     """GMPO: token log-ratios are clipped, then exp(their mean over the row) * A; mean over rows.
 
     The clip is one-sided and works on log w: at most clip_high where A > 0, at least -clip_low elsewhere. The other
     side stays open, as min() leaves it open in GRPO. (clip_share counts tokens of rows with A = 0 too.)
+
+    clip_low, clip_high   range of a token's log ratio, -clip_low to clip_high; at least 0
     """
     log_ratio, A, mask = _prepare(log_probs, old_log_probs, advantages, response_mask, clip_low, clip_high)
     clipped = torch.where(A > 0, log_ratio.clamp(max=clip_high), log_ratio.clamp(min=-clip_low))  # [B, T]
     loss = -(_exp(_row_mean(clipped, mask)) * A.squeeze(1)).mean()
     return loss, _metrics(loss, log_ratio, clipped != log_ratio, mask)
+
+
+def cispo_loss(log_probs, old_log_probs, advantages, response_mask, *, clip_low: float = 1.0, clip_high: float = 4.0):
+    """CISPO (arXiv 2506.13585, eq. 4-5): sg(clip(w, 1 - low, 1 + high)) A log pi a token; mean over tokens, then rows.
+
+    A token outside the range keeps its gradient, with the bound as its weight. Decisions: the paper's reduction is one
+    mean over the tokens of the whole group, here it is that of the other losses. The paper tunes clip_high alone, does
+    not give it and sets no lower bound: 1.0 is none (w >= 0), 4.0 the bound of 5 on w that TRL's documentation
+    recommends. Log-probabilities are finite.
+
+    clip_low, clip_high   range of a token's weight, 1 - clip_low to 1 + clip_high; at least 0
+    """
+    log_ratio, A, mask = _prepare(log_probs, old_log_probs, advantages, response_mask, clip_low, clip_high)
+    ratio = _exp(log_ratio.detach())  # [B, T]
+    weight = ratio.clamp(1 - clip_low, 1 + clip_high)  # eq. 5
+    log_pi = _at_least_float32(log_probs).masked_fill(~mask, 0)
+    loss = -_row_mean(weight * A * log_pi, mask).mean()  # eq. 4
+    return loss, _metrics(loss, log_ratio, weight != ratio, mask)
 
 
 def _prepare(log_probs, old_log_probs, advantages, response_mask, clip_low, clip_high):

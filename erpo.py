@@ -8,7 +8,10 @@ Needs torch alone. B rows (prompts x G responses, the G of a prompt next to each
 K active experts a token, E experts a layer; each (layer, expert) pair is an expert j of the paper.
 """
 
+from typing import Literal
+
 import torch
+from torch.utils.checkpoint import checkpoint
 
 
 def erpo_loss(
@@ -21,12 +24,12 @@ def erpo_loss(
     expert_probs,
     old_expert_probs,
     *,
-    num_experts,
-    group_size,
-    alpha=0.2,
-    clip_low=0.2,
-    clip_high=0.28,
-    entropy_reward="relative",
+    num_experts: int,
+    group_size: int,
+    alpha: float = 0.2,
+    clip_low: float = 0.2,
+    clip_high: float = 0.28,
+    entropy_reward: Literal["relative", "absolute", "none"] = "relative",
 ):
     """-J_ERPO (eq. 11). With E = K = L = 1, alpha = 0, GSPO's clip range and a response in every row it is GSPO.
 
@@ -37,9 +40,11 @@ def erpo_loss(
     experts, old_experts            [B, T, L, K]  the experts that the new, the old policy used at position t: int64,
                                                   int32, int16, int8 or uint8, distinct within a token
     expert_probs, old_expert_probs  [B, T, L, K]  P(tau)[j] of those experts; no gradient
-    num_experts, group_size         E and G; G at least 2
-    alpha                           weight of the entropy reward, within [0, 1]
-    entropy_reward                  "relative" (eq. 9), "absolute" (the ablation sigma * H) or "none" (as alpha = 0)
+    num_experts          experts a layer, E
+    group_size           responses a prompt, G; at least 2
+    alpha                weight of the entropy reward, within [0, 1]
+    clip_low, clip_high  range of a cluster's ratio, 1 - clip_low to 1 + clip_high; at least 0
+    entropy_reward       "relative" (eq. 9), "absolute" (the ablation sigma * H) or "none" (as alpha = 0)
 
     Decision (alignment): a token belongs to the clusters of position t, the forward pass that predicted it, not to
     those of the position at which it is read.
@@ -54,22 +59,11 @@ def erpo_loss(
     ValueError: wrong shapes or types, G below 2 or no divisor of B, rewards that are not finite, unknown options, and
     on the CPU expert ids outside 0..E-1 (elsewhere the device reports them in its own way).
     """
-    _check(
-        log_probs,
-        old_log_probs,
-        rewards,
-        response_mask,
-        experts,
-        old_experts,
-        expert_probs,
-        old_expert_probs,
-        num_experts,
-        group_size,
-        alpha,
-        clip_low,
-        clip_high,
-        entropy_reward,
+    _check_tensors(
+        log_probs, old_log_probs, rewards, response_mask, experts, old_experts, expert_probs, old_expert_probs
     )
+    _check_options(len(rewards), group_size, alpha, clip_low, clip_high, entropy_reward)
+    _check_ids(experts, old_experts, response_mask, num_experts)
     dtype = torch.float64 if log_probs.dtype == torch.float64 else torch.float32
     R = rewards.detach().to(dtype).to(log_probs.device, non_blocking=True)  # [B]
 
@@ -98,21 +92,25 @@ def erpo_loss(
     J = torch.minimum(unclipped, clipped).sum((1, 2)) / pairs  # eq. 11 [B]
     loss = -J.mean()
 
-    with torch.no_grad():
-        n = valid.sum().clamp(min=1)
-        mean = (e * valid).sum() / n
-        metrics = {
-            "loss": loss.detach(),
-            "ratio_mean": mean,
-            "ratio_std": (((e - mean) ** 2 * valid).sum() / n).sqrt(),
-            "ratio_neg_log": -log_e.sum() / n,
-            "clip_share": (clipped < unclipped).sum() / n,
-            "clusters": valid.sum(),
-            "dropped_clusters": ((size > 0) ^ (old_size > 0)).sum(),
-            "expert_entropy": (H * valid).sum() / n,
-            "entropy_reward": R_ent.sum() / n,
-        }
+    metrics = _metrics(loss, e, log_e, clipped < unclipped, valid, (size > 0) ^ (old_size > 0), H, R_ent)
     return loss, metrics
+
+
+@torch.no_grad()
+def _metrics(loss, e, log_e, clip_acts, valid, dropped, H, R_ent):
+    n = valid.sum().clamp(min=1)
+    mean = (e * valid).sum() / n
+    return {
+        "loss": loss.detach(),
+        "ratio_mean": mean,
+        "ratio_std": (((e - mean) ** 2 * valid).sum() / n).sqrt(),
+        "ratio_neg_log": -log_e.sum() / n,
+        "clip_share": clip_acts.sum() / n,
+        "clusters": valid.sum(),
+        "dropped_clusters": dropped.sum(),
+        "expert_entropy": (H * valid).sum() / n,
+        "entropy_reward": R_ent.sum() / n,
+    }
 
 
 def _sigma(R, group_size):
@@ -143,89 +141,44 @@ def _advantages(rewards, valid, group_size):
 
 
 def _clusters(log_probs, experts, expert_probs, mask, num_experts):
-    """Size, mean log-probability (eq. 6) and mean of -P log P (eq. 8) of every cluster: three [B, L, E]."""
-    size, log_prob_sum, entropy_sum = _ClusterSums.apply(log_probs, experts, expert_probs.detach(), mask, num_experts)
+    """Size, mean log-probability (eq. 6) and mean of -P log P (eq. 8) of every cluster: three [B, L, E].
+
+    A layer at a time, each checkpointed: so the largest tensor made is [B, T, K] (off the CPU [B, T, E + 1]), where
+    autograd would keep an int64 copy of all ids. Its backward is a gather, in a fixed order: a token receives the
+    gradient of every cluster it is in (eq. 12).
+    """
+    layers = [
+        checkpoint(_layer_sums, log_probs, ids, p, mask, num_experts, use_reentrant=False, preserve_rng_state=False)
+        for ids, p in zip(experts.unbind(2), expert_probs.detach().unbind(2), strict=True)
+    ]
+    size, log_prob_sum, entropy_sum = (torch.stack(sums, 1) for sums in zip(*layers, strict=True))
     tokens = size.clamp(min=1)
     return size, log_prob_sum / tokens, entropy_sum / tokens
 
 
-class _ClusterSums(torch.autograd.Function):
-    """log_probs [B, T] and routing [B, T, L, K] -> size, sum of log_probs, sum of -P log P of the clusters [B, L, E].
-
-    For one layer, without padding: torch.zeros(B, E).scatter_add(1, ids.flatten(1), values.flatten(1)). Written out, a
-    layer at a time and with a backward of its own, the largest tensor made is [B, T, K] (off the CPU [B, T, E + 1]),
-    where autograd would keep several of [B, T, L, K]. Padding goes to a bucket E of its own, which is cut off.
-    """
-
-    @staticmethod
-    def forward(ctx, log_probs, experts, expert_probs, mask, num_experts):
-        ctx.save_for_backward(experts, mask)
-        sums, shape = [], experts[:, :, 0].shape  # [B, T, K]
-        for layer in range(experts.shape[2]):
-            ids = _bucket_ids(experts, mask, layer, num_experts)
-            p = expert_probs[:, :, layer].to(log_probs.dtype)
-            entropy = p.clamp(min=torch.finfo(p.dtype).tiny).log_().mul_(p).neg_()  # -P log P, 0 at P = 0
-            sums.append(
-                torch.stack(
-                    (
-                        _bucket_sums(torch.ones_like(p), ids, num_experts + 1),
-                        _bucket_sums(
-                            log_probs.unsqueeze(-1).expand(shape), ids, num_experts + 1
-                        ),  # in each of K clusters
-                        _bucket_sums(entropy, ids, num_experts + 1),
-                    )
-                )
-            )
-        size, log_prob_sum, entropy_sum = torch.stack(sums, 2)[..., :num_experts].unbind()
-        ctx.mark_non_differentiable(size, entropy_sum)
-        return size, log_prob_sum, entropy_sum
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx, _, grad, __):
-        """A token receives the gradient of every cluster it is in (eq. 12): a gather, in a fixed order."""
-        experts, mask = ctx.saved_tensors
-        grad = torch.nn.functional.pad(grad, (0, 1))  # bucket E, the padding's, gives 0 [B, L, E + 1]
-        out = grad.new_zeros(mask.shape)
-        for layer in range(experts.shape[2]):
-            ids = _bucket_ids(experts, mask, layer, grad.shape[2] - 1)
-            out += grad[:, layer].gather(1, ids.flatten(1)).view(ids.shape).sum(-1)
-        return out, None, None, None, None
-
-
-def _bucket_ids(experts, mask, layer, num_experts):
-    """Expert ids of a layer, int64 [B, T, K], padding in a bucket E of its own."""
-    return experts[:, :, layer].long().masked_fill(~mask.unsqueeze(-1), num_experts)
+def _layer_sums(log_probs, ids, p, mask, num_experts):
+    """One layer's clusters: size, sum of log_probs, sum of -P log P, three [B, E]; ids and p of shape [B, T, K]."""
+    ids = ids.long().masked_fill(~mask.unsqueeze(-1), num_experts)  # padding: a bucket E of its own, cut off below
+    p = p.to(log_probs.dtype)
+    entropy = p.clamp(min=torch.finfo(p.dtype).tiny).log_().mul_(p).neg_()  # -P log P, 0 at P = 0
+    log_probs = log_probs.unsqueeze(-1).expand(ids.shape)  # a token is in each of its K clusters
+    bucket_sums = _bucket_sums if ids.device.type == "cpu" else _bucket_sums_without_atomics
+    return [bucket_sums(x, ids, num_experts + 1)[:, :-1] for x in (torch.ones_like(p), log_probs, entropy)]
 
 
 def _bucket_sums(values, ids, buckets):
     """Sum of values [B, T, K] over each bucket of ids [B, T, K] -> [B, buckets]."""
-    if ids.device.type != "cpu":
-        return _bucket_sums_without_atomics(values, ids, buckets)
-    return values.new_zeros(len(values), buckets).scatter_add_(1, ids.flatten(1), values.flatten(1))
+    return values.new_zeros(len(values), buckets).scatter_add(1, ids.flatten(1), values.flatten(1))
 
 
 def _bucket_sums_without_atomics(values, ids, buckets):
     """The same for CUDA, where scatter_add adds in an order that changes from run to run: as a token's experts are
     distinct, each cell of [B, T, buckets] is written at most once (the padding's aside), and a sum over T follows."""
-    return values.new_zeros(*values.shape[:2], buckets).scatter_(2, ids, values).sum(1)
+    return values.new_zeros(*values.shape[:2], buckets).scatter(2, ids, values).sum(1)
 
 
-def _check(
-    log_probs,
-    old_log_probs,
-    rewards,
-    response_mask,
-    experts,
-    old_experts,
-    expert_probs,
-    old_expert_probs,
-    num_experts,
-    group_size,
-    alpha,
-    clip_low,
-    clip_high,
-    entropy_reward,
+def _check_tensors(
+    log_probs, old_log_probs, rewards, response_mask, experts, old_experts, expert_probs, old_expert_probs
 ):
     if experts.dim() != 4 or experts.numel() == 0:
         raise ValueError(f"experts must have shape [B, T, L, K], none of them 0, got {list(experts.shape)}")
@@ -243,22 +196,30 @@ def _check(
             raise ValueError(f"{name} must have shape {list(shape)}, got {list(tensor.shape)}")
     if response_mask.dtype != torch.bool:
         raise ValueError(f"response_mask must be torch.bool, got {response_mask.dtype}")
-    if group_size < 2:
-        raise ValueError(f"group_size must be at least 2, got {group_size}")
-    if B % group_size:
-        raise ValueError(f"group_size must divide the number of rows: {B} rows, groups of {group_size}")
     if not torch.isfinite(rewards).all():
         raise ValueError(f"rewards must be finite, got {rewards.tolist()}")
+
+
+def _check_options(rows, group_size, alpha, clip_low, clip_high, entropy_reward):
+    if group_size < 2:
+        raise ValueError(f"group_size must be at least 2, got {group_size}")
+    if rows % group_size:
+        raise ValueError(f"group_size must divide the number of rows: {rows} rows, groups of {group_size}")
     if not 0 <= alpha <= 1:
         raise ValueError(f"alpha must lie within [0, 1], got {alpha}")
     if not (clip_low >= 0 and clip_high >= 0):
         raise ValueError(f"clip_low and clip_high must be at least 0, got {clip_low} and {clip_high}")
     if entropy_reward not in ("relative", "absolute", "none"):
         raise ValueError(f'entropy_reward must be "relative", "absolute" or "none", got {entropy_reward!r}')
+
+
+def _check_ids(experts, old_experts, response_mask, num_experts):
     for name, ids in (("experts", experts), ("old_experts", old_experts)):
         if ids.dtype not in (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8):
             raise ValueError(f"{name} must be of an integer type (int64 ... int8 or uint8), got {ids.dtype}")
-        for layer in range(L if ids.device.type == "cpu" else 0):  # elsewhere the check would wait for the device
+        for layer in range(
+            ids.shape[2] if ids.device.type == "cpu" else 0
+        ):  # elsewhere the check would wait for the device
             lowest, highest = ids[:, :, layer].masked_fill(~response_mask.unsqueeze(-1), 0).aminmax()  # 0 is valid
             if not 0 <= lowest <= highest < num_experts:
                 used = ids[:, :, layer][response_mask]  # [response tokens, K]

@@ -55,7 +55,7 @@ def group_advantages(rewards, group_size):
 
 
 def policy_loss(base, new, old, advantages, mask, low, high, log_gamma=None):
-    """GRPO, GSPO or GMPO; with log_gamma [B, T] their router-shift forms."""
+    """GRPO, GSPO, GMPO or CISPO; with log_gamma [B, T] their router-shift forms."""
     B, T = new.shape
     total = 0.0
     for b in range(B):
@@ -65,6 +65,10 @@ def policy_loss(base, new, old, advantages, mask, low, high, log_gamma=None):
             continue  # adds 0, still counts in B
         if base == "grpo":
             J = sum(clipped(math.exp(x), A, low, high) for x in w) / len(w)  # eq. 1-2
+        elif base == "cispo":  # eq. 4-5 of CISPO
+            tokens = [t for t in range(T) if mask[b, t]]
+            weights = [min(max(math.exp(x), 1 - low), 1 + high) for x in w]
+            J = sum(r * A * new[b, t] for r, t in zip(weights, tokens, strict=True)) / len(w)
         elif base == "gspo":
             J = clipped(math.exp(sum(w) / len(w)), A, low, high)  # eq. 3-4
         else:

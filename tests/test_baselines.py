@@ -1,8 +1,11 @@
-"""baselines.py: group advantages, GRPO, GSPO and GMPO."""
+"""baselines.py: group advantages, GRPO, GSPO, GMPO and CISPO."""
 
 import ast
+import inspect
+import re
 import sys
 from pathlib import Path
+from typing import get_args
 
 import numpy as np
 import pytest
@@ -12,10 +15,18 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.autograd import gradcheck
 
-from baselines import gmpo_loss, group_advantages, grpo_loss, gspo_loss
+from baselines import cispo_loss, gmpo_loss, group_advantages, grpo_loss, gspo_loss
+from erpo import erpo_loss
+from rais import rais_loss
 
-LOSSES = {"grpo": (grpo_loss, 0.2, 0.28), "gspo": (gspo_loss, 3e-4, 4e-4), "gmpo": (gmpo_loss, 0.4, 0.4)}
+LOSSES = {
+    "grpo": (grpo_loss, 0.2, 0.28),
+    "gspo": (gspo_loss, 3e-4, 4e-4),
+    "gmpo": (gmpo_loss, 0.4, 0.4),
+    "cispo": (cispo_loss, 1.0, 4.0),
+}
 bases = pytest.mark.parametrize("base", LOSSES)
+surrogates = pytest.mark.parametrize("base", ["grpo", "gspo", "gmpo"])  # the value is a ratio times A
 seeds = st.integers(0, 10_000)
 
 
@@ -105,7 +116,7 @@ def test_losses_equal_the_reference(base, seed, B, T, spread):
     assert loss(*inputs, clip_low=0.7, clip_high=0.5)[0].item() == pytest.approx(wider, abs=1e-12)
 
 
-@bases
+@surrogates
 def test_gradcheck_and_no_gradient_elsewhere(base):
     loss, *_ = LOSSES[base]
     new, old, advantages, mask = make(1, spread=0.3)
@@ -116,7 +127,7 @@ def test_gradcheck_and_no_gradient_elsewhere(base):
     assert inputs[0].grad.abs().sum() > 0 and inputs[1].grad is None and inputs[2].grad is None
 
 
-@bases
+@surrogates
 def test_first_ratio_is_exactly_one(base):
     """On-policy the ratio is 1 to the bit, nothing is clipped, and the gradient is that of REINFORCE."""
     loss, *_ = LOSSES[base]
@@ -164,7 +175,7 @@ def test_gmpo_clips_the_side_that_the_advantage_opens():
     assert gmpo_loss(old - 1, old, one * 0, mask)[1]["clip_share"] == 1  # A = 0 belongs to the lower side
 
 
-@bases
+@surrogates
 @settings(deadline=None, max_examples=25)
 @given(seed=seeds)
 def test_clipping_bounds(base, seed):
@@ -177,7 +188,7 @@ def test_clipping_bounds(base, seed):
     assert loss(new, old, -torch.ones_like(A), mask, **wide)[0] >= lower - 1e-12
 
 
-@bases
+@surrogates
 def test_clip_share_tells_that_the_clip_acts(base):
     """A ratio that is always 1 hides a dead clip; here all of it acts, or none."""
     loss, *_ = LOSSES[base]
@@ -186,6 +197,37 @@ def test_clip_share_tells_that_the_clip_acts(base):
     assert loss(old + 1, old, up, mask)[1]["clip_share"] == 1
     assert loss(old - 1, old, up, mask)[1]["clip_share"] == 0
     assert loss(old - 1, old, -up, mask)[1]["clip_share"] == 1
+
+
+@settings(deadline=None, max_examples=40)
+@given(seed=seeds, low=st.sampled_from([0.0, 0.3, 1.0]), high=st.sampled_from([0.0, 0.5, 4.0]))
+def test_cispo_weighs_every_tokens_gradient(seed, low, high):
+    """The gradient of a token is its clipped ratio times A, never 0 for being outside the range; no other gradient."""
+    new, old, A, mask = make(seed, spread=2.0)
+    inputs = [x.requires_grad_() for x in (new, old, A)]
+    loss, metrics = cispo_loss(*inputs, mask, clip_low=low, clip_high=high)
+    loss.backward()
+    ratio = (new - old).exp().detach()
+    weight = ratio.clamp(1 - low, 1 + high)
+    torch.testing.assert_close(new.grad, -weight * A.detach()[:, None] * mask / mask.sum(1, keepdim=True) / 4)
+    assert metrics["clip_share"].item() == pytest.approx((weight != ratio)[mask].double().mean().item())
+    assert old.grad is None and A.grad is None
+
+
+def test_cispo_gradcheck_where_the_weight_is_constant():
+    """With a range of 0 the weight is 1, and the value's derivative is the gradient; so it is at the upper bound."""
+    new, old, A, mask = make(1)
+    for x, options in ((new, dict(clip_low=0.0, clip_high=0.0)), (old + 2, {})):
+        assert gradcheck(lambda x, o=options: cispo_loss(x, old, A, mask, **o)[0], x.requires_grad_())
+
+
+def test_cispo_on_policy_is_reinforce():
+    new, _, A, mask = make(2, dtype=torch.float32)
+    new.requires_grad_()
+    loss, metrics = cispo_loss(new, new.detach(), A, mask)
+    loss.backward()
+    assert metrics["ratio_mean"] == 1 and metrics["ratio_std"] == 0 and metrics["clip_share"] == 0
+    torch.testing.assert_close(new.grad, -(A[:, None] * mask / mask.sum(1, keepdim=True)) / 4)
 
 
 @bases
@@ -282,6 +324,40 @@ def test_losses_refuse_bad_arguments(base):
         loss(new, old, A, mask, clip_low=-0.1)
     with pytest.raises(ValueError, match="clip_low and clip_high.*nan"):
         loss(new, old, A, mask, clip_high=float("nan"))
+
+
+POLICY = ["log_probs", "old_log_probs", "advantages", "response_mask"]
+ROUTES = ["experts", "old_experts", "expert_probs", "old_expert_probs"]
+ARGUMENTS = {  # what a caller may rely on: train.py hands over what a loss names
+    grpo_loss: (POLICY, ["clip_low", "clip_high"]),
+    gspo_loss: (POLICY, ["clip_low", "clip_high"]),
+    gmpo_loss: (POLICY, ["clip_low", "clip_high"]),
+    cispo_loss: (POLICY, ["clip_low", "clip_high"]),
+    rais_loss: (
+        [*POLICY, "router_log_probs", "old_router_log_probs"],
+        ["base", "clip_low", "clip_high", "floor", "layers"],
+    ),
+    erpo_loss: (
+        ["log_probs", "old_log_probs", "rewards", "response_mask", *ROUTES],
+        ["num_experts", "group_size", "alpha", "clip_low", "clip_high", "entropy_reward"],
+    ),
+}
+
+
+@pytest.mark.parametrize("loss", ARGUMENTS)
+def test_signatures_name_their_options_and_docstrings_explain_them(loss):
+    """Options are keyword-only and typed, each with a line `name   help` that names every value of a closed set."""
+    parameters = inspect.signature(loss).parameters.values()
+    positional, options = ARGUMENTS[loss]
+    assert [p.name for p in parameters if p.kind == p.POSITIONAL_OR_KEYWORD] == positional
+    assert [p.name for p in parameters if p.kind == p.KEYWORD_ONLY] == options
+    for p in (p for p in parameters if p.kind == p.KEYWORD_ONLY):
+        assert p.annotation is not p.empty and p.default is not p.empty or p.name in ("num_experts", "group_size")
+        lines = re.findall(rf"^ *(?:\w+, )*{p.name}(?:, \w+)*  +(.+)$", loss.__doc__, re.M)
+        assert lines, p.name
+        if isinstance(p.default, str):
+            assert p.default in get_args(p.annotation)
+            assert all(f'"{value}"' in lines[0] for value in get_args(p.annotation)), p.name
 
 
 @pytest.mark.parametrize("name", ["erl", "erpo", "rais", "baselines"])

@@ -143,6 +143,38 @@ def test_unmoved_router_is_exactly_the_base_loss(base, dtype, spread):
 
 
 @bases
+@pytest.mark.parametrize("new_type", [torch.bfloat16, torch.float32, torch.float64])
+@pytest.mark.parametrize("old_type", [torch.bfloat16, torch.float32, torch.float64])
+@pytest.mark.parametrize("layers, floor", [("mean", 0.8), ("sum", 0.5), ("sum", 0.0)])
+def test_it_is_the_base_with_old_log_probs_less_log_gamma(base, new_type, old_type, layers, floor):
+    """The one line at the top of the file, to the last digit: value, gradient and the metrics that both have."""
+    new, old, A, mask, router, old_router = make(14, B=6, T=9)
+    new, old = new.to(new_type), old.to(old_type)
+    for router_type in (torch.float64, torch.float32):
+        router, old_router = router.to(router_type), old_router.to(router_type)
+        gamma = router_shift(router, old_router, layers=layers, floor=floor)
+        assert (gamma[mask] < 1).all()
+        ours, theirs = new.clone().requires_grad_(), new.clone().requires_grad_()
+        loss, metrics = rais_loss(ours, old, A, mask, router, old_router, base=base, layers=layers, floor=floor)
+        expected, expected_metrics = BASES[base](theirs, old - gamma.log(), A, mask)
+        loss.backward(), expected.backward()
+        assert torch.equal(loss, expected) and torch.equal(ours.grad, theirs.grad)
+        for name, value in expected_metrics.items():
+            assert torch.equal(metrics[name], value), name
+
+
+@pytest.mark.parametrize("A, w, clipped", [(1, 1.59, 0), (1, 1.61, 1), (-1, 1.01, 0), (-1, 0.99, 1)])
+def test_gamma_moves_both_ends_of_the_range(A, w, clipped):
+    """At gamma 0.8 GRPO's range on w, 0.8 to 1.28, is 1.0 to 1.6: wider for A > 0, narrower for A < 0."""
+    new = torch.full((1, 1), math.log(w), dtype=torch.float64, requires_grad=True)
+    router = torch.full((1, 1, 1, 1), -1.0, dtype=torch.float64)
+    inputs = torch.zeros(1, 1).double(), torch.tensor([A]).double(), torch.ones(1, 1, dtype=torch.bool)
+    loss, metrics = rais_loss(new, *inputs, router + math.log(0.8), router, base="grpo")
+    loss.backward()
+    assert metrics["clip_share"] == clipped and (new.grad == 0).item() == bool(clipped)
+
+
+@bases
 def test_gmpo_is_the_default_and_clip_ranges_pass_through(base):
     inputs = make(6)
     if base == "gmpo":
