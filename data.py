@@ -20,13 +20,14 @@ import itertools
 import json
 import logging
 import os
+import platform
 import random
 import re
 import string
 import threading
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from decimal import Decimal
 from fractions import Fraction
 from pathlib import Path
@@ -373,6 +374,17 @@ class DatasetSpec:
     columns: dict[str, str] = field(default_factory=dict)  # field -> column of the hub
     problems: Callable[[], Iterator[tuple[str, Example]]] | None = None  # generated sets: all problems
     test_sets: tuple[str, ...] = ()  # sets to test on, where it has no test split itself
+    # ---- how it is evaluated
+    test_samples: int = 0  # examples of the final evaluation, 0 = all; sets of more than 1,000 say 500
+    beams: int = 1  # of beam search; 1 is greedy, unless eval_temperature is above 0
+    eval_temperature: float = 0.0
+    eval_top_p: float = 1.0
+    samples_per_problem: int = 1  # responses to each problem, where they are sampled
+
+    @property
+    def sampled(self) -> bool:
+        """Whether its responses are drawn (eval_temperature, eval_top_p), not searched for (beams)."""
+        return self.eval_temperature > 0
 
     @property
     def test_only(self) -> bool:
@@ -391,15 +403,18 @@ _SQUAD = {"measure": measure_squad, "reward": "f1", "metric": "f1"}
 _EXACT = {"measure": measure_exact, "reward": "accuracy", "metric": "accuracy"}
 _MATH = {"measure": measure_math, "reward": "accuracy", "metric": "accuracy", "example": _math_example}
 _PROBLEM = {"problem": "problem", "answer": "answer"}
+_SAMPLED = {"eval_temperature": 1.0, "eval_top_p": 0.7}  # ERPO section 5.1
 
 
-def _math_test(name: str, file: str, hub: str, split: str = "test", **columns: str) -> DatasetSpec:
+def _math_test(name: str, file: str, hub: str, split: str = "test", samples: int = 1, **columns: str) -> DatasetSpec:
     return DatasetSpec(
         name,
         "task",
         "gpt2",
         512,
         **_MATH,
+        **_SAMPLED,
+        samples_per_problem=samples,
         files={"test": f"math-eval/{file}.jsonl"},
         hub=(hub, None, None),
         hub_splits={"test": split},
@@ -418,10 +433,10 @@ DATASETS: dict[str, DatasetSpec] = {
             "gpt2",
             32,
             **_UNIGRAMS,
-            hub=("Salesforce/wikitext", "wikitext-2-v1", None),
+            hub=("Salesforce/wikitext", "wikitext-2-raw-v1", None),
             hub_splits=_OWN_SPLITS,
             columns={"text": "text"},
-            files=_files("wikitext-2/wiki.{}.tokens", "train", "valid", "test"),
+            files=_files("wikitext-2/wiki.{}.raw", "train", "valid", "test"),
         ),
         # ---- summaries and questions
         DatasetSpec(
@@ -431,6 +446,7 @@ DATASETS: dict[str, DatasetSpec] = {
             64,
             **_SUMMARY,
             example=_samsum_example,
+            beams=6,
             files=_files("samsum/{}.jsonl", "train", "val", "test"),
             hub=("knkarthick/samsum", None, None),
             hub_splits=_OWN_SPLITS,
@@ -443,6 +459,8 @@ DATASETS: dict[str, DatasetSpec] = {
             64,
             **_SUMMARY,
             example=_xsum_example,
+            beams=6,
+            test_samples=500,
             key="document",
             files=_files("xsum/xsum.jsonl", "", "", ""),  # a file without splits: all three are carved out of it
             hub=("EdinburghNLP/xsum", None, "refs/convert/parquet"),
@@ -456,6 +474,8 @@ DATASETS: dict[str, DatasetSpec] = {
             32,
             **_SQUAD,
             example=_squad_example,
+            beams=6,
+            test_samples=500,
             key="context",
             files=_files("squad-v1.1/{}.jsonl", "train_subset", "train_subset", "dev"),
             hub=("rajpurkar/squad", None, None),
@@ -469,6 +489,7 @@ DATASETS: dict[str, DatasetSpec] = {
             "gpt2",
             256,
             **_MATH | {"example": _gsm8k_example},
+            test_samples=500,
             key="question",
             files=_files("gsm8k/{}.jsonl", "train", "train", "test"),
             hub=("openai/gsm8k", "main", None),
@@ -481,6 +502,7 @@ DATASETS: dict[str, DatasetSpec] = {
             "gpt2",
             512,
             **_MATH,
+            **_SAMPLED,  # its validation split is evaluated as its test sets are
             key="problem",
             files=_files("deepscaler/train_subset.jsonl", "", ""),
             hub=("agentica-org/DeepScaleR-Preview-Dataset", None, None),
@@ -489,8 +511,8 @@ DATASETS: dict[str, DatasetSpec] = {
             test_sets=("math500", "aime24", "aime25", "minerva", "olympiad"),
         ),
         _math_test("math500", "math500", "HuggingFaceH4/MATH-500"),
-        _math_test("aime24", "aime2024", "HuggingFaceH4/aime_2024", "train"),
-        _math_test("aime25", "aime2025", "math-ai/aime25"),
+        _math_test("aime24", "aime2024", "HuggingFaceH4/aime_2024", "train", samples=16),
+        _math_test("aime25", "aime2025", "math-ai/aime25", samples=16),
         _math_test("minerva", "minerva_math", "math-ai/minervamath", problem="question"),
         _math_test("olympiad", "olympiadbench", "math-ai/olympiadbench", problem="question", answer="final_answer"),
         # ---- generated
@@ -643,6 +665,7 @@ class TextSplit(NamedTuple):
 
     tokens: np.ndarray  # [1 + number of tokens of the text], a read-only memory map of uint16 (uint32 for V > 65536)
     num_bytes: int  # UTF-8 bytes of the text, for bits per byte
+    variant: str = ""  # which text it is: perplexities of two variants are not to be compared
 
 
 def load_text(
@@ -654,11 +677,11 @@ def load_text(
         raise ValueError(f"{name} is a task set: use load_examples")
     _check_split(spec, split)
     if name == "pydocs":
-        text = _pydocs(split)
+        text, variant = _pydocs(split), f"pydocs, Python {platform.python_version()}"
     elif data_dir:
-        text = _read_file(spec, split, data_dir)
+        text, variant = _read_wikitext(spec, split, data_dir)
     else:  # the hub has one row a line, and an empty row for the line that holds one blank
-        text = "".join(row or " \n" for row in _read_hub(spec, split)["text"])
+        text, variant = "".join(row or " \n" for row in _read_hub(spec, split)["text"]), spec.hub[1]
     raw = text.encode("utf-8")
     made_of = f"{CACHE_VERSION} {tokenizer.name} {tokenizer.vocab_size} {hashlib.sha256(raw).hexdigest()}"
     key = hashlib.sha256(made_of.encode()).hexdigest()[:16]
@@ -675,7 +698,15 @@ def load_text(
         except OSError as error:
             raise UserError(f"the token cache {path} cannot be written: {error.strerror}") from None
         tokens = np.lib.format.open_memmap(path, mode="r")
-    return TextSplit(tokens, len(raw))
+    return TextSplit(tokens, len(raw), variant)
+
+
+def _read_wikitext(spec: DatasetSpec, split: str, data_dir: str) -> tuple[str, str]:
+    """The raw files; where a folder holds none of them, the tokenised ones: another text, named as what it is."""
+    tokenised = {split: file.replace(".raw", ".tokens") for split, file in spec.files.items()}
+    if not any(Path(data_dir, f).exists() for f in spec.files.values()) and Path(data_dir, tokenised[split]).exists():
+        return _read_file(replace(spec, files=tokenised), split, data_dir), "wikitext-2-v1 (tokenised, <unk>)"
+    return _read_file(spec, split, data_dir), spec.hub[1]
 
 
 def _cached_tokens(path: Path, tokenizer: Tokenizer, text: str) -> np.ndarray | None:

@@ -2,6 +2,7 @@
 
 import json
 import os
+import platform
 import subprocess
 import sys
 import textwrap
@@ -104,6 +105,17 @@ def test_the_table_is_whole():
     assert not data.get_dataset("gsm8k").test_only and not data.get_dataset("addition").test_only
 
 
+def test_the_table_says_how_each_set_is_evaluated():
+    sets = data.DATASETS.values()
+    sampled = {s.name for s in sets if s.sampled}  # ERPO section 5.1; deepscaler's own validation split likewise
+    assert sampled == {"deepscaler", *data.get_dataset("deepscaler").test_sets}
+    assert {(s.eval_temperature, s.eval_top_p) for s in sets if s.sampled} == {(1.0, 0.7)}
+    assert {s.name: s.samples_per_problem for s in sets if s.samples_per_problem > 1} == {"aime24": 16, "aime25": 16}
+    assert {s.name for s in sets if s.beams == 6} == {"samsum", "xsum", "squad"}
+    assert {s.name for s in sets if s.test_samples == 500} == {"xsum", "squad", "gsm8k"}  # more than 1,000 each
+    assert not any(s.test_samples for s in sets if s.problems or s.kind == "text")
+
+
 def test_split_of_is_the_same_everywhere():
     assert [data.split_of(k) for k in ("5", "6", "11")] == ["train", "test", "validation"]
     shares = Counter(data.split_of(str(i)) for i in range(20_000))
@@ -178,6 +190,22 @@ def test_wikitext2_is_one_string_of_gpt2_tokens(tmp_path):
     assert len(train.tokens) - 1 == 2_448_382 and train.num_bytes == 10_797_148  # as its provenance counts them
     test = data.load_text("wikitext2", "test", gpt2, data_dir=REAL, cache_dir=tmp_path)
     assert gpt2.decode(test.tokens.tolist()).encode() == (REAL / "wikitext-2/wiki.test.tokens").read_bytes()
+
+
+def test_the_text_says_which_variant_it_is(tmp_path):
+    def load():
+        return data.load_text("wikitext2", "test", BYTES, data_dir=tmp_path, cache_dir=tmp_path / "cache")
+
+    raw = write(tmp_path, ("wikitext2", "test"), "raw\n")
+    raw.with_suffix(".tokens").write_text("<unk>\n")
+    assert (load().variant, load().num_bytes) == ("wikitext-2-raw-v1", 4)
+    raw.unlink()
+    assert (load().variant, load().num_bytes) == ("wikitext-2-v1 (tokenised, <unk>)", 6)
+    raw.with_name("wiki.train.raw").write_text("raw\n")  # never one split of this and one of that
+    with pytest.raises(data.UserError, match="wiki.test.raw is missing"):
+        load()
+    pydocs = data.load_text("pydocs", "test", BYTES, cache_dir=tmp_path / "cache")
+    assert pydocs.variant == f"pydocs, Python {platform.python_version()}"
 
 
 def test_continuations_do_not_overlap_and_follow_their_prompts(tmp_path):
@@ -686,7 +714,7 @@ def test_bad_files_are_named(tmp_path, content, message):
 
 
 def test_bad_text_files_are_named(tmp_path):
-    with pytest.raises(data.UserError, match="wiki.train.tokens is missing"):
+    with pytest.raises(data.UserError, match="wiki.train.raw is missing"):
         data.load_text("wikitext2", "train", BYTES, data_dir=tmp_path, cache_dir=tmp_path)
     path = write(tmp_path, ("wikitext2", "train"), "")
     path.write_bytes(b"\xff\xfe")
@@ -724,7 +752,7 @@ def in_a_new_python(code, home, **env):
 
 THREE = ("train", "validation", "test")
 RECORDS = {  # as the hub's tables have them, columns that we do not use included
-    "Salesforce/wikitext:wikitext-2-v1": {s: [{"text": ""}, {"text": f" = {s} = \n"}, {"text": ""}] for s in THREE},
+    "Salesforce/wikitext:wikitext-2-raw-v1": {s: [{"text": ""}, {"text": f" = {s} = \n"}, {"text": ""}] for s in THREE},
     "knkarthick/samsum": {s: [{"id": "1", "dialogue": f"A: {s}", "summary": "S."}] for s in THREE},
     "EdinburghNLP/xsum": {s: [{"document": f"D {s}", "summary": "S.", "id": "1"}] for s in THREE},
     "rajpurkar/squad": {
