@@ -1,0 +1,165 @@
+"""support/routing_report.py against the same figures counted token by token."""
+
+import math
+import pathlib
+
+import pytest
+import torch
+
+from rais import rais_loss
+from support.routing_report import routing_report
+
+B, T, L, E, K = 3, 5, 2, 6, 2
+
+
+def tensors(seed=0):
+    g = torch.Generator().manual_seed(seed)
+    new, old = torch.randn(2, B, T, L, E, generator=g) * 3
+    mask = torch.rand(B, T, generator=g) > 0.3
+    return new, new + 0.4 * torch.rand(B, T, 1, 1, generator=g) * old, mask
+
+
+def by_hand(new, old, mask, floor=0.8):
+    """Every figure with loops over tokens."""
+    P, P_old = new.softmax(-1), old.softmax(-1)
+    tokens = [(b, t) for b in range(B) for t in range(T) if mask[b, t]]
+    count = [[0] * E for _ in range(L)]
+    entropy, sharp, kept, moved, gammas = [[] for _ in range(L)], 0, [0] * L, 0, []
+    for b, t in tokens:
+        shift, anywhere = [], False
+        for layer in range(L):
+            p, o = P[b, t, layer].tolist(), P_old[b, t, layer].tolist()
+            mine = sorted(range(E), key=lambda i: -p[i])[:K]
+            theirs = sorted(range(E), key=lambda i: -o[i])[:K]
+            for i in mine:
+                count[layer][i] += 1
+            entropy[layer].append(-sum(x * math.log(x) for x in p))
+            sharp += max(p) > 0.9
+            kept[layer] += len(set(mine) & set(theirs)) / K
+            anywhere |= set(mine) != set(theirs)
+            shift += [abs(math.log(p[i]) - math.log(o[i])) for i in theirs]
+        moved += anywhere
+        gammas.append(math.exp(-sum(shift) / len(shift)))
+    n = len(tokens)
+    load = [[c / (n * K) for c in row] for row in count]
+    return {
+        "router_entropy_by_layer": [sum(x) / n for x in entropy],
+        "router_entropy": sum(map(sum, entropy)) / (n * L),
+        "top1_above_0.9": sharp / (n * L),
+        "load_min": min(map(min, load)),
+        "load_max": max(map(max, load)),
+        "max_vio_by_layer": [max(row) * E - 1 for row in load],
+        "max_vio": sum(max(row) * E - 1 for row in load) / L,
+        "dead_experts": sum(c == 0 for row in count for c in row),
+        "route_bytes": n * L * K,
+        "agreement_by_layer": [x / n for x in kept],
+        "agreement": sum(kept) / (n * L),
+        "moved_anywhere": moved / n,
+        "gamma_mean": sum(max(x, floor) for x in gammas) / n,
+        "gamma_min": max(min(gammas), floor),
+        "floor_share": sum(x < floor for x in gammas) / n,
+    }
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_against_loops(seed):
+    new, old, mask = tensors(seed)
+    expected = by_hand(new, old, mask)
+    assert 0 < expected["moved_anywhere"] and 0 < expected["floor_share"] < 1
+    report = routing_report(new, old, mask, top_k=K)
+    assert list(report) == list(routing_report(new, old, mask, top_k=K))
+    assert set(report) == set(expected)
+    for name, value in expected.items():
+        torch.testing.assert_close(report[name], torch.tensor(value, dtype=torch.float32), rtol=1e-5, atol=1e-6)
+
+
+def test_logits_and_log_probabilities_are_the_same_to_it():
+    new, old, mask = tensors()
+    theirs = routing_report(new.log_softmax(-1), old.log_softmax(-1), mask, top_k=K)
+    for name, value in routing_report(new, old, mask, top_k=K).items():
+        torch.testing.assert_close(theirs[name], value)
+
+
+def test_a_rollout_that_kept_its_own_experts_alone():
+    """old is then log P of those, and K = E makes no difference to how it is read."""
+    for k in (K, E):
+        new, old, mask = tensors()
+        old_experts = old.topk(k).indices
+        kept = old.log_softmax(-1).gather(-1, old_experts)
+        expected = routing_report(new, old, mask, top_k=k)
+        for name, value in routing_report(new, kept, mask, old_experts=old_experts).items():
+            torch.testing.assert_close(value, expected[name])
+
+
+def test_experts_that_were_imposed_count_as_used():
+    new, _, mask = tensors()
+    report = routing_report(new, mask=mask, experts=torch.zeros(B, T, L, 1, dtype=torch.long))
+    assert report["load_max"] == 1 and report["max_vio"] == E - 1 and report["dead_experts"] == L * (E - 1)
+
+
+def test_gamma_is_that_of_rais():
+    new, old, mask = tensors()
+    old_experts = old.topk(K).indices
+    then, now = (x.log_softmax(-1).gather(-1, old_experts) for x in (old, new))
+    zeros = torch.zeros(B, T)
+    _, metrics = rais_loss(zeros, zeros, torch.ones(B), mask, now, then)
+    report = routing_report(new, then, mask, old_experts=old_experts)
+    for name in ("gamma_mean", "gamma_min", "floor_share"):
+        torch.testing.assert_close(report[name], metrics[name])
+
+
+def test_the_same_router_has_not_moved():
+    new, _, mask = tensors()
+    report = routing_report(new, new, mask, top_k=K)
+    assert report["agreement"] == report["gamma_mean"] == 1 and report["moved_anywhere"] == report["floor_share"] == 0
+
+
+def test_padding_may_hold_anything():
+    new, old, mask = tensors()
+    old_experts = old.topk(K).indices
+    experts, kept = new.topk(K).indices, old.log_softmax(-1).gather(-1, old_experts)
+    clean = routing_report(new, kept, mask, experts=experts, old_experts=old_experts)
+    for x, wild in ((new, math.nan), (kept, -math.inf), (experts, -1), (old_experts, 10**6)):
+        x[~mask] = wild
+    for name, value in routing_report(new, kept, mask, experts=experts, old_experts=old_experts).items():
+        torch.testing.assert_close(value, clean[name], rtol=0, atol=0)
+
+
+def test_nothing_that_counts():
+    new, old, mask = tensors()
+    for name, value in routing_report(new, old, mask & False, top_k=K).items():
+        assert (value == (1 if name == "gamma_min" else 0)).all(), name
+
+
+def test_no_gradient_any_dtype_and_a_probability_of_zero():
+    new, old, mask = tensors()
+    report = routing_report(new.requires_grad_(), old, mask, top_k=K)
+    assert all(not v.requires_grad and v.dtype == torch.float32 for v in report.values())
+    half = routing_report(new.detach().bfloat16(), old.bfloat16(), mask, top_k=K)
+    assert all(v.isfinite().all() and v.dtype == torch.float32 for v in half.values())
+    certain = torch.full((1, 1, 1, 4), -math.inf)
+    certain[..., 2] = 0
+    assert routing_report(certain)["router_entropy"] == 0 and routing_report(certain)["top1_above_0.9"] == 1
+
+
+def test_bytes_grow_with_the_number_of_experts():
+    assert routing_report(torch.zeros(1, 3, 2, 256), top_k=4)["route_bytes"] == 24
+    assert routing_report(torch.zeros(1, 3, 2, 257), top_k=4)["route_bytes"] == 48
+
+
+def test_shapes_that_do_not_fit_are_named():
+    new, old, mask = tensors()
+    for arguments, name in (
+        (dict(new=new[0]), "new"),
+        (dict(new=new, mask=mask[:, 1:]), "mask"),
+        (dict(new=new, old=old[..., :K]), "old"),
+        (dict(new=new, old=old, old_experts=old.topk(K).indices), "old"),
+        (dict(new=new, experts=new.topk(K).indices[:, 1:]), "experts"),
+    ):
+        with pytest.raises(ValueError, match=f"^{name} must have shape"):
+            routing_report(**arguments)
+
+
+def test_works_pasted_alone():
+    source = pathlib.Path(__file__).parents[1].joinpath("support", "routing_report.py").read_text()
+    assert [line for line in source.splitlines() if line.startswith(("import", "from"))] == ["import torch"]
