@@ -1,0 +1,129 @@
+"""Every bug is put in and found, and a clean record passes."""
+
+import pytest
+import torch
+
+transformers = pytest.importorskip("transformers", minversion="5.6", reason="pip install -r recipes/requirements.txt")
+
+from recipes.hf_routing import find_routers, next_token_log_probs  # noqa: E402
+from recipes.replay_check import check_replay  # noqa: E402
+
+B, T = 4, 24
+
+
+@pytest.fixture(scope="module")
+def model():
+    torch.manual_seed(0)
+    sizes = dict(vocab_size=60, hidden_size=32, intermediate_size=24, num_hidden_layers=3, num_attention_heads=4)
+    sizes |= dict(num_key_value_heads=2, num_local_experts=8, num_experts_per_tok=2)
+    model = transformers.MixtralForCausalLM(transformers.MixtralConfig(**sizes)).eval()
+    for p in model.parameters():  # a model with opinions: log-probabilities that differ between positions
+        if p.dim() > 1:
+            torch.nn.init.normal_(p, std=0.3)
+    return model
+
+
+@torch.no_grad()
+def look(model, tokens, attention):
+    """-> experts [B, T, L, K], router log-probs [B, T, L, E], log-probs [B, T]."""
+    log_probs, tape = next_token_log_probs(model, tokens, attention_mask=attention)
+    return tape.experts, tape.router_log_probs(), log_probs
+
+
+def batch(lengths, side):
+    """Random rows of these lengths, with padding -> tokens [B, T + 1], attention [B, T + 1], mask [B, T]."""
+    generator = torch.Generator().manual_seed(1)
+    rows = [torch.randint(1, 60, (n + 1,), generator=generator) for n in lengths]
+    tokens, attention = torch.zeros(2, len(rows), T + 1, dtype=torch.long)
+    for i, row in enumerate(rows):
+        place = slice(0, len(row)) if side == "right" else slice(T + 1 - len(row), T + 1)
+        tokens[i, place], attention[i, place] = row, 1
+    return tokens, attention, (attention[:, :-1] * attention[:, 1:]).bool()
+
+
+LENGTHS = [T, T - 3, T - 7, T - 1]
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_a_clean_record_passes(model, side):
+    tokens, attention, mask = batch(LENGTHS, side)
+    experts, live, log_probs = look(model, tokens, attention)
+    assert check_replay(experts, log_probs, live, log_probs, mask) == []
+    noisy = live + 0.02 * torch.randn(live.shape, generator=torch.Generator().manual_seed(0))
+    assert check_replay(experts, log_probs + 0.01, noisy, log_probs, mask) == []
+    # what padding holds is nobody's business, in a record too
+    experts[~mask], log_probs[~mask] = -1, float("nan")
+    assert check_replay(experts, log_probs, live, log_probs, mask) == []
+
+
+@pytest.mark.parametrize("by", [-1, 1])
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_an_offset_of_one(model, side, by):
+    tokens, attention, mask = batch([T, T - 3, T - 7, T - 5], side)
+    experts, live, log_probs = look(model, tokens, attention)
+    (finding,) = check_replay(experts.roll(by, 1), log_probs, live, log_probs, mask)
+    assert (finding.kind, finding.rows) == ("offset", [0, 1, 2, 3])
+    assert f"t {'+' if by > 0 else '-'} 1 " in finding.detail and "offset, rows 0, 1, 2, 3: " in str(finding)
+    (finding,) = check_replay(experts, log_probs.roll(by, 1), live, log_probs, mask)
+    assert (finding.kind, finding.rows) == ("log-prob offset", [0, 1, 2, 3])
+
+
+def test_left_padding(model):
+    """Recorded on rows padded on the right, replayed on the same rows padded on the left: all but the full row."""
+    right, left = batch(LENGTHS, "right"), batch(LENGTHS, "left")
+    experts, _, log_probs = look(model, *right[:2])
+    _, live, live_log_probs = look(model, *left[:2])
+    routes, probs = check_replay(experts, log_probs, live, live_log_probs, left[2])
+    assert (routes.kind, routes.rows) == ("left padding", [1, 2, 3])
+    assert probs.kind == "log-prob offset" and 0 not in probs.rows
+
+
+def test_right_padding_where_it_was_left(model):
+    right, left = batch(LENGTHS, "right"), batch(LENGTHS, "left")
+    experts, _, _ = look(model, *left[:2])
+    _, live, log_probs = look(model, *right[:2])
+    (finding,) = check_replay(experts, log_probs, live, log_probs, right[2])
+    assert (finding.kind, finding.rows) == ("left padding", [1, 2, 3])
+
+
+def test_routes_of_another_row(model):
+    tokens, attention, mask = batch([T] * B, "right")
+    experts, live, log_probs = look(model, tokens, attention)
+    (finding,) = check_replay(experts[[1, 0, 2, 3]], log_probs, live, log_probs, mask)
+    assert (finding.kind, finding.rows) == ("other row", [0, 1])
+    (finding,) = check_replay(experts.roll(1, 0), log_probs, live, log_probs, mask)
+    assert (finding.kind, finding.rows) == ("other row", [0, 1, 2, 3])
+
+
+def test_experts_no_longer_in_the_top_k(model):
+    """The router has moved since: on one layer's worth of a third of the decisions it shows."""
+    tokens, attention, mask = batch(LENGTHS, "right")
+    experts, _, log_probs = look(model, tokens, attention)
+    router = find_routers(model)[1][0].weight
+    before = router.detach().clone()
+    router.data += 0.3 * torch.randn(router.shape, generator=torch.Generator().manual_seed(2))
+    _, live, live_log_probs = look(model, tokens, attention)
+    router.data = before
+    findings = check_replay(experts, log_probs, live, live_log_probs, mask)
+    assert [f.rows for f in findings if f.kind == "not in the top-K"] == [[0, 1, 2, 3]]
+    assert {f.kind for f in findings} <= {"not in the top-K", "log-probs"}
+
+
+def test_layers_in_another_order_and_other_weights(model):
+    tokens, attention, mask = batch(LENGTHS, "right")
+    experts, live, log_probs = look(model, tokens, attention)
+    (finding,) = check_replay(experts.flip(2), log_probs, live, log_probs, mask)
+    assert finding.kind == "not in the top-K" and finding.rows == [0, 1, 2, 3]
+    (finding,) = check_replay(experts, 1.5 * log_probs, live, log_probs, mask)
+    assert finding.kind == "log-probs"
+    (finding,) = check_replay(experts, log_probs * float("nan"), live, log_probs, mask)
+    assert finding.kind == "log-probs"
+
+
+def test_one_row_and_rows_without_tokens(model):
+    tokens, attention, mask = batch([T, T], "right")
+    experts, live, log_probs = look(model, tokens, attention)
+    mask[1] = False
+    assert check_replay(experts, log_probs, live, log_probs, mask) == []
+    one = [x[:1] for x in (experts.roll(1, 1), log_probs, live, log_probs, mask)]
+    assert [f.kind for f in check_replay(*one)] == ["offset"]
