@@ -22,10 +22,6 @@ from typing import NamedTuple
 os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
 
 import torch
-from support.checkpoints import load_model
-from support.device import pick_device
-from support.fast import speed_up
-from support.generation import Rollout, generate
 from torch import Tensor
 
 import data
@@ -36,7 +32,11 @@ from moe import GPT, MoEConfig, Routes, router_losses, upcycle
 from rais import rais_loss
 from support import command_line
 from support.arguments import options_of
+from support.checkpoints import load_model
+from support.device import pick_device
 from support.errors import UserError, plainly, sentence
+from support.fast import speed_up
+from support.generation import Rollout, generate
 from support.initial import check_model, initial_model
 from support.pictures import plot_curves
 from support.run_folder import NEW_STATE, Run, find_checkpoint, load_state, open_folder, write_json
