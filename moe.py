@@ -230,7 +230,8 @@ class MoE(nn.Module):
         noise [B, T, D]: factors near 1 on the router's input (Switch's jitter), or None. cache: see GPT.stem.
         """
         config = self.config
-        logits = self.router_logits(x if noise is None else x * noise)  # [B, T, E]
+        seen = x if noise is None else x * noise
+        logits = self.router_logits(seen)  # [B, T, E]
         experts, weights = choose_experts(logits, config, routes)  # [B, T, K]
         if config.expert_capacity:
             used = None if cache is None else cache.used
@@ -243,7 +244,7 @@ class MoE(nn.Module):
         for shared in self.shared:
             out = out + shared(flat)
         forced = torch.zeros_like(experts[..., 0], dtype=torch.bool) if routes is None else routes.forced
-        return out.view_as(x), Routing(logits, experts, forced, x)
+        return out.view_as(x), Routing(logits, experts, forced, seen)
 
 
 # ----------------------------------------------------------------------------------------------------- the output head
