@@ -1,8 +1,8 @@
 """A run and its folder: the order of steps, updates, evaluations, checkpoints, and what is written down of them.
 
-    config.json  metrics.jsonl  summary.json  curves.png
-    checkpoint/  model.safetensors, state.pt: the last state, from which --resume goes on to the same bytes
-    best/        model.safetensors: the weights with the best validation score since the algorithm began
+config.json  metrics.jsonl  summary.json  curves.png
+checkpoint/  model.safetensors, state.pt: the last state, from which --resume goes on to the same bytes
+best/        model.safetensors: the weights with the best validation score since the algorithm began
 """
 
 import contextlib
@@ -278,7 +278,9 @@ class Run:
         self._log(step=self.step, phase=self.phase, lr=lr, **metrics, clipped_share=clipped, **measured)
 
     def _check_finite(self, metrics: dict):
-        broken = [f"{k} is {metrics[k]}" for k in ("loss", "grad_norm", "entropy") if not math.isfinite(metrics.get(k, 0))]
+        broken = [
+            f"{k} is {metrics[k]}" for k in ("loss", "grad_norm", "entropy") if not math.isfinite(metrics.get(k, 0))
+        ]
         if not broken and not is_finite(self.model):
             broken = ["the weights are not finite"]
         if broken:
