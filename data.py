@@ -12,24 +12,16 @@ train, validation and test never share a problem. Where a published set has no s
 division is the same on every machine, for every seed, and for a part of the set as for the whole.
 """
 
-import ast
-import contextlib
-import functools
 import hashlib
 import itertools
 import json
-import logging
 import os
 import platform
 import random
 import re
-import string
-import threading
-from collections import Counter
+import reprlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from decimal import Decimal
-from fractions import Fraction
 from pathlib import Path
 from typing import NamedTuple
 
@@ -37,12 +29,25 @@ import numpy as np
 import tiktoken
 
 from support.errors import UserError, nearest
+from support.grading import (
+    measure_countdown,
+    measure_exact,
+    measure_math,
+    measure_number,
+    measure_squad,
+    measure_summary,
+    measure_unigrams,
+)
 
 SPLITS = ("train", "validation", "test")
 CACHE_VERSION = 1  # raise it when the same text and tokenizer give other tokens than before
 
 
 # ---------------------------------------------------------------------------------------------------- tokenizers
+
+
+_BLANK = "[\t-\r \x85\xa0\u1680\u2000-\u200a\u2028\u2029\u202f\u205f\u3000]"  # Unicode's White_Space, Rust's \\s
+_LONG_BLANKS = re.compile(rf"(?<!{_BLANK}){_BLANK}{{10000,}}(?!$)")
 
 
 class Tokenizer:
@@ -55,7 +60,14 @@ class Tokenizer:
         self.end: int = encoding.eot_token
 
     def encode(self, text: str) -> list[int]:
-        return self.encoding.encode_ordinary(text)
+        """Ids of the text. tiktoken panics at white space of some 500,000 characters with a word behind it: there the
+        text is cut where its pattern cuts it, before the last blank."""
+        ids, start = [], 0
+        for blanks in _LONG_BLANKS.finditer(text):
+            ids += self.encoding.encode_ordinary(text[start : blanks.start()])
+            ids += self.encoding.encode_ordinary(text[blanks.start() : blanks.end() - 1])
+            start = blanks.end() - 1
+        return ids + self.encoding.encode_ordinary(text[start:])
 
     def decode(self, ids: Sequence[int]) -> str:
         """Text of the ids without the end token and without ids that a padded vocabulary may hold (>= vocab_size)."""
@@ -79,27 +91,41 @@ def load_tokenizer(name: str, data_dir: str | None = None) -> Tokenizer:
     if name != "gpt2":
         raise nearest("tokenizer", name, ("gpt2", "bytes"))
     folder = Path(data_dir, "tiktoken-cache") if data_dir else None
+    ours = bool(folder and folder.is_dir() and "TIKTOKEN_CACHE_DIR" not in os.environ)  # the user's own comes first
+    if ours:
+        os.environ["TIKTOKEN_CACHE_DIR"] = str(folder)
     try:
-        with _environment("TIKTOKEN_CACHE_DIR", str(folder) if folder and folder.is_dir() else None):
-            return Tokenizer(tiktoken.get_encoding("gpt2"))
+        return Tokenizer(tiktoken.get_encoding("gpt2"))
     except Exception as error:  # requests' errors, a proxy's, a broken file: all mean that the vocabulary is not there
         raise UserError(
             f"GPT-2's vocabulary is not on this machine and could not be fetched ({_one_line(error)}): set "
-            "TIKTOKEN_CACHE_DIR to a folder that holds tiktoken's files to work offline, or use --tokenizer bytes"
+            "TIKTOKEN_CACHE_DIR to a folder that holds tiktoken's files to work offline (or put them into "
+            "DIR/tiktoken-cache of --data-dir DIR), or use --tokenizer bytes"
         ) from error
-
-
-@contextlib.contextmanager
-def _environment(name: str, value: str | None) -> Iterator[None]:
-    """Sets a variable for the length of a block, unless the user has set it."""
-    ours = value is not None and name not in os.environ
-    if ours:
-        os.environ[name] = value
-    try:
-        yield
     finally:
         if ours:
-            del os.environ[name]
+            del os.environ["TIKTOKEN_CACHE_DIR"]
+
+
+def prepare(dataset: str, tokenizer: str, data_dir: str | None = None) -> Tokenizer:
+    """The tokenizer of a run. Where it cannot be had, the set is tried too: one message names all that is missing."""
+    spec = get_dataset(dataset)
+    _check_source(spec, data_dir)
+    try:
+        return load_tokenizer(tokenizer, data_dir)
+    except UserError as error:
+        if tokenizer != "gpt2" or not spec.files:
+            raise
+        spec, split = _local(spec, data_dir), next(iter(spec.files))
+        try:
+            _read_file(spec, split, data_dir) if data_dir else _read_hub(spec, split)
+        except UserError:
+            files = ", ".join(f"DIR/{file}" for file in dict.fromkeys(spec.files.values()))
+            raise UserError(
+                f"neither {dataset} nor GPT-2's vocabulary is on this machine or could be fetched: --data-dir DIR "
+                f"reads {files} and the vocabulary in DIR/tiktoken-cache; --dataset pydocs needs neither"
+            ) from error
+        raise
 
 
 def _one_line(error: BaseException) -> str:
@@ -152,7 +178,7 @@ def _squad_example(row: dict) -> Example:
 
 def _gsm8k_example(row: dict) -> Example:
     # "<<48/2=24>>" are marks for a calculator that no model here has
-    solution, mark, final = re.sub(r"<<.*?>>", "", row["answer"]).rpartition("####")
+    solution, mark, final = re.sub(r"<<[^<>]*>>", "", row["answer"]).rpartition("####")
     final = final.strip() if mark else ""
     question = row["question"].strip()
     return Example(f"Question: {question}\nAnswer:" if question else "", f" {solution.strip()}\n#### {final}", (final,))
@@ -177,6 +203,24 @@ def _addition_problems() -> Iterator[tuple[str, Example]]:
         yield f"{min(a, b)}+{max(a, b)}", Example(f"{a}+{b}=", str(a + b), (str(a + b),))
 
 
+def _written_addition_problems() -> Iterator[tuple[str, Example]]:
+    """20,000 sums of two numbers of eight digits, worked out from the right: "12+89=" -> "2+9+0=11;1+8+1=10;#101".
+
+    A step is digit + digit + carry = two digits. The reward wants the whole answer: for the sum alone, a policy would
+    drop the working, and with it the 80 tokens that the set is there for.
+    """
+    for i in range(20_000):
+        digest = int.from_bytes(hashlib.sha256(f"written addition {i}".encode()).digest(), "big")
+        a, b = (10**7 + digest // 10**shift % (9 * 10**7) for shift in (0, 20))
+        steps, carry = [], 0
+        for x, y in zip(reversed(str(a)), reversed(str(b)), strict=True):
+            total = int(x) + int(y) + carry
+            steps.append(f"{x}+{y}+{carry}={total:02};")
+            carry = total // 10
+        answer = "".join(steps) + f"#{a + b}"
+        yield f"{min(a, b)}+{max(a, b)}", Example(f"{a}+{b}=", answer, (answer,))
+
+
 def _countdown_problems() -> Iterator[tuple[str, Example]]:
     """Three numbers from 1 to 9 in any order and a target from 1 to 99 that + - * reach using each number once.
 
@@ -193,165 +237,6 @@ def _countdown_problems() -> Iterator[tuple[str, Example]]:
         for target in filter(range(1, 100).__contains__, found):
             prompt = f"{numbers[0]} {numbers[1]} {numbers[2]}={target}:"
             yield f"{sorted(numbers)}={target}", Example(prompt, found[target], (str(target),), numbers)
-
-
-# ---------------------------------------------------------------------------------------------- rewards and metrics
-# measure_...(response, example) -> the numbers that one response is worth, each in [0, 1]
-
-
-def measure_exact(response: str, example: Example) -> dict[str, float]:
-    return {"accuracy": float(response.strip() in example.references)}
-
-
-def measure_countdown(response: str, example: Example) -> dict[str, float]:
-    """1 for an expression of + - * / that uses each number once and has the target's value, exactly."""
-    if not re.fullmatch(r"[0-9+\-*/() ]{1,64}", response.strip()):  # short and harmless before the parser sees it
-        return {"accuracy": 0.0}
-    used: list[int] = []
-
-    def value(node: ast.AST) -> Fraction:
-        match node:
-            case ast.Constant(value=int(number)):
-                used.append(number)
-                return Fraction(number)
-            case ast.BinOp(left, ast.Add(), right):
-                return value(left) + value(right)
-            case ast.BinOp(left, ast.Sub(), right):
-                return value(left) - value(right)
-            case ast.BinOp(left, ast.Mult(), right):
-                return value(left) * value(right)
-            case ast.BinOp(left, ast.Div(), right):
-                return value(left) / value(right)
-        raise ValueError("not an expression of + - * /")
-
-    try:
-        result = value(ast.parse(response.strip(), mode="eval").body)
-    except (SyntaxError, ValueError, ZeroDivisionError):
-        return {"accuracy": 0.0}
-    right = sorted(used) == sorted(example.numbers) and result == int(example.references[0])
-    return {"accuracy": float(right)}
-
-
-def _f1(response: list[str], reference: list[str]) -> float:
-    common = (Counter(response) & Counter(reference)).total()
-    return 2 * common / (len(response) + len(reference)) if common else 0.0
-
-
-def measure_unigrams(response: str, example: Example) -> dict[str, float]:
-    """F1 between the words (split at white space) of the continuation and of the text that really follows."""
-    return {"unigram_f1": max(_f1(response.split(), r.split()) for r in example.references)}
-
-
-def squad_words(text: str) -> list[str]:
-    """SQuAD's normalisation: lower case, no punctuation, no articles, white space alone between the words."""
-    text = "".join(c for c in text.lower() if c not in string.punctuation)
-    return re.sub(r"\b(a|an|the)\b", " ", text).split()
-
-
-def measure_squad(response: str, example: Example) -> dict[str, float]:
-    words, references = squad_words(response), [squad_words(r) for r in example.references]
-    return {"exact_match": float(words in references), "f1": max(_f1(words, r) for r in references)}
-
-
-@functools.cache
-def _rouge_scorer():
-    from rouge_score.rouge_scorer import RougeScorer
-
-    return RougeScorer(["rouge1", "rouge2", "rougeL"], use_stemmer=True)
-
-
-def measure_summary(response: str, example: Example) -> dict[str, float]:
-    """F-measures of ROUGE-1, ROUGE-2 and sentence-level ROUGE-L with Porter stemming, the best of the references."""
-    return {name: score.fmeasure for name, score in _rouge_scorer().score_multi(example.references, response).items()}
-
-
-def measure_math(response: str, example: Example) -> dict[str, float]:
-    """1 if the final answer equals one of the references as mathematics."""
-    answer = final_answer(response)
-    right = answer in example.references or any(same_math(reference, answer) for reference in example.references)
-    return {"accuracy": float(right)}
-
-
-def final_answer(text: str) -> str:
-    r"""What a solution ends in: its last \boxed{...}, else the line behind its last "####", else its last line.
-
-    Of a last line in words ("so she has 7 apples") it is the last number.
-    """
-    start = text.rfind("\\boxed{")
-    if start >= 0:
-        start, depth = start + len("\\boxed{"), 1
-        for i in range(start, len(text)):
-            depth += {"{": 1, "}": -1}.get(text[i], 0)
-            if depth == 0:
-                return text[start:i]
-    if "####" in text:
-        return text.rpartition("####")[2].strip().partition("\n")[0]
-    line = text.strip().rpartition("\n")[2]
-    numbers = re.findall(r"-?\d[\d,]*(?:\.\d+)?(?:/\d+)?", line) if re.search(r"[^\W\d_]{2}", line) else []
-    return numbers[-1].rstrip(",") if numbers and "\\" not in line else line
-
-
-def _plain_math(text: str) -> str:
-    r"""LaTeX without what carries no value: $, degrees, spacing; np.arcsin -> \arcsin as in Minerva's answers."""
-    text = re.sub(r"\\?\$|\^\{?\\circ\}?|\\[,;!]|\\left\b|\\right\b|\s+", lambda m: " " if m[0].isspace() else "", text)
-    text = re.sub(r"\bnp\.(\w+)", r"\\\1", text)
-    return re.sub(r"(\d)\.(?!\d)", r"\1", text).strip().rstrip(".")  # 1./3 -> 1/3
-
-
-def _number(text: str) -> Decimal | None:
-    r"""12, 1,234.50, -3, 025, 8.7e8 and 8.7 \times 10^{8}; nothing else."""
-    match = re.fullmatch(
-        r"([-+]?)((?:\d{1,3}(?:,\d{3})+|\d+)?(?:\.\d*)?)"
-        r"(?:[eE]([-+]?\d{1,4})| ?\\(?:times|cdot) ?10\^(?:\{([-+]?\d{1,4})\}|(\d)))?",
-        text,
-        re.ASCII,
-    )
-    if not match or not re.search(r"\d", match[2]):
-        return None
-    exponent = match[3] or match[4] or match[5] or "0"
-    return Decimal(f"{match[1]}{match[2].replace(',', '')}e{exponent}")
-
-
-@functools.lru_cache(maxsize=8192)  # a group's responses repeat the same few answers
-def same_math(reference: str, answer: str) -> bool:
-    """Whether two answers are equal: numbers as numbers, equal strings at once, the rest by math-verify.
-
-    math-verify reads several values as a set: their order, and how often one stands there, do not matter; the order
-    inside a tuple does. It knows neither 8.7e8 (it sees Euler's e) nor np.arcsin, and rounds to six decimals, so two
-    numbers are compared here and never there. What it cannot read, or not within two seconds, is not equal; nor is
-    an answer of more than 500 characters, or more than 64 where a number is asked for.
-    """
-    reference, answer = _plain_math(reference), _plain_math(answer)
-    if not answer or not reference:
-        return False
-    if answer.replace(" ", "") == reference.replace(" ", ""):
-        return True
-    numbers = _number(reference), _number(answer)
-    if None not in numbers:
-        return numbers[0] == numbers[1]
-    # an untrained model mostly babbles, and math-verify takes tens of milliseconds to find nothing in that
-    if len(answer) > 500 or (numbers[0] is not None and (len(answer) > 64 or not re.search(r"\d", answer))):
-        return False
-    parse, verify, timed_out = _math_verify()
-    # its time limit is a signal, which only the main thread may set; other threads go without one
-    limit = 2 if threading.current_thread() is threading.main_thread() else None
-    try:
-        return verify(
-            parse(f"\\boxed{{{reference}}}", parsing_timeout=limit),
-            parse(f"\\boxed{{{answer}}}", parsing_timeout=limit),
-            timeout_seconds=limit,
-        )
-    except (Exception, timed_out):  # a late signal escapes the library, and is no Exception
-        return False
-
-
-@functools.cache
-def _math_verify():
-    from math_verify import parse, verify
-    from math_verify.errors import TimeoutException
-
-    logging.getLogger("math_verify").setLevel(logging.ERROR)  # it warns of every answer that it cannot read
-    return parse, verify, TimeoutException
 
 
 # --------------------------------------------------------------------------------------------------------- the table
@@ -406,7 +291,9 @@ _PROBLEM = {"problem": "problem", "answer": "answer"}
 _SAMPLED = {"eval_temperature": 1.0, "eval_top_p": 0.7}  # ERPO section 5.1
 
 
-def _math_test(name: str, file: str, hub: str, split: str = "test", samples: int = 1, **columns: str) -> DatasetSpec:
+def _math_test(
+    name: str, file: str, hub: str | None, split: str = "test", samples: int = 1, **columns: str
+) -> DatasetSpec:
     return DatasetSpec(
         name,
         "task",
@@ -416,8 +303,8 @@ def _math_test(name: str, file: str, hub: str, split: str = "test", samples: int
         **_SAMPLED,
         samples_per_problem=samples,
         files={"test": f"math-eval/{file}.jsonl"},
-        hub=(hub, None, None),
-        hub_splits={"test": split},
+        hub=(hub, None, None) if hub else None,
+        hub_splits={"test": split} if hub else {},
         columns=_PROBLEM | columns,
     )
 
@@ -488,7 +375,7 @@ DATASETS: dict[str, DatasetSpec] = {
             "task",
             "gpt2",
             256,
-            **_MATH | {"example": _gsm8k_example},
+            **_MATH | {"measure": measure_number, "example": _gsm8k_example},
             test_samples=500,
             key="question",
             files=_files("gsm8k/{}.jsonl", "train", "train", "test"),
@@ -513,6 +400,7 @@ DATASETS: dict[str, DatasetSpec] = {
         _math_test("math500", "math500", "HuggingFaceH4/MATH-500"),
         _math_test("aime24", "aime2024", "HuggingFaceH4/aime_2024", "train", samples=16),
         _math_test("aime25", "aime2025", "math-ai/aime25", samples=16),
+        _math_test("amc", "amc", None),  # its numbers on the hub are floats, and of a set of another name
         _math_test("minerva", "minerva_math", "math-ai/minervamath", problem="question"),
         _math_test("olympiad", "olympiadbench", "math-ai/olympiadbench", problem="question", answer="final_answer"),
         # ---- generated
@@ -520,6 +408,7 @@ DATASETS: dict[str, DatasetSpec] = {
         DatasetSpec(
             "countdown", "task", "bytes", 8, **_EXACT | {"measure": measure_countdown}, problems=_countdown_problems
         ),
+        DatasetSpec("written-addition", "task", "bytes", 84, **_EXACT, problems=_written_addition_problems),
     )
 }
 
@@ -540,9 +429,17 @@ def split_of(key: str) -> str:
 # ---------------------------------------------------------------------------------------------------- reading records
 
 
-def _check_split(spec: DatasetSpec, split: str) -> None:
+def _check_source(spec: DatasetSpec, data_dir: str | None) -> None:
+    if spec.files and not spec.hub and not data_dir:
+        raise UserError(
+            f"{spec.name} is read from files alone: --data-dir DIR reads DIR/{next(iter(spec.files.values()))}"
+        )
+
+
+def _check_split(spec: DatasetSpec, split: str, data_dir: str | None) -> None:
     if split not in SPLITS:
         raise ValueError(f"split: expected one of {', '.join(SPLITS)}, got {split!r}")
+    _check_source(spec, data_dir)
     if spec.files and split not in spec.files:
         why = f"test on {', '.join(spec.test_sets)}" if spec.test_sets else "it only tests; train on deepscaler"
         raise UserError(f"{spec.name} has no {split} split: {why}")
@@ -570,7 +467,7 @@ def _read_jsonl(spec: DatasetSpec, split: str, data_dir: str) -> list[dict]:
             continue
         try:
             row = json.loads(line)
-        except ValueError:
+        except (ValueError, RecursionError):  # brackets in a thousand brackets
             raise UserError(f"{path}, line {number}: not a JSON object") from None
         missing = [c for c in spec.columns if not isinstance(row, dict) or c not in row]
         if missing:
@@ -593,7 +490,7 @@ def _read_hub(spec: DatasetSpec, split: str):
         raise UserError(
             f"{hub_id} could not be read from the hub ({_one_line(error)}): --data-dir DIR reads "
             f"DIR/{spec.files[split]} without network, HF_HUB_OFFLINE=1 what was downloaded before, "
-            "HF_ENDPOINT names a mirror"
+            "HF_ENDPOINT names a mirror, --dataset pydocs needs nothing"
         ) from error
     missing = [c for c in spec.columns.values() if c not in rows.column_names]
     if missing:
@@ -615,7 +512,7 @@ def load_examples(
     spec = get_dataset(name)
     if spec.kind != "task":
         raise ValueError(f"{name} is text: use load_text, and continuation_examples to generate from it")
-    _check_split(spec, split)
+    _check_split(spec, split, data_dir)
     if spec.problems:
         rows = [example for key, example in spec.problems() if split_of(key) == split]
     else:
@@ -646,9 +543,15 @@ def load_examples(
 
 def _to_example(spec: DatasetSpec, row: dict) -> Example:
     try:
-        return spec.example({name: "" if value is None else value for name, value in row.items()})
+        return spec.example({name: _plain(value) for name, value in row.items()})
     except (TypeError, AttributeError, KeyError):
-        raise UserError(f"{spec.name}: a record's {' or '.join(spec.columns)} is not text: {str(row)[:100]}") from None
+        short = reprlib.repr(row)
+        raise UserError(f"{spec.name}: a record's {' or '.join(spec.columns)} is not text: {short[:100]}") from None
+
+
+def _plain(value):
+    """No value is an empty text; lines end in a line feed, wherever the set comes from."""
+    return "" if value is None else value.replace("\r\n", "\n").replace("\r", "\n") if isinstance(value, str) else value
 
 
 def _belongs(key: str, split: str, sources: dict[str, str]) -> bool:
@@ -668,6 +571,13 @@ class TextSplit(NamedTuple):
     variant: str = ""  # which text it is: perplexities of two variants are not to be compared
 
 
+def _local(spec: DatasetSpec, data_dir: str | None) -> DatasetSpec:
+    """WikiText's raw files; where a folder holds none of them, the tokenised ones, another text: the files say it."""
+    tokenised = {split: file.replace(".raw", ".tokens") for split, file in spec.files.items()}
+    there = [any(Path(data_dir or "", f).exists() for f in files.values()) for files in (spec.files, tokenised)]
+    return replace(spec, files=tokenised) if there == [False, True] else spec
+
+
 def load_text(
     name: str, split: str, tokenizer: Tokenizer, *, data_dir: str | None = None, cache_dir: str = ".cache"
 ) -> TextSplit:
@@ -675,19 +585,20 @@ def load_text(
     spec = get_dataset(name)
     if spec.kind != "text":
         raise ValueError(f"{name} is a task set: use load_examples")
-    _check_split(spec, split)
+    _check_split(spec, split, data_dir)
     if name == "pydocs":
         text, variant = _pydocs(split), f"pydocs, Python {platform.python_version()}"
     elif data_dir:
-        text, variant = _read_wikitext(spec, split, data_dir)
+        spec = _local(spec, data_dir)
+        text = _read_file(spec, split, data_dir)
+        variant = spec.hub[1] if ".raw" in spec.files[split] else "wikitext-2-v1 (tokenised, <unk>)"
     else:  # the hub has one row a line, and an empty row for the line that holds one blank
         text, variant = "".join(row or " \n" for row in _read_hub(spec, split)["text"]), spec.hub[1]
     raw = text.encode("utf-8")
     made_of = f"{CACHE_VERSION} {tokenizer.name} {tokenizer.vocab_size} {hashlib.sha256(raw).hexdigest()}"
     key = hashlib.sha256(made_of.encode()).hexdigest()[:16]
     path = Path(cache_dir, f"{name}-{split}-{tokenizer.name}-{key}.npy")
-    tokens = _cached_tokens(path, tokenizer, text)
-    if tokens is None:
+    if not _is_cached(path, tokenizer.end):
         dtype = np.uint16 if tokenizer.vocab_size <= 2**16 else np.uint32
         aside = path.with_name(f"{path.name}.{os.getpid()}.tmp")  # a killed run leaves no half a cache behind
         try:
@@ -697,27 +608,16 @@ def load_text(
             os.replace(aside, path)
         except OSError as error:
             raise UserError(f"the token cache {path} cannot be written: {error.strerror}") from None
-        tokens = np.lib.format.open_memmap(path, mode="r")
-    return TextSplit(tokens, len(raw), variant)
+    return TextSplit(np.lib.format.open_memmap(path, mode="r"), len(raw), variant)
 
 
-def _read_wikitext(spec: DatasetSpec, split: str, data_dir: str) -> tuple[str, str]:
-    """The raw files; where a folder holds none of them, the tokenised ones: another text, named as what it is."""
-    tokenised = {split: file.replace(".raw", ".tokens") for split, file in spec.files.items()}
-    if not any(Path(data_dir, f).exists() for f in spec.files.values()) and Path(data_dir, tokenised[split]).exists():
-        return _read_file(replace(spec, files=tokenised), split, data_dir), "wikitext-2-v1 (tokenised, <unk>)"
-    return _read_file(spec, split, data_dir), spec.hub[1]
-
-
-def _cached_tokens(path: Path, tokenizer: Tokenizer, text: str) -> np.ndarray | None:
-    """The cached tokens if they are whole and say `text`; decoding is ten times as fast as encoding."""
+def _is_cached(path: Path, end: int) -> bool:
+    """Whether a whole array of tokens lies there; its name says which text and tokenizer it is of."""
     try:
         tokens = np.lib.format.open_memmap(path, mode="r")
     except (OSError, ValueError):  # not there; cut short, something else
-        return None
-    if tokens.ndim != 1 or tokens.dtype.kind != "u" or len(tokens) == 0 or tokens[0] != tokenizer.end:
-        return None
-    return tokens if tokenizer.decode(tokens.tolist()) == text else None
+        return False
+    return tokens.ndim == 1 and tokens.dtype.kind == "u" and len(tokens) > 0 and tokens[0] == end
 
 
 def _pydocs(split: str) -> str:
@@ -838,10 +738,3 @@ def score(spec: DatasetSpec, responses: Sequence[str], examples: Sequence[Exampl
         )
     measured = [spec.measure(r, e) for r, e in zip(responses, examples, strict=True)]
     return {name: sum(m[name] for m in measured) / len(measured) for name in measured[0]}
-
-
-def avg_at_k(correct: Sequence[Sequence[float]]) -> float:
-    """Avg@k: k responses a problem, the mean over problems of the share that is right."""
-    if not correct or len({len(row) for row in correct}) != 1 or not len(correct[0]):
-        raise ValueError("correct: expected a non-empty list of rows of equal length k >= 1")
-    return sum(sum(map(float, row)) / len(row) for row in correct) / len(correct)

@@ -54,8 +54,8 @@ def router_shift(
     dtype = torch.float64 if torch.float64 in (router_log_probs.dtype, old_router_log_probs.dtype) else torch.float32
     shift = router_log_probs.new_zeros(B, T, dtype=dtype)
     for layer in range(L):  # a layer at a time: 8 rows of 14336 x 48 x 8 are 176 MB in float32
-        new, old = router_log_probs[:, :, layer].to(dtype), old_router_log_probs[:, :, layer].to(dtype)  # [B, T, K]
-        shift += (new - old).abs().mean(-1)  # over the K experts
+        difference = router_log_probs[:, :, layer].to(dtype) - old_router_log_probs[:, :, layer]  # [B, T, K]
+        shift += difference.abs().mean(-1)  # over the K experts
     # Decision: "sum" exists because a port does that. Twelve layers that drift by 0.05 each: mean gives 0.951, sum
     # 0.549, already below the floor.
     if layers == "mean":
@@ -112,9 +112,9 @@ def rais_loss(
     mask = response_mask
     unfloored = router_shift(router_log_probs, old_router_log_probs, floor=0, layers=layers).masked_fill(~mask, 1)
     gamma = unfloored.clamp(min=floor)  # [B, T]
-    old_log_probs = _at_least_float32(old_log_probs.detach()) - gamma.log()  # the method; what follows is the base
-    log_ratio = (_at_least_float32(log_probs) - old_log_probs).masked_fill(~mask, 0)  # log w' [B, T]
-    A = _at_least_float32(advantages.detach()).masked_fill(~mask.any(1), 0)[:, None]  # [B, 1]
+    old_log_probs = old_log_probs.detach() - gamma.log()  # the method, in float32 at least; what follows is the base
+    log_ratio = (log_probs - old_log_probs).masked_fill(~mask, 0)  # log w' [B, T]
+    A = advantages.detach().masked_fill(~mask.any(1), 0)[:, None]  # [B, 1]
 
     valid = mask
     if base == "gmpo":  # tokens clipped in log space on the side that A opens, then their geometric mean
@@ -175,8 +175,3 @@ def _row_mean(x, mask):
 
 def _exp(log_ratio):
     return log_ratio.clamp(max=40).exp()  # infinity * an advantage of 0 would be NaN
-
-
-def _at_least_float32(x):
-    """Lower precision is computed in float32; float64 stays."""
-    return x if x.dtype == torch.float64 else x.float()

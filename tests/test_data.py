@@ -6,7 +6,6 @@ import platform
 import subprocess
 import sys
 import textwrap
-import threading
 from collections import Counter
 from pathlib import Path
 
@@ -91,8 +90,10 @@ def test_the_table_is_whole():
         "aime25",
         "minerva",
         "olympiad",
+        "amc",
         "countdown",
         "addition",
+        "written-addition",
     }
     example = data.Example("p", "1", ("1",), (1, 1, 1))
     for spec in data.DATASETS.values():
@@ -108,7 +109,7 @@ def test_the_table_is_whole():
 def test_the_table_says_how_each_set_is_evaluated():
     sets = data.DATASETS.values()
     sampled = {s.name for s in sets if s.sampled}  # ERPO section 5.1; deepscaler's own validation split likewise
-    assert sampled == {"deepscaler", *data.get_dataset("deepscaler").test_sets}
+    assert sampled == {"deepscaler", "amc", *data.get_dataset("deepscaler").test_sets}
     assert {(s.eval_temperature, s.eval_top_p) for s in sets if s.sampled} == {(1.0, 0.7)}
     assert {s.name: s.samples_per_problem for s in sets if s.samples_per_problem > 1} == {"aime24": 16, "aime25": 16}
     assert {s.name for s in sets if s.beams == 6} == {"samsum", "xsum", "squad"}
@@ -150,20 +151,20 @@ def test_text_split_starts_with_the_end_token_and_is_cached(tmp_path):
     assert np.array_equal(again.tokens, split.tokens) and file.stat().st_mtime_ns == before
 
 
-@pytest.mark.parametrize("damage", ["truncated", "empty", "foreign", "other numbers", "one token changed"])
+@pytest.mark.parametrize("damage", ["truncated", "empty", "foreign", "other numbers", "another first token"])
 def test_a_damaged_cache_is_made_again(tmp_path, damage):
     whole = np.array(data.load_text("pydocs", "test", BYTES, cache_dir=tmp_path).tokens)
     [file] = list(tmp_path.iterdir())
     content = file.read_bytes()
     changed = whole.copy()
-    changed[1000] ^= 1
+    changed[0] = 7
     file.unlink()  # not written in place: the array above may still be mapped
     if damage in ("truncated", "empty", "foreign"):
         contents = {"truncated": content[: len(content) // 2], "empty": b"", "foreign": b"PK\x03\x04" * 99}
         file.write_bytes(contents[damage])
     else:
         with open(file, "wb") as out:
-            np.save(out, changed if damage == "one token changed" else np.linspace(0, 1, 50))
+            np.save(out, changed if damage == "another first token" else np.linspace(0, 1, 50))
     assert np.array_equal(data.load_text("pydocs", "test", BYTES, cache_dir=tmp_path).tokens, whole)
     assert [p.name for p in tmp_path.iterdir()] == [file.name]  # nothing left aside
 
@@ -252,126 +253,6 @@ def test_every_generated_answer_earns_its_reward():
         assert example.answer == str(int(a) + int(b))
 
 
-@pytest.mark.parametrize(
-    ("response", "right"),
-    [
-        ("3*5+7", 1),
-        (" 7+5*3 ", 1),
-        ("(5*3)+7", 1),
-        ("7--5*3", 0),
-        ("22", 0),
-        ("3*5+7+0", 0),
-        ("3*5", 0),
-        ("7*3+1", 0),
-        ("", 0),
-        ("3*5+7)", 0),
-        ("3*5+7=22", 0),
-        ("3**5+7", 0),
-        ("5//3+7", 0),
-        ("__import__('os')", 0),
-        ("3*5+7\x00", 0),
-        ("(" * 60, 0),
-        ("5/(3-3)+7", 0),
-        ("3*5+07", 0),
-        ("3" * 65, 0),
-        ("3 5 7", 0),
-        ("3,5,7", 0),
-        ("٣*5+7", 0),
-    ],
-)
-def test_countdown_evaluates_safely(response, right):
-    example = data.Example("3 5 7=22:", "3*5+7", ("22",), (3, 5, 7))
-    assert data.measure_countdown(response, example) == {"accuracy": right}
-
-
-def test_countdown_divides_exactly():
-    assert data.measure_countdown("6/4*2", data.Example("", "", ("3",), (2, 4, 6)))["accuracy"] == 1
-    assert data.measure_countdown("1/3*3", data.Example("", "", ("1",), (1, 3, 3)))["accuracy"] == 1
-
-
-@quick
-@given(st.text(alphabet="0123456789+-*/() ", max_size=70))
-def test_countdown_never_crashes(response):
-    assert data.measure_countdown(response, data.Example("", "", ("22",), (3, 5, 7)))["accuracy"] in (0.0, 1.0)
-
-
-# ------------------------------------------------------------------------------------------------- rewards, metrics
-
-
-def f1_by_the_book(response, reference):
-    """precision and recall of the words, each word matched at most as often as it stands in the other"""
-    left, common = list(reference), 0
-    for word in response:
-        if word in left:
-            left.remove(word)
-            common += 1
-    if not common:
-        return 0.0
-    precision, recall = common / len(response), common / len(reference)
-    return 2 * precision * recall / (precision + recall)
-
-
-words = st.lists(st.sampled_from("red green blue cat dog".split()), max_size=8)
-
-
-@quick
-@given(words, st.lists(words, min_size=1, max_size=3))
-def test_f1_is_the_books_and_the_best_reference_counts(response, references):
-    example = data.Example("p", "a", tuple(" ".join(r) for r in references))
-    best = max(f1_by_the_book(response, r) for r in references)
-    assert data.measure_unigrams(" ".join(response), example)["unigram_f1"] == pytest.approx(best)
-    squad = data.measure_squad(" ".join(response), example)
-    assert squad["f1"] == pytest.approx(best)
-    assert squad["exact_match"] == float(any(response == r for r in references))
-
-
-@pytest.mark.parametrize(
-    ("response", "references", "exact", "f1"),
-    [
-        ("The Denver Broncos!", ["Denver Broncos"], 1, 1),
-        ("denver  broncos", ["Carolina Panthers", "the Denver Broncos."], 1, 1),
-        ("a U.S. theater", ["US theater"], 1, 1),
-        ("Denver", ["Denver Broncos"], 0, 2 / 3),
-        ("Anthem", ["An them"], 0, 0),  # an article is a word of its own
-        ("", ["Denver"], 0, 0),
-    ],
-)
-def test_squad_normalises_as_the_official_script(response, references, exact, f1):
-    got = data.measure_squad(response, data.Example("p", "a", tuple(references)))
-    assert got == {"exact_match": exact, "f1": pytest.approx(f1)}
-
-
-def rouge_n_by_the_book(response, reference, n):
-    grams = [Counter(tuple(t[i : i + n]) for i in range(len(t) - n + 1)) for t in (response, reference)]
-    common = sum(min(count, grams[1][gram]) for gram, count in grams[0].items())
-    return 2 * common / (sum(grams[0].values()) + sum(grams[1].values())) if common else 0.0
-
-
-def rouge_l_by_the_book(response, reference):
-    table = np.zeros((len(response) + 1, len(reference) + 1))
-    for i, a in enumerate(response):
-        for j, b in enumerate(reference):
-            table[i + 1, j + 1] = table[i, j] + 1 if a == b else max(table[i, j + 1], table[i + 1, j])
-    return 2 * table[-1, -1] / (len(response) + len(reference)) if table[-1, -1] else 0.0
-
-
-@quick
-@given(words, words.filter(bool))
-def test_rouge_is_the_books(response, reference):
-    got = data.measure_summary(" ".join(response), data.Example("p", "a", (" ".join(reference),)))
-    assert got["rouge1"] == pytest.approx(rouge_n_by_the_book(response, reference, 1))
-    assert got["rouge2"] == pytest.approx(rouge_n_by_the_book(response, reference, 2))
-    assert got["rougeL"] == pytest.approx(rouge_l_by_the_book(response, reference))
-
-
-def test_rouge_of_a_known_example():
-    # 6 and 5 words, "the cat on the mat" in common; 2 of 5 and 4 pairs: on-the, the-mat; stemming: "cats" is "cat"
-    got = data.measure_summary("The cats sat on the mat.", data.Example("p", "a", ("the cat on the mat",)))
-    assert got["rouge1"] == pytest.approx(2 * 5 / 11)
-    assert got["rouge2"] == pytest.approx(2 * 3 / 9)  # the-cat, on-the, the-mat
-    assert got["rougeL"] == pytest.approx(2 * 5 / 11)
-
-
 def test_rewards_are_the_metrics_numbers():
     summary = data.Example("p", "a", ("the cat on the mat",))
     three = data.Example("p", "a", ("3",))
@@ -389,143 +270,14 @@ def test_rewards_are_the_metrics_numbers():
     assert set(data.score(data.get_dataset("squad"), ["a"], [summary])) == {"exact_match", "f1"}
     assert set(data.score(data.get_dataset("math500"), ["a"], [summary])) == {"accuracy"}
     assert set(data.score(data.get_dataset("wikitext2"), ["a"], [summary])) == {"unigram_f1"}
-    assert data.sample_score(data.get_dataset("samsum"), "the cat sat", summary) == pytest.approx(
-        rouge_n_by_the_book("the cat sat".split(), "the cat on the mat".split(), 2)
-    )
+    # of 2 and 4 pairs of words, the-cat in common
+    assert data.sample_score(data.get_dataset("samsum"), "the cat sat", summary) == pytest.approx(2 / 6)
 
 
 def test_score_needs_a_response_for_each_example():
     for responses, examples in ([[], []], [["a"], []]):
         with pytest.raises(ValueError, match="responses"):
             data.score(data.get_dataset("squad"), responses, examples)
-
-
-def test_avg_at_k():
-    assert data.avg_at_k([[1, 0, 0, 1], [1, 1, 1, 1], [0, 0, 0, 0]]) == pytest.approx(0.5)
-    assert data.avg_at_k([[True], [False], [False], [False]]) == 0.25
-    for wrong in ([], [[]], [[1], [1, 0]]):
-        with pytest.raises(ValueError, match="correct"):
-            data.avg_at_k(wrong)
-
-
-# ----------------------------------------------------------------------------------------------------- mathematics
-
-
-@pytest.mark.parametrize(
-    ("reference", "answer", "equal"),
-    [
-        ("025", "25", True),
-        ("25", "025", True),
-        ("025", "250", False),
-        (r"336^\circ", "336", True),
-        ("41.8", r"41.8^{\circ}", True),
-        ("$166$", "166", True),
-        ("$69$,$84$", "69, 84", True),
-        ("3,5,7", "7, 3, 5", True),
-        ("3,5,7", "3,5", False),
-        ("3,5", "3,5,7", False),
-        ("$69$,$84$", "84,69", True),
-        ("16,3,1,1", "16,3,1", True),  # a set: how often a value stands there is lost
-        ("(1,2)", "(1, 2)", True),
-        ("(1,2)", "(2,1)", False),
-        ("(3,2),(-3,2)", "(-3,2),(3,2)", True),
-        ("8.7e8", r"8.7 \times 10^{8}", True),
-        ("8.7e8", "870000000", True),
-        ("8.7e8", "8.8e8", False),
-        ("5.3e-9", "1e-9", False),
-        ("5.3e-9", r"5.3\cdot 10^{-9}", True),  # both round to 0 at six decimals
-        ("np.arcsin(10/13)", r"\arcsin{\frac{10}{13}}", True),
-        ("np.arcsin(10/13)", r"\arcsin(10/14)", False),
-        ("-1./3", r"-\frac{1}{3}", True),
-        (r"\frac{1}{2}", "0.5", True),
-        (r"80\%", "80", True),
-        ("1,234", "1234", True),
-        ("18", r"\$18.00", True),
-        (r"\text{even}", "even", True),
-        ("x=5", "5", True),
-        ("p - q", "-q+p", True),
-        (r"1 \pm \sqrt{19}", r"1+\sqrt{19},1-\sqrt{19}", True),
-        ("2", "", False),
-        ("2", "two", False),
-        ("2", "2+", False),
-        ("7", "7 apples", True),
-        ("7", "seven", False),
-        ("7", "7 " + "indeed " * 9, False),
-    ],
-)
-def test_same_math(reference, answer, equal):
-    assert data.same_math(reference, answer) is equal
-
-
-def test_final_answer():
-    assert data.final_answer(r"so \boxed{1} or rather \boxed{\frac{1}{2}}.") == r"\frac{1}{2}"
-    assert data.final_answer("2+2 = 4\n#### 4\nQuestion: and now?") == "4"
-    assert data.final_answer("I have 3\nso it is 7, of 1,024.") == "1,024"
-    assert data.final_answer("it is 3/4") == "3/4" and data.final_answer("x^2 + 1") == "x^2 + 1"
-    assert data.final_answer("it is \\frac{1}{2}") == "it is \\frac{1}{2}"
-    assert data.final_answer(r"\boxed{1") == r"\boxed{1"
-    assert data.final_answer("") == ""
-
-
-@pytest.mark.parametrize(
-    "response",
-    [
-        "",
-        "####",
-        "####\n",
-        "#" * 99,
-        "\x00",
-        "\ud800",
-        "9" * 5000,
-        "1.2.3.4",
-        r"\boxed{}",
-        r"\boxed{\frac{1}{",
-        r"\boxed{1/0}",
-        r"\boxed{2e9999}",
-        r"\boxed{\int}",
-        r"\boxed{\begin{pmatrix}1}",
-        r"\boxed{9^{9^{9^{9}}}}",
-        r"\boxed{" + "(" * 400 + "}",
-    ],
-)
-def test_what_cannot_be_read_earns_nothing(response, caplog):
-    assert data.reward(data.get_dataset("math500"), response, data.Example("p", "a", (r"\frac{1}{2}",))) == 0
-    assert not caplog.records  # a rollout of nonsense does not fill the log
-
-
-@quick
-@given(st.text(max_size=30))
-def test_math_never_crashes(response):
-    assert data.reward(data.get_dataset("gsm8k"), response, data.Example("p", "a", ("17",))) in (0.0, 1.0)
-
-
-def test_math_works_outside_the_main_thread():
-    results = []
-    data.same_math.cache_clear()
-    thread = threading.Thread(target=lambda: results.append(data.same_math("x+1", "1+x")))
-    thread.start()
-    thread.join()
-    assert results == [True]
-
-
-@needs_real
-@pytest.mark.parametrize("name", ["math500", "aime24", "aime25", "minerva", "olympiad"])
-def test_every_real_answer_is_equal_to_itself(name):
-    spec = data.get_dataset(name)
-    examples = data.load_examples(name, "test", data_dir=REAL)
-    assert examples.skipped == 0
-    for example in examples:
-        for reference in example.references:  # Minerva's variants too
-            assert data.reward(spec, f"We get \\boxed{{{reference}}}.", example) == 1, reference
-
-
-@needs_real
-def test_a_real_answer_is_not_its_neighbours():
-    spec = data.get_dataset("math500")
-    examples = data.load_examples("math500", "test", data_dir=REAL, limit=120)
-    for example, other in zip(examples, examples[1:], strict=False):
-        if example.references != other.references:
-            assert data.reward(spec, other.answer, example) == 0, (example.references, other.references)
 
 
 # ---------------------------------------------------------------------------------------------------- real records

@@ -1,5 +1,7 @@
 """A token that became likelier (or less likely) by many orders of magnitude, in every loss: no overflow, no NaN."""
 
+import math
+
 import pytest
 import torch
 
@@ -58,3 +60,16 @@ def test_a_bound_that_no_ordinary_ratio_meets():
     loss, _ = grpo_loss(new, new.detach() - 39, -torch.ones(4, dtype=torch.float64), ROWS)
     (gradient,) = torch.autograd.grad(loss, new)
     torch.testing.assert_close(gradient, torch.full_like(new, torch.tensor(39.0).double().exp().item() / 8))
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_a_log_ratio_above_40_counts_as_40(name):
+    """e^40 where the reward is worst, in a row that no clip stops: the largest term that a loss can have."""
+    A = torch.tensor([-1.0, 1.0, 1.0, -1.0]).double()
+    new, old = torch.full((4, 2), -1.0).double(), torch.full((4, 2), -1.0).double()
+    old[0] = -46.0
+    at = LOSSES[name](new, old, A)[0] / math.exp(40)
+    old[0] = -41.0
+    torch.testing.assert_close(at, LOSSES[name](new, old, A)[0] / math.exp(40), rtol=1e-12, atol=0)
+    old[0] = -40.5
+    assert LOSSES[name](new, old, A)[0] / math.exp(40) == pytest.approx(at.item() * math.exp(-0.5), rel=1e-9)

@@ -91,11 +91,25 @@ def test_router_shift_dtypes(dtype):
     np.testing.assert_allclose(gamma, expected, atol=1e-6)
 
 
+@pytest.mark.parametrize("types", [(torch.float32, torch.float64), (torch.float64, torch.float32)])
+def test_float64_on_either_side_is_kept(types):
+    *_, new, old = (x.to(t) for x, t in zip(make(3), [torch.float64] * 4 + list(types), strict=True))
+    gamma = router_shift(new, old)
+    assert gamma.dtype == torch.float64
+    np.testing.assert_allclose(gamma, reference.router_shift(new.double().numpy(), old.double().numpy()), atol=1e-12)
+
+
+def test_the_two_ends_of_the_floor():
+    """0 lets gamma go to 0; 1 is no rescaling at all."""
+    *_, new, old = make(3)
+    assert (router_shift(new - 99, old, floor=0) < 1e-30).all() and (router_shift(new, old, floor=1) == 1).all()
+
+
 def test_router_shift_refuses_bad_arguments():
     *_, new, old = make(4)
-    with pytest.raises(ValueError, match=r"router_log_probs.*\[B, T, L, K\].*\[3, 5, 2\]"):
+    with pytest.raises(ValueError, match=r"^router_log_probs .*\[B, T, L, K\].*\[3, 5, 2\]"):
         router_shift(new[..., 0], old)
-    with pytest.raises(ValueError, match=r"old_router_log_probs.*\[3, 5, 2, 2\].*\[3, 5, 1, 2\]"):
+    with pytest.raises(ValueError, match=r"^old_router_log_probs .*\[3, 5, 2, 2\].*\[3, 5, 1, 2\]"):
         router_shift(new, old[:, :, :1])
     for floor in (-0.1, 1.1, float("nan")):
         with pytest.raises(ValueError, match="floor"):
@@ -228,6 +242,35 @@ def test_gamma_is_stop_gradient(base):
 
 
 @bases
+def test_nothing_but_log_probs_carries_gradient(base):
+    inputs = make(7, spread=0.1, drift=0.05)
+    for x in inputs[:3] + inputs[4:]:
+        x.requires_grad_()
+    rais_loss(*inputs, base=base, clip_low=0.5, clip_high=0.5)[0].backward()
+    assert inputs[0].grad.abs().sum() > 0 and all(x.grad is None for x in inputs[1:])
+
+
+@bases
+def test_a_range_of_zero_is_a_range(base):
+    """0 is not "not given": every ratio outside is clipped, on its side."""
+    inputs = make(6, B=8, spread=1.0)
+    still = (*inputs[:5], inputs[4])
+    for ranges in (dict(clip_low=0), dict(clip_high=0), dict(clip_low=0, clip_high=0)):
+        loss, metrics = rais_loss(*still, base=base, **ranges)
+        expected, expected_metrics = BASES[base](*inputs[:4], **ranges)
+        assert torch.equal(loss, expected) and torch.equal(metrics["clip_share"], expected_metrics["clip_share"])
+        assert loss != BASES[base](*inputs[:4])[0]
+
+
+def test_at_the_floor_is_not_below_it():
+    """floor_share counts gammas that the floor has raised."""
+    new, old, A, mask, router, old_router = make(9)
+    for r, share in ((old_router, 0), (router, 1)):
+        metrics = rais_loss(new, old, A, mask, r, old_router, floor=1)[1]
+        assert metrics["floor_share"] == share and metrics["gamma_min"] == metrics["gamma_mean"] == 1
+
+
+@bases
 def test_a_moved_router_shrinks_the_update(base):
     new, old, A, mask, router, old_router = make(8, spread=0.0, drift=0.2)
     grads = []
@@ -298,7 +341,7 @@ def test_all_false_mask(base):
     loss, metrics = rais_loss(new, nan[..., 0, 0], torch.ones(3), nothing, nan, nan, base=base)
     loss.backward()
     assert loss.item() == 0 and (new.grad == 0).all()
-    assert all(torch.isfinite(v) for v in metrics.values())
+    assert all(torch.isfinite(v) for v in metrics.values()) and metrics["gamma_min"] == 1
 
 
 @bases
@@ -334,22 +377,22 @@ def test_loss_refuses_bad_arguments():
         )
     )
     for name, bad, message in (
-        ("log_probs", good["log_probs"][0], r"log_probs.*\[B, T\].*\[5\]"),
-        ("log_probs", torch.zeros(0, 5), r"log_probs.*\[0, 5\]"),
-        ("old_log_probs", torch.zeros(3, 4), r"old_log_probs.*\[3, 5\].*\[3, 4\]"),
-        ("advantages", torch.zeros(3, 5), r"advantages.*\[3\].*\[3, 5\]"),
-        ("response_mask", torch.ones(3, 4, dtype=torch.bool), r"response_mask.*\[3, 5\].*\[3, 4\]"),
-        ("response_mask", torch.ones(3, 5), "response_mask.*bool.*float32"),
-        ("router_log_probs", torch.zeros(3, 4, 2, 2), r"router_log_probs.*\[3, 5, 2, 2\].*\[3, 4, 2, 2\]"),
-        ("router_log_probs", torch.zeros(3, 5, 2), r"router_log_probs.*\[B, T, L, K\].*\[3, 5, 2\]"),
-        ("router_log_probs", torch.zeros(5), r"router_log_probs.*\[B, T, L, K\].*\[5\]"),
-        ("router_log_probs", torch.zeros(3, 5, 2, 0), r"router_log_probs.*K above 0.*\[3, 5, 2, 0\]"),
-        ("old_router_log_probs", torch.zeros(3, 5, 2, 1), r"old_router_log_probs.*\[3, 5, 2, 2\].*\[3, 5, 2, 1\]"),
-        ("base", "ppo", "base.*'ppo'"),
+        ("log_probs", good["log_probs"][0], r"^log_probs .*\[B, T\].*\[5\]"),
+        ("log_probs", torch.zeros(0, 5), r"^log_probs .*\[0, 5\]"),
+        ("old_log_probs", torch.zeros(3, 4), r"^old_log_probs .*\[3, 5\].*\[3, 4\]"),
+        ("advantages", torch.zeros(3, 5), r"^advantages .*\[3\].*\[3, 5\]"),
+        ("response_mask", torch.ones(3, 4, dtype=torch.bool), r"^response_mask .*\[3, 5\].*\[3, 4\]"),
+        ("response_mask", torch.ones(3, 5), "^response_mask .*bool.*float32"),
+        ("router_log_probs", torch.zeros(3, 4, 2, 2), r"^router_log_probs .*\[3, 5, 2, 2\].*\[3, 4, 2, 2\]"),
+        ("router_log_probs", torch.zeros(3, 5, 2), r"^router_log_probs .*\[B, T, L, K\].*\[3, 5, 2\]"),
+        ("router_log_probs", torch.zeros(5), r"^router_log_probs .*\[B, T, L, K\].*\[5\]"),
+        ("router_log_probs", torch.zeros(3, 5, 2, 0), r"^router_log_probs .*K above 0.*\[3, 5, 2, 0\]"),
+        ("old_router_log_probs", torch.zeros(3, 5, 2, 1), r"^old_router_log_probs .*\[3, 5, 2, 2\].*\[3, 5, 2, 1\]"),
+        ("base", "ppo", "^base .*'ppo'"),
         ("clip_low", -0.1, "clip_low and clip_high.*-0.1"),
         ("clip_high", float("nan"), "clip_low and clip_high.*nan"),
-        ("floor", 1.5, "floor.*1.5"),
-        ("layers", "max", "layers.*'max'"),
+        ("floor", 1.5, "^floor .*1.5"),
+        ("layers", "max", "^layers .*'max'"),
     ):
         with pytest.raises(ValueError, match=message):
             rais_loss(**{**good, name: bad})
