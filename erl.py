@@ -169,9 +169,15 @@ def explore(
 
     Decision: only decisions at positions that predict a counting token are replaced. On a task the prompt stays as it
     is: the paper's tasks run on encoder-decoder models whose decoder alone is perturbed.
+    ValueError: n_perturb below 1, a mask of another shape or type, and what random_routes and erl_advantage refuse.
     """
+    if n_perturb < 1:
+        raise ValueError(f"n_perturb must be at least 1, got {n_perturb}")
     original = forward(None)
     before, (B, T, L, E) = original[0].detach(), original[1].shape
+    _check_shape("mask", mask, (B, T))
+    if mask.dtype != torch.bool:
+        raise ValueError(f"mask must be torch.bool, got {mask.dtype}")
     experts, replaced = random_routes(n_perturb * B, T, L, E, top_k, alpha, generator=generator)  # eq. 6-9
     S = (replaced & mask.cpu().repeat(n_perturb, 1).unsqueeze(-1)).to(before.device)  # [m * B, T, L]
     experts = experts.to(before.device)
@@ -198,7 +204,12 @@ def erl_objective(
     The first loss reuses the passes of `explore`, so its ratio is exactly 1. Further ones run the same routes through
     the updated model, and the clip begins to act. Decision: they hold delta * L_RL alone; two inner epochs are not two
     epochs of the LM loss.
+    ValueError: delta below 0, inner_epochs below 1, and what erl_loss refuses.
     """
+    if not delta >= 0:
+        raise ValueError(f"delta must be at least 0, got {delta}")
+    if inner_epochs < 1:
+        raise ValueError(f"inner_epochs must be at least 1, got {inner_epochs}")
     for epoch in range(inner_epochs):
         _, router_log_probs, lm_loss = forward((paths.experts, paths.S)) if epoch else paths.perturbed
         log_probs = router_log_probs.gather(-1, paths.experts)  # [m * B, T, L, K]

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.autograd import gradcheck
 
-from erl import erl_advantage, erl_loss, random_routes
+from erl import erl_advantage, erl_loss, erl_objective, explore, random_routes, rounding
 
 shapes = st.tuples(st.integers(1, 3), st.integers(1, 5), st.integers(1, 3), st.integers(1, 3))
 seeds = st.integers(0, 10_000)
@@ -323,3 +323,150 @@ def test_loss_refuses_bad_arguments():
     for eps in (-0.1, float("nan")):
         with pytest.raises(ValueError, match="clip_eps"):
             erl_loss(new, old, advantages, perturbed, clip_eps=eps)
+
+
+# ------------------------------------------------------------------------------------------ explore and erl_objective
+
+
+class Toy:
+    """A model whose router and words are small tables: every number of a pass can be computed by hand.
+
+    log p of the token at t falls by `harm[e]` for each expert e that a layer uses there with weight 1 / K.
+    """
+
+    def __init__(self, B=2, T=5, L=2, E=4, K=2, seed=0):
+        g = torch.Generator().manual_seed(seed)
+        self.shape = B, T, L, E, K
+        self.router = torch.randn(B, T, L, E, generator=g, dtype=torch.float64, requires_grad=True)
+        self.words = torch.randn(B, T, generator=g, dtype=torch.float64, requires_grad=True)
+        self.harm = torch.randn(E, generator=g, dtype=torch.float64)
+        self.asked = []
+
+    def __call__(self, routes):
+        B, T, L, E, K = self.shape
+        self.asked.append(routes)
+        log_probs, router = self.words - 3, self.router.log_softmax(-1)
+        if routes is None:
+            return log_probs, router, (self.words**2).mean()
+        experts, S = routes
+        m = len(experts) // B
+        cost = (self.harm[experts].mean(-1) * S).sum(-1)  # [m * B, T]
+        log_probs = log_probs.repeat(m, 1) - cost
+        return log_probs, router.repeat(m, 1, 1, 1), (log_probs**2).mean()
+
+
+def explored(toy, mask=None, **options):
+    B, T, L, E, K = toy.shape
+    mask = torch.ones(B, T, dtype=torch.bool) if mask is None else mask
+    return explore(toy, mask, K, generator=torch.Generator().manual_seed(7), dtype=torch.float64, **options)
+
+
+@pytest.mark.parametrize("advantage", ["static", "log"])
+def test_explore_by_hand(advantage):
+    """Rows j * B + b are perturbed pass j of row b; a token's advantage is minus what its random experts cost."""
+    toy = Toy()
+    B, T, L, E, K = toy.shape
+    paths = explored(toy, advantage=advantage)
+    assert paths.experts.shape == (3 * B, T, L, K) and paths.S.shape == (3 * B, T, L)
+    for row in range(3 * B):
+        for t in range(T):
+            cost = sum(
+                sum(toy.harm[e].item() / K for e in paths.experts[row, t, layer].tolist())
+                for layer in range(L)
+                if paths.S[row, t, layer]
+            )
+            want = -cost if advantage == "log" else float(np.sign(-cost))
+            assert paths.advantages[row, t].item() == pytest.approx(want, abs=1e-12)
+            for layer in range(L):
+                row_probs = toy.router[row % B, t, layer].detach().softmax(-1)
+                old = paths.old_router_log_probs[row, t, layer].exp()
+                assert torch.allclose(old, row_probs[paths.experts[row, t, layer]])
+
+
+def test_a_prompt_is_never_perturbed():
+    toy = Toy(B=3, T=6)
+    mask = torch.tensor([[0, 0, 1, 1, 1, 0], [0, 0, 0, 0, 1, 1], [1, 1, 1, 1, 1, 1]]).bool()
+    paths = explored(toy, mask, alpha=1.0)
+    assert torch.equal(paths.S, mask.repeat(3, 1)[..., None].expand(9, 6, 2))
+    assert all(torch.equal(routes[1], paths.S) for routes in toy.asked[1:])  # what the model was told is S, no more
+
+
+@pytest.mark.parametrize("wpl", [False, True])
+def test_objective_by_hand(wpl):
+    toy = Toy()
+    paths = explored(toy)
+    (loss, metrics), *more = erl_objective(toy, paths, delta=0.7, clip_eps=0.1, wpl=wpl)
+    new = toy.router.log_softmax(-1).repeat(3, 1, 1, 1).gather(-1, paths.experts)
+    rl, _ = erl_loss(new, paths.old_router_log_probs, paths.advantages, paths.S, clip_eps=0.1)
+    extra = toy((paths.experts, paths.S))[2] if wpl else 0
+    assert not more
+    assert loss.item() == pytest.approx((paths.original[2] + 0.7 * (rl + extra)).item(), abs=1e-12)  # eq. 15-17
+    assert metrics["ratio_mean"].item() == pytest.approx(1, abs=1e-12)
+    loss.backward()
+    assert toy.router.grad.abs().sum() > 0 and toy.words.grad.abs().sum() > 0
+
+
+def test_inner_epochs_use_the_same_routes_and_learn_the_text_once():
+    toy = Toy()
+    paths, words, norms, ratios = explored(toy), toy.words.detach().clone(), [], []
+    for loss, metrics in erl_objective(toy, paths, delta=2.0, wpl=True, inner_epochs=3):
+        toy.router.grad = toy.words.grad = None
+        loss.backward()
+        norms.append(0.0 if toy.words.grad is None else toy.words.grad.norm().item())
+        ratios.append(metrics["ratio_mean"].item())
+        with torch.no_grad():  # the caller's optimizer
+            toy.router -= 5 * toy.router.grad
+    assert norms[0] > 0 and norms[1:] == [0, 0]  # no LM loss after the first
+    assert ratios[0] == pytest.approx(1, abs=1e-12) and abs(ratios[2] - 1) > 1e-3
+    assert all(torch.equal(r[0], paths.experts) and torch.equal(r[1], paths.S) for r in toy.asked[1:])
+    assert len(toy.asked) == 4 and torch.equal(toy.words, words)
+
+
+def test_better_routes_become_more_probable_through_the_whole_method():
+    toy = Toy(B=1, T=40, L=1, E=4, K=1)
+    before = (toy.router.softmax(-1) * toy.harm).sum(-1).mean().item()
+    for step in range(30):
+        generator = torch.Generator().manual_seed(step)
+        paths = explore(toy, torch.ones(1, 40, dtype=torch.bool), 1, generator=generator, dtype=torch.float64)
+        for loss, _ in erl_objective(toy, paths, delta=1.0):
+            toy.router.grad = None
+            loss.backward()
+            with torch.no_grad():
+                toy.router -= 20 * toy.router.grad
+    assert (toy.router.softmax(-1) * toy.harm).sum(-1).mean().item() < before - 0.2
+
+
+def test_gains_within_rounding_are_none():
+    toy = Toy()
+    toy.harm = toy.harm * 1e-8
+    assert not explore(toy, torch.ones(2, 5, dtype=torch.bool), 2).advantages.any()  # float32: 2e-6
+    assert explored(toy, alpha=1.0).advantages.abs().min() == 1  # float64 sees them
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+def test_rounding_grows_with_the_log_probability(dtype):
+    bound = rounding(torch.tensor([-100.0, -8.0, -4.0, -0.1, 0.0], dtype=torch.float64), dtype)
+    eps = torch.finfo(dtype).eps
+    assert torch.allclose(bound, 4 * eps * torch.tensor([100, 8, 4, 4, 4], dtype=torch.float64))
+
+
+@pytest.mark.parametrize(
+    "options, word",
+    [
+        ({"n_perturb": 0}, "n_perturb"),
+        ({"alpha": 1.5}, "alpha"),
+        ({"advantage": "sign"}, "kind"),
+        ({"mask": torch.ones(2, 4, dtype=torch.bool)}, "mask"),
+        ({"mask": torch.ones(2, 5)}, "mask"),
+    ],
+)
+def test_explore_refuses_bad_arguments(options, word):
+    with pytest.raises(ValueError, match=word):
+        explored(Toy(), **options)
+
+
+@pytest.mark.parametrize("options", [{"delta": -1.0}, {"inner_epochs": 0}, {"clip_eps": -0.1}, {"delta": float("nan")}])
+def test_objective_refuses_bad_arguments(options):
+    toy = Toy()
+    with pytest.raises(ValueError, match=next(iter(options))):
+        list(erl_objective(toy, explored(toy), **options))
