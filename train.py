@@ -15,6 +15,7 @@ One process: for more machines see recipes/.
 import inspect
 import os
 import sys
+from functools import partial
 from typing import NamedTuple
 
 # PyTorch reads these when it is imported; a user's own setting wins. On Linux it then asks for huge pages for tensors
@@ -39,6 +40,7 @@ from support.fast import speed_up
 from support.generation import Rollout, generate
 from support.initial import check_model, initial_model
 from support.pictures import plot_curves
+from support.routing_report import routing_report
 from support.run_folder import NEW_STATE, Run, find_checkpoint, load_state, open_folder, write_json
 from support.tasks import Batch, Task, load_task, rng
 
@@ -72,7 +74,8 @@ def train_text(model: GPT, task: Task, args, run: Run, algo: str):
         batch, report = task.batch(step).to(model.wte.weight.device), {}
         for loss, metrics in losses(model, batch, args, step):  # ERL: one an inner epoch
             report |= metrics | run.update(loss)
-        run.after(report, tokens=int(batch.mask.sum()))
+        routing = report.pop("routing", None)  # the router's own, of the original pass
+        run.after(report, tokens=int(batch.mask.sum()), more=partial(describe_routing, routing, batch))
 
 
 def lm_losses(model: GPT, batch: Batch, args, step: int):
@@ -125,11 +128,16 @@ def original_loss(model: GPT, features, routing, batch: Batch, args):
     metrics = {"loss": lm_loss.detach()}
     if not routing.logits.shape[2]:
         return lm_loss, metrics, log_probs
-    balance, z, load = router_losses(routing.logits, routing.experts, batch.routed)  # [L], [L], [L, E]
+    balance, z, _ = router_losses(routing.logits, routing.experts, batch.routed)  # [L], [L]
     loss = lm_loss + args.balance_coef * balance.sum() + args.z_coef * z.sum()  # Switch: each MoE layer adds its own
     metrics |= {"balance_loss": balance.detach().mean(), "z_loss": z.detach().mean()}
-    metrics |= {"load_min": load.min(), "load_max": load.max()}
+    metrics["routing"] = routing._replace(logits=routing.logits.detach(), inputs=())
     return loss, metrics, log_probs
+
+
+def describe_routing(routing, batch: Batch) -> dict:
+    """Load, entropy and the like over every token that is not padding; nothing of a dense model."""
+    return {} if routing is None else routing_report(routing.logits, mask=batch.routed, experts=routing.experts)
 
 
 def perturbed_log_probs(model: GPT, features, batch: Batch, S, args):
@@ -178,6 +186,7 @@ class Policy(NamedTuple):
     experts: Tensor  # [B, T, L, K]
     expert_log_probs: Tensor  # [B, T, L, K], log P of `experts`
     old_expert_log_probs: Tensor  # [B, T, L, K], log P of the experts that the rollout used
+    router_logits: Tensor  # [B, T, L, E]
 
 
 def train_answers(model: GPT, task: Task, args, run: Run):
@@ -200,11 +209,14 @@ def train_answers(model: GPT, task: Task, args, run: Run):
                 # from it by rounding (other matrix shapes), and the first ratio of a batch must be exactly 1.
                 old = Policy(*(t.detach() for t in new))
             else:
-                old = Policy(part.log_probs, part.experts, part.expert_log_probs, part.expert_log_probs)
+                log_p = part.expert_log_probs
+                old = new._replace(
+                    log_probs=part.log_probs, experts=part.experts, expert_log_probs=log_p, old_expert_log_probs=log_p
+                )
             inputs = loss_inputs(new, old, rewards[rows], advantages[rows], part.response_mask, model.config, args)
             loss, metrics = METHODS[args.algo](**inputs)
             norms = run.update(loss * share + aux_loss)
-            updates.append(metrics | norms | {"loss": loss.detach() * share} | changed_experts(new, part))
+            updates.append(moved_routes(new, part) | metrics | norms | {"loss": loss.detach() * share})
         metrics = rollout_metrics(rollout, rewards, G) | mean_metrics(updates)
         run.after(metrics, tokens=int(rollout.response_mask.sum()), every=1)
 
@@ -244,7 +256,8 @@ def policy_forward(model: GPT, rollout: Rollout, args) -> tuple[Policy, Tensor |
         lengths = mask.shape[1] - mask.flip(1).int().argmax(1, keepdim=True)  # prompt and response
         routed = torch.arange(mask.shape[1], device=mask.device) < lengths
         aux_loss = args.answer_balance_coef * router_losses(routing.logits, routing.experts, routed)[0].sum()
-    return Policy(log_probs, routing.experts, routing.expert_log_probs(), at_old_experts), aux_loss
+    policy = Policy(log_probs, routing.experts, routing.expert_log_probs(), at_old_experts, routing.logits)
+    return policy, aux_loss
 
 
 def loss_inputs(new: Policy, old: Policy, rewards, advantages, response_mask, config: MoEConfig, args) -> dict:
@@ -287,10 +300,11 @@ def rollout_metrics(rollout: Rollout, rewards: Tensor, group_size: int) -> dict:
     }
 
 
-def changed_experts(new: Policy, rollout: Rollout) -> dict:
-    """Share of the rollout's (token, layer, expert) choices that the updated policy does not make."""
-    same = (new.experts[..., :, None] == rollout.experts[..., None, :]).any(-1)  # [B, T, L, K]
-    return {"experts_changed": 1 - same[rollout.response_mask].float().mean()}
+def moved_routes(new: Policy, rollout: Rollout) -> dict:
+    """How far the updated router is from the one that wrote the responses: agreement, gamma, entropy, load ..."""
+    mask = rollout.response_mask
+    old, experts = rollout.expert_log_probs, {"experts": new.experts, "old_experts": rollout.experts}
+    return routing_report(new.router_logits, old, mask, **experts)
 
 
 def mean_metrics(updates: list[dict]) -> dict:
@@ -376,7 +390,7 @@ def check_options(args):
     """Let the losses themselves refuse options, before any work is done: they are called on two rows of nothing."""
     zeros, one = torch.zeros(2, 1, 1, 1), torch.zeros(2, 1, 1, 1, dtype=torch.long)
     if args.algo in METHODS:
-        policy, rows = Policy(zeros[:, :, 0, 0], one, zeros, zeros), torch.zeros(2)
+        policy, rows = Policy(zeros[:, :, 0, 0], one, zeros, zeros, zeros), torch.zeros(2)
         inputs = loss_inputs(policy, policy, rows, rows, torch.ones(2, 1, dtype=torch.bool), MoEConfig(), args)
         plainly(lambda: METHODS[args.algo](**inputs | {"group_size": 2} if "group_size" in inputs else inputs))
     elif args.algo == "erl":

@@ -187,8 +187,9 @@ class Run:
         self.state["clipped"] = self.state["clipped"] + (norm.detach() > limit)  # a tensor: no wait for the device
         return {"grad_norm": norm.detach(), "router_grad_norm": routers.detach()}
 
-    def after(self, metrics: dict, tokens: int, every: int = LOG_EVERY):
-        """A step is done: write it down (each `every` steps), save, stop if that was asked for."""
+    def after(self, metrics: dict, tokens: int, every: int = LOG_EVERY, more=dict):
+        """A step is done: write it down (each `every` steps; `more` gives what is only computed for that), save, stop
+        if that was asked for."""
         self.state["step"] += 1
         self.state["tokens"] += tokens
         self.bar.update()
@@ -196,9 +197,10 @@ class Run:
         saving = stopping or finished or self.step % self.args.checkpoint_every == 0
         logging = finished or self.step % every == 0
         if logging or saving:
-            metrics = {k: v.item() if isinstance(v, Tensor) else v for k, v in metrics.items()}
+            metrics = plain_numbers(metrics)
             self._check_finite(metrics)
         if logging:
+            metrics |= plain_numbers(more())
             self._log_step(metrics)
         if saving:
             self._save()
@@ -266,7 +268,6 @@ class Run:
     # ---- writing down
 
     def _log(self, **row):
-        row = {k: v.item() if isinstance(v, Tensor) else v for k, v in row.items()}
         try:
             with open(self.metrics_path, "a") as file:
                 file.write(json.dumps(row) + "\n")
@@ -381,6 +382,11 @@ class Run:
         finally:
             for number, old in previous.items():
                 signal.signal(number, old)
+
+
+def plain_numbers(metrics: dict) -> dict:
+    """Tensors as numbers, those of more than one element as lists."""
+    return {k: v.tolist() if isinstance(v, Tensor) else v for k, v in metrics.items()}
 
 
 def mean_scores(results: dict[str, dict]) -> dict:
