@@ -11,7 +11,6 @@ or accuracy. Shapes: S samples, R routes (the original first), T positions, L Mo
 """
 
 import argparse
-import json
 import math
 import os
 import sys
@@ -24,21 +23,17 @@ from torch import Tensor
 from tqdm import tqdm
 
 import data
-from data import UserError
 from erl import random_routes
-from moe import GPT, Routes, generate, load_model, pick_device, token_log_probs
-from train import (
-    Parser,
-    find_checkpoint,
-    is_finite,
-    number,
-    one_of,
-    rng,
-    text_windows,
-    told_plainly,
-    users_mistake,
-    write_json,
-)
+from moe import GPT, Routes
+from support.arguments import Parser, number, one_of, read_config
+from support.checkpoints import load_model
+from support.device import pick_device
+from support.errors import UserError, plainly, sentence
+from support.evaluation import text_windows
+from support.fast import speed_up
+from support.generation import generate
+from support.run_folder import find_checkpoint, is_finite, write_json
+from support.tasks import rng
 
 ALPHAS, EACH = (0.25, 0.5, 0.75), 33  # the ranked routes: the original and 33 at each alpha
 RANKED = 1 + EACH * len(ALPHAS)  # 100
@@ -75,17 +70,12 @@ def parse(argv: list[str]) -> argparse.Namespace:
 
 def load_run(folder: str) -> tuple[GPT, dict, dict]:
     """A run's model, its arguments (config.json) and the checkpoint's metadata."""
-    try:
-        with open(os.path.join(folder, "config.json")) as file:
-            config = json.load(file)
-        config = {name: config.get(name) for name in ("dataset", "tokenizer", "data_dir", "max_new_tokens")}
-    except (OSError, ValueError, AttributeError):
-        raise UserError(f"{folder} is not a run folder of train.py: there is no readable config.json") from None
+    config = read_config(folder)
+    config = {name: config.get(name) for name in ("dataset", "tokenizer", "data_dir", "max_new_tokens")}
     checkpoint = find_checkpoint(folder)
     if checkpoint is None:
         raise UserError(f"{folder} has no checkpoint yet: wait for its first one, or continue it with --resume")
-    with told_plainly():
-        model, metadata = load_model(os.path.join(checkpoint, "model.safetensors"))
+    model, metadata = plainly(load_model, os.path.join(checkpoint, "model.safetensors"))
     if not model.config.moe_blocks:
         raise UserError(f"{folder} is a dense model: it has no routes to rank")
     if not is_finite(model):
@@ -168,7 +158,7 @@ def score_text(model: GPT, window, routes: Routes, batch_size: int | None = None
     for part in batches(model, routes, batch_size):
         rows = len(part.forced)
         features, routing = model.branch(hidden.expand(rows, -1, -1), part)
-        log_probs = token_log_probs(features, model.wte.weight, tokens[1:].expand(rows, -1))
+        log_probs = model.token_log_probs(features, tokens[1:].expand(rows, -1))
         values.append(log_probs[:, mask].cpu().double().mean(1))
         if original is None:
             original = routing.experts[0, mask].cpu(), routing.logits[0, mask].softmax(-1).amax(-1).cpu()
@@ -304,7 +294,7 @@ def compare(args, model: GPT, config: dict, samples: Samples) -> dict:
             row += samples.tokenizer.encode(item.answer)[: samples.max_new_tokens]
         rows.append(row)
         count += len(row)
-    share, tokens = expert_consistency(model, second.to(model.wte.weight.device), rows, samples.tokenizer)
+    share, tokens = expert_consistency(model, speed_up(second.to(model.wte.weight.device)), rows, samples.tokenizer)
     large = tokens >= SMALLEST_CLUSTER
     shown = [[share[i, j].item() if large[i, j] else None for j in range(share.shape[1])] for i in range(len(share))]
     return {
@@ -426,10 +416,9 @@ def heat_map(rows: list[list[float | None]], title: str, highest: float | None, 
 
 def run(args: argparse.Namespace) -> dict:
     """Evaluate a run (see `parse`), write routing.json and the pictures, and return what routing.json holds."""
-    with told_plainly():
-        device = pick_device(args.device)
+    device = plainly(pick_device, args.device)
     model, config, metadata = load_run(args.run)
-    model = model.to(device)
+    model = speed_up(model.to(device))
     samples = load_samples(args, model, config)
     out = args.out or args.run
     try:
@@ -478,9 +467,9 @@ def main(argv: list[str] | None = None) -> int:
     except KeyboardInterrupt:
         return 130
     except Exception as error:
-        if (sentence := users_mistake(error)) is None:
+        if (text := sentence(error)) is None:
             raise
-        print(f"eval_routing.py: {' '.join(sentence.split())}", file=sys.stderr)
+        print(f"eval_routing.py: {text}", file=sys.stderr)
         return 2
     print(f"{result['samples']} samples of {result['dataset']} {result['split']}, score: {result['score']}")
     for name in ("mrr", "hit1"):

@@ -19,8 +19,9 @@ from matplotlib.image import imread
 import data
 import eval_routing
 import train
-from data import UserError
-from moe import GPT, MoEConfig, Routes, save_model, upcycle
+from moe import GPT, MoEConfig, Routes, upcycle
+from support.checkpoints import save_model
+from support.errors import UserError
 
 SMALL = dict(vocab_size=257, context=24, n_layer=2, n_head=2, n_embd=16, moe_every=1)
 PICTURES = ("ranks", "robustness", "top1", "load")
@@ -416,12 +417,12 @@ def test_the_comparison_of_task_runs_reads_prompt_and_answer(runs, tmp_path):
 @pytest.mark.parametrize(
     "argv, says",
     [
-        (["nothing"], "nothing is not a run folder of train.py: there is no readable config.json"),
+        (["nothing"], "nothing holds no run (no readable config.json)"),
         (["dense"], "dense is a dense model: it has no routes to rank"),
         (["unfinished"], "unfinished has no checkpoint yet"),
         (["broken"], "not a readable checkpoint of this program"),
-        (["garbled"], "garbled is not a run folder"),
-        (["small", "--dataset", "wikitext2", "--data-dir", "empty"], "wiki.test.tokens is missing"),
+        (["garbled"], "is not that of a run of this program"),
+        (["small", "--dataset", "wikitext2", "--data-dir", "empty"], "wiki.test.raw is missing"),
         (["small", "--dataset", "pydoc"], "did you mean pydocs?"),
         (["small", "--split", "tests"], "did you mean test?"),
         (["small", "--dataset", "deepscaler"], "deepscaler has no test split"),
