@@ -26,8 +26,9 @@ from accelerate import Accelerator
 from erl import erl_objective, explore, random_routes
 from moe import router_losses
 from recipes.hf_routing import Routes, find_routers, next_token_log_probs
-from recipes.hf_text import evaluate, load_model, load_windows, rng
+from recipes.hf_text import evaluate, load_model, load_windows
 from support.errors import UserError
+from support.tasks import rng
 
 ARMS = ("lm", "erl", "shuffled", "centred", "expert-random")
 

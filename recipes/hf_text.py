@@ -9,12 +9,7 @@ from recipes.hf_routing import next_token_log_probs
 from recipes.upcycle_hf import load_dense, upcycle
 from support.errors import UserError
 from support.routing_report import routing_report
-
-
-def rng(*key) -> torch.Generator:
-    """A CPU generator of its own for every key."""
-    digest = hashlib.sha256(repr(key).encode()).digest()
-    return torch.Generator().manual_seed(int.from_bytes(digest[:7], "little"))
+from support.tasks import rng
 
 
 def load_model(source: str, seed: int = 0):

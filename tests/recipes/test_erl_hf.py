@@ -16,10 +16,11 @@ transformers = pytest.importorskip("transformers", minversion="5.6", reason="pip
 from tiny_hf import save_tiny_llama  # noqa: E402
 
 from erl import erl_objective, explore  # noqa: E402
-from moe import GPT, MoEConfig, Routes, load_gpt2, router_losses, token_log_probs, upcycle  # noqa: E402
+from moe import GPT, MoEConfig, Routes, router_losses, upcycle  # noqa: E402
 from recipes import erl_hf  # noqa: E402
 from recipes.hf_routing import find_routers  # noqa: E402
 from recipes.hf_text import load_model, load_windows  # noqa: E402
+from support.checkpoints import load_gpt2  # noqa: E402
 
 ROOT = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
@@ -91,7 +92,7 @@ def forward_of_moe(model: GPT, tokens, mask, gradient):
         inputs = tokens[:, :-1] if routes is None else tokens[:, :-1].repeat(3, 1)
         features, routing = model.branch(model.stem(inputs), imposed)
         targets = tokens[:, 1:].repeat(len(inputs) // len(tokens), 1)
-        log_probs = token_log_probs(features, model.wte.weight, targets)
+        log_probs = model.token_log_probs(features, targets)
         if routes is None:
             balance, z, _ = router_losses(routing.logits, routing.experts, mask)
             loss = -(log_probs * mask).sum() / mask.sum() + 0.001 * (balance.sum() + z.sum())
