@@ -174,18 +174,17 @@ def train(args, accelerator):
     model = model.to(accelerator.device)
     if args.context > model.config.max_position_embeddings:
         raise UserError(f"--context is at most {model.config.max_position_embeddings} in this model")
-    windows = load_windows(args.dataset, "train", tokenizer, args.context, args.data_dir)
-    tests = load_windows(args.dataset, "test", tokenizer, args.context, args.data_dir, args.eval_windows)
+    windows, _ = load_windows(args.dataset, "train", tokenizer, args.context, args.data_dir)
+    tests, text = load_windows(args.dataset, "test", tokenizer, args.context, args.data_dir, args.eval_windows)
     if args.batch_size > len(windows):
         raise UserError(f"--batch-size is at most {len(windows)}, the windows of the training set")
     optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr, betas=(0.9, 0.999), weight_decay=0.1)
     step, start, path = 0, None, os.path.join(args.out, "checkpoint.pt")
     if args.resume and os.path.exists(path):
         state = torch.load(path, map_location=accelerator.device)
-        model.load_state_dict(state["model"])
-        optimizer.load_state_dict(state["optimizer"])
+        model.load_state_dict(state.pop("model"))
+        optimizer.load_state_dict(state.pop("optimizer"))
         step, start = state["step"], state["start"] if accelerator.is_main_process else None
-        del state
         say(f"continues at step {step}")
 
     def batch(step):
@@ -193,6 +192,7 @@ def train(args, accelerator):
         order = torch.randperm(len(windows), generator=rng(args.seed, "order", epoch))
         return windows[order[first : first + args.batch_size]].to(accelerator.device)
 
+    say(f"{text}: {len(windows)} windows to train on, {len(tests)} of the test split")
     estimate(model, batch(0), tests, args, accelerator, step)
     with open(log_of(args, step) if accelerator.is_main_process else os.devnull, "a") as log:
 
