@@ -14,7 +14,6 @@ the windows and add their gradients up. Every draw has a key (seed, step, window
 matter and --resume continues to the last bit. Decision: balance and z losses are of each window, not of the batch.
 """
 
-import argparse
 import json
 import os
 import sys
@@ -26,32 +25,35 @@ from accelerate import Accelerator
 from erl import erl_objective, explore, random_routes
 from moe import router_losses
 from recipes.hf_routing import Routes, find_routers, next_token_log_probs
-from recipes.hf_text import evaluate, load_model, load_windows, rng
+from recipes.hf_text import evaluate, load_model, load_windows
+from support.arguments import Parser, number, one_of
 from support.errors import UserError
+from support.tasks import rng
 
 ARMS = ("lm", "erl", "shuffled", "centred", "expert-random")
 
 
 def parse(argv=None):
-    p = argparse.ArgumentParser(prog="python -m recipes.erl_hf", description=__doc__.split("\n\n")[0])
-    p.add_argument("--model", default="smollm2", help="hub id, folder or GGUF file; a dense one is upcycled")
-    p.add_argument("--arm", choices=ARMS, default="erl")
-    p.add_argument("--gradient", choices=("router", "all"), default="router", help="how far the RL loss reaches")
-    p.add_argument("--alpha", type=float, default=0.6, help="share of decisions replaced (the paper: 0.6)")
-    p.add_argument("--delta", type=float, default=0.5, help="weight of the RL loss (the paper: 0.5)")
-    p.add_argument("--n-perturb", type=int, default=3)
-    p.add_argument("--aux", type=float, default=0.001, help="weight of balance and z loss (Switch: 0.001)")
-    p.add_argument("--lr", type=float, default=1e-4, help="falls to 0; the paper's 1e-5 wants epochs, not 100 steps")
-    p.add_argument("--steps", type=int, default=120)
-    p.add_argument("--batch-size", type=int, default=2, help="windows a step, of all processes together")
-    p.add_argument("--context", type=int, default=256)
-    p.add_argument("--dataset", default="wikitext2")
-    p.add_argument("--data-dir", help="read the set below this folder, not from the hub")
-    p.add_argument("--eval-windows", type=int, default=32, help="of the test split, evenly spread; 0: all")
-    p.add_argument("--checkpoint-every", type=int, default=50, help="steps; with AdamW three times the weights")
-    p.add_argument("--seed", type=int, default=0)
-    p.add_argument("--out", required=True)
-    p.add_argument("--resume", action="store_true")
+    p = Parser(prog="python -m recipes.erl_hf", description=__doc__.split("\n\n")[0], allow_abbrev=False)
+    add, count, share, positive = p.add_argument, number(int, low=1), number(float, 0, 1), number(float, low=0)
+    add("--model", default="smollm2", help="hub id, folder or GGUF file; a dense one is upcycled")
+    add("--arm", type=one_of("arm", ARMS), default="erl", help=", ".join(ARMS))
+    add("--gradient", choices=("router", "all"), default="router", help="how far the RL loss reaches")
+    add("--alpha", type=share, default=0.6, help="share of decisions replaced (the paper: 0.6)")
+    add("--delta", type=positive, default=0.5, help="weight of the RL loss (the paper: 0.5)")
+    add("--n-perturb", type=count, default=3)
+    add("--aux", type=positive, default=0.001, help="weight of balance and z loss (Switch: 0.001)")
+    add("--lr", type=positive, default=1e-4, help="falls to 0; the paper's 1e-5 wants epochs, not 100 steps")
+    add("--steps", type=count, default=120)
+    add("--batch-size", type=count, default=2, help="windows a step, of all processes together")
+    add("--context", type=count, default=256)
+    add("--dataset", type=one_of("text set", ("wikitext2", "pydocs")), default="wikitext2")
+    add("--data-dir", help="read the set below this folder, not from the hub")
+    add("--eval-windows", type=number(int, low=0), default=32, help="of the test split, evenly spread; 0: all")
+    add("--checkpoint-every", type=count, default=50, help="steps; a checkpoint has three times the model's size")
+    add("--seed", type=number(int, low=0), default=0)
+    add("--out", required=True, help="the run's folder")
+    add("--resume", action="store_true", help="continue the run in --out")
     return p.parse_args(argv)
 
 
@@ -65,9 +67,7 @@ def make_forward(model, tokens, mask, args):
             balance, z, _ = router_losses(torch.stack(tape.logits, 2).float(), tape.experts, mask)
             return log_probs, tape.router_log_probs(), nll + args.aux * (balance.sum() + z.sum())
         with torch.set_grad_enabled(args.gradient == "all"):
-            log_probs, tape = next_token_log_probs(
-                model, tokens.repeat(args.n_perturb, 1), Routes(*routes, uniform=True)
-            )
+            log_probs, tape = next_token_log_probs(model, tokens.repeat(args.n_perturb, 1), Routes(*routes))
         return log_probs, tape.router_log_probs(router_only=args.gradient == "router"), None
 
     return forward
@@ -123,10 +123,8 @@ def step_gradient(model, tokens, args, step, accelerator) -> dict:
         loss.backward()
         total = {name: total.get(name, 0) + value for name, value in metrics.items()}
     if world > 1:
-        for parameter in model.parameters():
-            parameter.grad = accelerator.reduce(
-                torch.zeros_like(parameter) if parameter.grad is None else parameter.grad, "sum"
-            )
+        for p in model.parameters():
+            p.grad = accelerator.reduce(torch.zeros_like(p) if p.grad is None else p.grad, "sum")
         total = {name: accelerator.reduce(value, "sum") for name, value in total.items()}
     norms = [p.grad.norm() for p in model.parameters() if p.grad is not None]
     return {k: v.item() for k, v in total.items()} | {"grad_norm": torch.stack(norms).norm().item()}
@@ -158,9 +156,9 @@ def log_of(args, step) -> str:
     path = os.path.join(args.out, "metrics.jsonl")
     if os.path.exists(path):
         with open(path) as file:
-            lines = [line for line in file if line.endswith("\n") and json.loads(line)["step"] <= step]
+            done = {json.loads(line)["step"]: line for line in file.readlines()[::-1] if line.endswith("\n")}
         with open(path, "w") as file:
-            file.writelines(lines if step else [])
+            file.writelines(done[i] for i in range(step + 1) if step and i in done)
     return path
 
 
@@ -173,18 +171,19 @@ def train(args, accelerator):
     model = model.to(accelerator.device)
     if args.context > model.config.max_position_embeddings:
         raise UserError(f"--context is at most {model.config.max_position_embeddings} in this model")
-    windows = load_windows(args.dataset, "train", tokenizer, args.context, args.data_dir)
-    tests = load_windows(args.dataset, "test", tokenizer, args.context, args.data_dir, args.eval_windows)
-    if args.batch_size > len(windows):
-        raise UserError(f"--batch-size is at most {len(windows)}, the windows of the training set")
+    windows, _ = load_windows(args.dataset, "train", tokenizer, args.context, args.data_dir)
+    tests, text = load_windows(args.dataset, "test", tokenizer, args.context, args.data_dir, args.eval_windows)
+    if not accelerator.num_processes <= args.batch_size <= len(windows):
+        raise UserError(
+            f"--batch-size must be from {accelerator.num_processes} (processes) to {len(windows)} (windows)"
+        )
     optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr, betas=(0.9, 0.999), weight_decay=0.1)
     step, start, path = 0, None, os.path.join(args.out, "checkpoint.pt")
     if args.resume and os.path.exists(path):
         state = torch.load(path, map_location=accelerator.device)
-        model.load_state_dict(state["model"])
-        optimizer.load_state_dict(state["optimizer"])
+        model.load_state_dict(state.pop("model"))
+        optimizer.load_state_dict(state.pop("optimizer"))
         step, start = state["step"], state["start"] if accelerator.is_main_process else None
-        del state
         say(f"continues at step {step}")
 
     def batch(step):
@@ -192,6 +191,7 @@ def train(args, accelerator):
         order = torch.randperm(len(windows), generator=rng(args.seed, "order", epoch))
         return windows[order[first : first + args.batch_size]].to(accelerator.device)
 
+    say(f"{text}: {len(windows)} windows to train on, {len(tests)} of the test split")
     estimate(model, batch(0), tests, args, accelerator, step)
     with open(log_of(args, step) if accelerator.is_main_process else os.devnull, "a") as log:
 
@@ -241,8 +241,8 @@ def estimate(model, tokens, tests, args, accelerator, done):
 
 
 def main(argv=None) -> int:
-    args = parse(argv)
     try:
+        args = parse(argv)
         # without a GPU it must be told so, or each process takes itself for the only one
         figures = train(args, Accelerator(cpu=not torch.accelerator.is_available()))
     except UserError as error:

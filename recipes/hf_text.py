@@ -9,12 +9,7 @@ from recipes.hf_routing import next_token_log_probs
 from recipes.upcycle_hf import load_dense, upcycle
 from support.errors import UserError
 from support.routing_report import routing_report
-
-
-def rng(*key) -> torch.Generator:
-    """A CPU generator of its own for every key."""
-    digest = hashlib.sha256(repr(key).encode()).digest()
-    return torch.Generator().manual_seed(int.from_bytes(digest[:7], "little"))
+from support.tasks import rng
 
 
 def load_model(source: str, seed: int = 0):
@@ -45,14 +40,19 @@ class HubTokenizer:
         return self.tokenizer.decode([i for i in ids if i != self.end], clean_up_tokenization_spaces=False)
 
 
-def load_windows(dataset, split, tokenizer, context, data_dir=None, limit=0) -> torch.Tensor:
-    """int64 [N, context + 1]: whole windows of a split, each token predicted once. limit: that many, evenly spread."""
-    tokens = data.load_text(dataset, split, HubTokenizer(tokenizer), data_dir=data_dir).tokens
+def load_windows(dataset, split, tokenizer, context, data_dir=None, limit=0) -> tuple[torch.Tensor, str]:
+    """Whole windows of a split, int64 [N, context + 1], each token predicted once; limit: that many, evenly spread.
+
+    And the name of the text: WikiText-2 is published raw and with <unk>, and their perplexities do not compare.
+    """
+    text = data.load_text(dataset, split, HubTokenizer(tokenizer), data_dir=data_dir)
+    tokens = text.tokens
     count = (len(tokens) - 1) // context
     if not count:
         raise UserError(f"the {split} split of {dataset} has {len(tokens)} tokens: choose a context below that")
     chosen = [i * count // limit for i in range(limit)] if 0 < limit < count else range(count)
-    return torch.stack([torch.from_numpy(tokens[i * context :][: context + 1].astype("int64")) for i in chosen])
+    rows = [torch.from_numpy(tokens[i * context :][: context + 1].astype("int64")) for i in chosen]
+    return torch.stack(rows), text.variant
 
 
 @torch.no_grad()

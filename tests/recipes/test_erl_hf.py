@@ -16,10 +16,11 @@ transformers = pytest.importorskip("transformers", minversion="5.6", reason="pip
 from tiny_hf import save_tiny_llama  # noqa: E402
 
 from erl import erl_objective, explore  # noqa: E402
-from moe import GPT, MoEConfig, Routes, load_gpt2, router_losses, token_log_probs, upcycle  # noqa: E402
+from moe import GPT, MoEConfig, Routes, router_losses, upcycle  # noqa: E402
 from recipes import erl_hf  # noqa: E402
 from recipes.hf_routing import find_routers  # noqa: E402
 from recipes.hf_text import load_model, load_windows  # noqa: E402
+from support.checkpoints import load_gpt2  # noqa: E402
 
 ROOT = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
@@ -91,7 +92,7 @@ def forward_of_moe(model: GPT, tokens, mask, gradient):
         inputs = tokens[:, :-1] if routes is None else tokens[:, :-1].repeat(3, 1)
         features, routing = model.branch(model.stem(inputs), imposed)
         targets = tokens[:, 1:].repeat(len(inputs) // len(tokens), 1)
-        log_probs = token_log_probs(features, model.wte.weight, targets)
+        log_probs = model.token_log_probs(features, targets)
         if routes is None:
             balance, z, _ = router_losses(routing.logits, routing.experts, mask)
             loss = -(log_probs * mask).sum() / mask.sum() + 0.001 * (balance.sum() + z.sum())
@@ -142,7 +143,7 @@ def tiny(parent):
     model, tokenizer = load_model(parent)
     for _, block in find_routers(model):
         torch.nn.init.normal_(block.experts.down_proj, std=0.3, generator=torch.Generator().manual_seed(1))
-    return model, load_windows("pydocs", "test", tokenizer, 24, limit=3)
+    return model, load_windows("pydocs", "test", tokenizer, 24, limit=3)[0]
 
 
 class OneProcess:
@@ -279,7 +280,8 @@ def test_stopped_and_continued_is_the_same_to_the_last_bit(parent, tmp_path, cap
     monkeypatch.chdir(tmp_path)  # the token cache
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     assert erl_hf.main(command(parent, whole, "--steps", "4")) == 0
-    assert "about" in capsys.readouterr().out.splitlines()[0]
+    first, second = capsys.readouterr().out.splitlines()[:2]
+    assert "pydocs" in first and "about" in second and "minutes" in second
 
     class Stop(Exception):
         pass
@@ -333,7 +335,7 @@ def test_two_processes_have_the_gradient_of_one(parent, tmp_path, arm):
         "model, tokenizer = load_model(parent)\n"
         "for _, block in find_routers(model):\n"
         "    torch.nn.init.normal_(block.experts.down_proj, std=0.3, generator=torch.Generator().manual_seed(1))\n"
-        "tokens = load_windows('pydocs', 'test', tokenizer, 24, limit=3)\n"
+        "tokens = load_windows('pydocs', 'test', tokenizer, 24, limit=3)[0]\n"
         "args = erl_hf.parse(['--out', out, '--arm', arm])\n"
         "metrics = erl_hf.step_gradient(model, tokens, args, 0, accelerator)\n"
         "grads = {n: p.grad for n, p in model.named_parameters() if p.grad is not None}\n"

@@ -1,0 +1,119 @@
+"""Is the router's choice better than chance? eval_routing.py's question, figures and pictures for a transformers MoE.
+
+    pip install -r recipes/requirements.txt
+    python -m recipes.eval_hf out/erl/model --out out/erl --samples 20     # --data-dir ../shared/data: without the hub
+
+MODEL is a hub id or folder of a Qwen2-MoE, Qwen3-MoE, OLMoE, Mixtral or GPT-OSS; a dense one is upcycled.
+Each sample is a window of a text, scored along its own route and along 99 perturbed ones (see eval_routing.py).
+Writes routing.json, its pictures, and which_tokens.png / .txt: the first sample coloured by expert.
+"""
+
+import json
+import os
+import sys
+from types import SimpleNamespace
+
+import torch
+from tqdm import tqdm
+
+from erl import random_routes
+from eval_routing import Scored, draw, figures, route_alphas
+from recipes.hf_routing import Routes, find_routers, next_token_log_probs
+from recipes.hf_text import load_model, load_windows
+from support.arguments import Parser, number, one_of
+from support.errors import UserError
+from support.tasks import rng
+from support.which_tokens import tokens_by_expert
+
+
+def parse(argv=None):
+    p = Parser(prog="python -m recipes.eval_hf", description=__doc__.split("\n\n")[0], allow_abbrev=False)
+    add, count = p.add_argument, number(int, low=1)
+    add("model", metavar="MODEL")
+    add("--out", required=True, help="folder of the results")
+    add("--samples", type=count, default=20, help="windows of the test split, evenly spread; each is scored 108 times")
+    add("--context", type=count, default=256)
+    add("--batch-size", type=count, default=4, help="routes in one forward")
+    add("--dataset", type=one_of("text set", ("wikitext2", "pydocs")), default="wikitext2")
+    add("--data-dir", help="read the set below this folder, not from the hub")
+    add("--seed", type=number(int, low=0), default=0, help="draws the random routes")
+    return p.parse_args(argv)
+
+
+class HubModel:
+    """What scoring a text needs of a model: its sizes, and a forward along given routes."""
+
+    def __init__(self, model):
+        routers = [router for router, _ in find_routers(model)]
+        self.model, self.device = model.eval(), next(model.parameters()).device
+        self.layers, self.n_expert, self.top_k = len(routers), routers[0].weight.shape[0], routers[0].top_k
+
+    def draw_routes(self, length, *key) -> Routes:
+        """Of one sample: R rows of `length` positions, the same for every batch size."""
+        alphas = route_alphas()
+        sizes = len(alphas), length, self.layers, self.n_expert, self.top_k
+        return Routes(*random_routes(*sizes, alphas, generator=rng(*key)))
+
+    @torch.no_grad()
+    def forward(self, tokens, routes=None):
+        """tokens int64 [B, T + 1] -> log p [B, T] of tokens[:, 1:], router log-probs [B, T, L, E], experts used."""
+        log_probs, tape = next_token_log_probs(self.model, tokens.to(self.device), routes)
+        return log_probs, tape.router_log_probs(), tape.experts
+
+    def score_text(self, tokens, routes, batch_size) -> Scored:
+        """A window [T + 1] along R routes, the original first."""
+        values, original = [], None
+        for part in torch.arange(len(routes.forced)).split(batch_size):
+            here = Routes(routes.experts[part], routes.forced[part])
+            log_probs, router_log_probs, experts = self.forward(tokens.expand(len(part), -1), here)
+            values.append(log_probs.cpu().double().mean(1))
+            if original is None:
+                original = experts[0].cpu(), router_log_probs[0].amax(-1).exp().cpu()
+        return Scored(torch.cat(values), len(tokens) - 1, *original)
+
+
+def run(args) -> dict:
+    model, tokenizer = load_model(args.model, args.seed)
+    if args.context > model.config.max_position_embeddings:
+        raise UserError(f"--context is at most {model.config.max_position_embeddings} in this model")
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    hub = HubModel(model.to(device))
+    windows, text = load_windows(args.dataset, "test", tokenizer, args.context, args.data_dir, args.samples)
+    os.makedirs(args.out, exist_ok=True)
+    scored = []
+    for i, window in enumerate(tqdm(windows, disable=None, unit="sample", desc="ranking routes")):
+        routes = hub.draw_routes(args.context, args.seed, "routes", i)
+        scored.append(hub.score_text(window, routes, args.batch_size))
+    names = {"run": args.model, "step": None, "dataset": text, "split": "test", "seed": args.seed}
+    result = names | {"score": "perplexity"} | figures(scored, SimpleNamespace(n_expert=hub.n_expert), True)
+    with open(os.path.join(args.out, "routing.json"), "w") as file:
+        json.dump(result, file, indent=1)
+    draw(result, args.out)
+    words = [tokenizer.decode(token) for window in windows for token in window[:-1]]
+    experts = torch.cat([s.experts for s in scored])  # [N, L, K]
+    coloured = tokens_by_expert(words, experts, hub.n_expert, os.path.join(args.out, "which_tokens.png"))
+    with open(os.path.join(args.out, "which_tokens.txt"), "w") as file:
+        file.write(coloured)
+    return result
+
+
+def main(argv=None) -> int:
+    try:
+        args = parse(argv)
+        result = run(args)
+    except UserError as error:
+        print(f"eval_hf: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        return 130
+    for name in ("mrr", "hit1"):
+        print(
+            f"{name} {result[name]:.4f} +- {result[f'{name}_standard_error']:.4f} (chance {result[f'chance_{name}']})"
+        )
+    print(f"perplexity {result['original_score']:.4f} along its own routes, {result['perturbed_score']:.4f} perturbed")
+    print(f"routing.json, its pictures and which_tokens.png (for a terminal: .txt) are in {args.out}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
