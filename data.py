@@ -47,7 +47,7 @@ CACHE_VERSION = 1  # raise it when the same text and tokenizer give other tokens
 
 
 _BLANK = "[\t-\r \x85\xa0\u1680\u2000-\u200a\u2028\u2029\u202f\u205f\u3000]"  # Unicode's White_Space, Rust's \\s
-_LONG_BLANKS = re.compile(rf"(?<!{_BLANK}){_BLANK}{{10000,}}(?!$)")
+_LONG_BLANKS = re.compile(rf"(?<!{_BLANK}){_BLANK}{{10000,}}(?!{_BLANK}|\Z)")
 
 
 class Tokenizer:

@@ -50,7 +50,8 @@ _PERCENT = re.compile(r"\\?%\s?(?=,|$)")
 _TOKEN = re.compile(
     r"(?P<thousands>(?<!,)[1-9]\d{0,2}(?:,\d{3})+(?:\.\d+)?(?!,?\d))"
     r"|(?P<number>(?:\d+(?:\.\d*)?|\.\d+)(?:[eE][-+]?\d{1,3}(?![\d.]))?)"
-    rf"|(?P<word>{_WORD})|\\[a-zA-Z]+|\\.|(?P<letters>[a-zA-Z]+)|\S"
+    rf"|(?P<word>{_WORD})|\\[a-zA-Z]+|\\.|(?P<letters>[a-zA-Z]+)|\S",
+    re.ASCII,
 )
 
 
@@ -131,7 +132,11 @@ _CLOSERS = {"(": ")]", "[": ")]", r"\{": (r"\}",)}
 
 
 def _is_number(token: str) -> bool:
-    return token[0] in ".0123456789"
+    return token[0] in "0123456789" or token[0] == "." and len(token) > 1
+
+
+def _is_integer(token: str) -> bool:
+    return token.isascii() and token.isdecimal()
 
 
 def _is_letter(token: str) -> bool:
@@ -240,12 +245,12 @@ class _Reader:
     def mixed_number(self):
         r"""1 1/4, 1 \frac{1}{4}: an integer and a fraction below 1."""
         whole, start = self.peek(), self.at
-        if not whole.isdecimal():
+        if not _is_integer(whole):
             return None
         self.take()
         if self.peek() == r"\frac":
             fraction = self.factor()
-        elif self.peek().isdecimal() and self.peek(1) == "/" and self.peek(2).isdecimal():
+        elif _is_integer(self.peek()) and self.peek(1) == "/" and _is_integer(self.peek(2)):
             fraction = ("div", self.factor(), self.take("/") and self.factor())
         else:
             self.at = start
@@ -279,7 +284,7 @@ class _Reader:
         r"""{...} or one character, as in \frac43 and \sqrt2."""
         token = self.peek()
         if _is_number(token or " ") and len(token) > 1:
-            if len(token) != 2 or not token.isdecimal():
+            if len(token) != 2 or not _is_integer(token):
                 raise Unread(token)
             self.tokens[self.at : self.at + 1] = list(token)
         return self.atom()
@@ -412,7 +417,7 @@ def read(text: str):
     tokens = tokenize(text)
     if not tokens or _is_derivative(tokens) or re.fullmatch(r"[a-zA-Z ]{2,}", text):
         raise Unread(text)
-    if re.search(r"[\d)}] [-+][\d.(\\]", text):  # 3 -5: a difference, or two numbers side by side?
+    if re.search(r"(?:[\d)]|(?<!matrix)\}) [-+][\d.(\\]", text):  # 3 -5: a difference, or two numbers side by side?
         raise Unread(text)
     reader = _Reader(tokens)
     try:

@@ -6,6 +6,7 @@ import platform
 import subprocess
 import sys
 import textwrap
+import time
 from collections import Counter
 from pathlib import Path
 
@@ -57,6 +58,29 @@ def test_gpt2_from_a_data_folder_without_network(monkeypatch):
     assert gpt2.encode("hello world") == [31373, 995]
     assert (gpt2.vocab_size, gpt2.end) == (50257, 50256)
     assert gpt2.decode([31373, 50256, 995, 50300]) == "hello world"
+
+
+@needs_real
+@pytest.mark.parametrize("blank", [" ", "\n", "\t", "\u3000", "\r\n", "\n "])
+@pytest.mark.parametrize("before", ["", "a "])
+def test_long_white_space_has_the_tokens_that_tiktoken_gives_it(blank, before):
+    gpt2 = data.load_tokenizer("gpt2", data_dir=str(REAL))
+    for count in (9_999, 10_000, 10_001, 30_000):  # cut from 10,000 on; tiktoken's own limit is some 500,000
+        for behind in ("", "b", "\nb", "b" + blank * count + "!"):
+            text = before + blank * count + behind
+            assert gpt2.encode(text) == gpt2.encoding.encode_ordinary(text)
+    for behind in ("", "b", " b"):
+        text = before + blank * 1_000_000 + behind
+        assert gpt2.decode(gpt2.encode(text)) == text
+
+
+def test_tokens_take_no_longer_than_the_text_is_long():
+    before = time.perf_counter()
+    for text in (" " * 10**6, (" " * 9_999 + "a") * 100, "<<" * 10**5):
+        assert BYTES.decode(BYTES.encode(text)) == text
+        row = {"question": "q", "answer": text + "#### 1"}
+        assert data._gsm8k_example(row).references == ("1",)
+    assert time.perf_counter() - before < 10
 
 
 @pytest.mark.parametrize("text", ["<|endoftext|>", "a<|endoftext|>b"])
@@ -224,7 +248,7 @@ def test_continuations_do_not_overlap_and_follow_their_prompts(tmp_path):
 # ------------------------------------------------------------------------------------------------- generated tasks
 
 
-@pytest.mark.parametrize("name", ["addition", "countdown"])
+@pytest.mark.parametrize("name", ["addition", "countdown", "written-addition"])
 def test_generated_splits_are_disjoint_whatever_the_seed(name):
     def problem(example):
         left, _, right = example.prompt.rstrip(":").partition("=")
@@ -242,7 +266,7 @@ def test_examples_come_in_the_seeds_order():
 
 
 def test_every_generated_answer_earns_its_reward():
-    for name in ("addition", "countdown"):
+    for name in ("addition", "countdown", "written-addition"):
         spec = data.get_dataset(name)
         for split in data.SPLITS:
             for example in data.load_examples(name, split):
@@ -296,6 +320,7 @@ def test_score_needs_a_response_for_each_example():
         ("aime24", (None, None, 30)),
         ("aime25", (None, None, 30)),
         ("minerva", (None, None, 272)),
+        ("amc", (None, None, 83)),
         ("olympiad", (None, None, 675)),
     ],
 )
@@ -350,12 +375,41 @@ def test_sets_without_a_split_say_where_to_go():
         data.load_examples("deepscaler", "test", data_dir="nowhere")
     with pytest.raises(data.UserError, match="math500 has no train split"):
         data.load_examples("math500", "train", data_dir="nowhere")
+    with pytest.raises(data.UserError, match="amc is read from files alone: --data-dir DIR reads DIR/math-eval/amc"):
+        data.load_examples("amc", "test")
     with pytest.raises(ValueError, match="split"):
         data.load_examples("addition", "dev")
     with pytest.raises(ValueError, match="load_text"):
         data.load_examples("pydocs", "train")
     with pytest.raises(ValueError, match="load_examples"):
         data.load_text("samsum", "train", BYTES)
+
+
+def test_written_addition_is_worked_out_digit_by_digit():
+    spec = data.get_dataset("written-addition")
+    for example in data.load_examples("written-addition", "test"):
+        a, b = example.prompt[:-1].split("+")
+        *steps, end = example.answer.split(";")
+        assert len(a) == len(b) == len(steps) == 8 and end == f"#{int(a) + int(b)}"
+        carry = 0
+        for x, y, step in zip(reversed(a), reversed(b), steps, strict=True):
+            assert step == f"{x}+{y}+{carry}={int(x) + int(y) + carry:02}"
+            carry = int(step[-2])
+        assert 60 <= len(BYTES.encode(example.answer)) < spec.max_new_tokens <= 150
+        assert len(BYTES.encode(example.prompt)) + spec.max_new_tokens <= 256
+    sizes = [len(data.load_examples("written-addition", split)) for split in data.SPLITS]
+    assert sum(sizes) == 20_000 and sizes[0] > 15_000
+
+
+def test_nothing_but_the_whole_working_earns_anything():
+    spec = data.get_dataset("written-addition")
+    example = data.load_examples("written-addition", "train", limit=1)[0]
+    answer, total = example.answer, example.answer.rpartition("#")[2]
+    assert data.reward(spec, answer, example) == 1
+    for wrong in (f"#{total}", total, "", answer[:-1], answer + "0", f"{answer};#{total}", answer * 2, answer[10:]):
+        assert data.reward(spec, wrong, example) == 0
+    for i in range(len(answer)):  # no byte can be another one
+        assert data.reward(spec, answer[:i] + "x" + answer[i + 1 :], example) == 0
 
 
 # ------------------------------------------------------------------------------------------------- skipped, cut, bad
@@ -389,6 +443,24 @@ def test_empty_records_are_left_out_and_counted(tmp_path):
     write(tmp_path, ("math500", "test"), {"problem": "p", "answer": ""}, {"problem": "p", "answer": 204})
     [example] = data.load_examples("math500", "test", data_dir=tmp_path)
     assert example.references == ("204",)
+
+
+def test_lines_end_in_a_line_feed_wherever_a_set_comes_from(tmp_path):
+    rows = [{"dialogue": "A: hi\r\nB: ho\rC: hu", "summary": "They\r\ngreet."}]
+    write(tmp_path, ("samsum", "train"), *rows)
+    expected = ("A: hi\nB: ho\nC: hu\nTL;DR:", " They\ngreet.")
+    [example] = data.load_examples("samsum", "train", data_dir=tmp_path)
+    assert (example.prompt, example.answer) == expected
+    with FakeHub({"knkarthick/samsum": {"train": rows}}) as hub:
+        got, _ = in_a_new_python(
+            """
+            [e] = data.load_examples("samsum", "train")
+            print(json.dumps([e.prompt, e.answer]))
+            """,
+            tmp_path,
+            HF_ENDPOINT=hub.url,
+        )
+    assert tuple(got) == expected
 
 
 def test_a_split_without_examples_is_an_error(tmp_path):
@@ -453,6 +525,9 @@ def test_prompts_are_cut_from_the_left():
         ("\n\n", "is empty"),
         ('{"question": "q", "answer": "#### 1"}\n{"question": \n', r"test.jsonl, line 2: not a JSON object"),
         ("\n[1]\n", r"line 2: gsm8k needs the field 'question'"),
+        ("\n" + "[" * 100_000 + "\n", r"test.jsonl, line 2: not a JSON object"),
+        ('{"a":' * 100_000 + "1" + "}" * 100_000, r"test.jsonl, line 1: not a JSON object"),
+        ('{"question": ' + "[" * 900 + "]" * 900 + ', "answer": "#### 1"}\n', "gsm8k: a record's question or answer"),
         ('{"question": "q"}\n', r"line 1: .*field 'answer'"),
         ('{"question": "q", "answer": 3}\n', "gsm8k: a record's question or answer is not text"),
     ],
@@ -633,6 +708,36 @@ def test_without_network_gpt2_names_the_variable(tmp_path):
     assert "TIKTOKEN_CACHE_DIR" in got and "--tokenizer bytes" in got and "\n" not in got
 
 
+def test_without_network_one_message_names_the_set_and_the_vocabulary(tmp_path):
+    got, _ = in_a_new_python(
+        """
+        errors = []
+        for arguments in (("wikitext2", "gpt2"), ("samsum", "gpt2", DIR), ("pydocs", "gpt2"), ("amc", "bytes"),
+                          ("squad", "gpt3"), ("addition", "bytes")):
+            try:
+                errors.append(data.prepare(*arguments).name)
+            except data.UserError as error:
+                errors.append(str(error))
+        print(json.dumps(errors))
+        """.replace("DIR", repr(str(tmp_path))),
+        tmp_path,
+        TIKTOKEN_CACHE_DIR=str(tmp_path / "none"),
+        HTTPS_PROXY="http://127.0.0.1:9",
+        HF_ENDPOINT="http://127.0.0.1:9",
+    )
+    for message, file in ((got[0], "DIR/wikitext-2/wiki.train.raw"), (got[1], "DIR/samsum/train.jsonl")):
+        assert "neither" in message and file in message and "DIR/tiktoken-cache" in message
+        assert "--dataset pydocs" in message and "\n" not in message
+    assert "--tokenizer bytes" in got[2] and "neither" not in got[2]  # pydocs is there
+    assert "amc is read from files alone" in got[3] and "--data-dir DIR" in got[3]
+    assert "did you mean" in got[4] and got[5] == "bytes"
+
+
+@needs_real
+def test_prepare_gives_the_tokenizer_where_all_is_there():
+    assert data.prepare("samsum", "gpt2", str(REAL)).name == "gpt2"
+
+
 @needs_real
 def test_a_data_folder_needs_no_network(tmp_path):
     got, _ = in_a_new_python(
@@ -643,7 +748,7 @@ def test_a_data_folder_needs_no_network(tmp_path):
         out = [len(data.load_examples(s.name, split, data_dir=DIR, limit=2))
                for s in data.DATASETS.values() if s.kind == "task" for split in s.files]
         data.load_text("wikitext2", "test", data.load_tokenizer("gpt2", DIR), data_dir=DIR, cache_dir=CACHE)
-        print(json.dumps([out, [m for m in ("datasets", "torch", "math_verify", "rouge_score") if m in sys.modules]]))
+        print(json.dumps([out, [m for m in ("datasets", "torch", "sympy", "rouge_score") if m in sys.modules]]))
         """.replace("DIR", repr(str(REAL))).replace("CACHE", repr(str(tmp_path))),
         tmp_path,
     )

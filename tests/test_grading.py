@@ -571,7 +571,11 @@ def test_any_text_is_read_or_refused_and_equals_itself_or_nothing(text):
 
 def squeezed(text: str) -> list[str]:
     """Without blanks, braces, units, degrees and "x =", the items of a list in order: another road to "the same"."""
-    text = re.sub(r"\\(?:text|mbox)\{.*|\^\{?\\circ\}?C?|\\?%|\\left|\\right|\\!|[\s{}$\\.]|,(?=\d{3}\b)", "", text)
+    text = re.sub(
+        r"\\(?:text|mbox)\{.*|\^\{?\\circ\}?C?|\\?%|\\left|\\right|\\!|(?<=\\)[dt](?=frac)|[\s{}$\\.]|,(?=\d{3}\b)",
+        "",
+        text,
+    )
     text = re.sub(r"^(?:[a-z]|f\(x\))=", "", text)
     return sorted(text.replace("times10^", "e").split(","))
 
