@@ -12,7 +12,7 @@ import unicodedata
 from collections import Counter
 from fractions import Fraction
 
-from support import mathematics
+from support import math_units, math_values, mathematics
 from support.mathematics import Unread
 
 # ------------------------------------------------------------------------------------------------- generated tasks
@@ -196,9 +196,9 @@ def last_number(line: str) -> str | None:
     stopped = number[-1:] in tuple(".,;:!?")
     number = number.rstrip(".,;:!?*\"'")
     number = number[1:-1] if number[:1] + number[-1:] == "()" else number.rstrip(")")
-    number = mathematics.without_words(number.lstrip("$€£#*\"'").removesuffix("%"))
+    number = math_units.without_words(number.lstrip("$€£#*\"'").removesuffix("%"))
     before, after = "".join(words[at - 1 : at]).lower(), "" if stopped else "".join(words[at + 1 : at + 2]).lower()
-    if not _WHOLE.fullmatch(number) or mathematics.changes_number(before) or mathematics.changes_number(after):
+    if not _WHOLE.fullmatch(number) or math_units.changes_number(before) or math_units.changes_number(after):
         return None
     if re.search(r"[\d+*/^(\[{√×·÷-]$|^(?:x|by|times)$", before) and "=" not in words[at]:
         whole = re.fullmatch(r"-?\d+", before) and re.fullmatch(r"(\d+)/(\d+)", number)  # 1 1/2
@@ -233,8 +233,8 @@ def _same_math(reference: str, answer: str, number: bool) -> bool:
     try:
         expected = mathematics.read(reference)
         plain = mathematics.is_number(expected)
-        given = mathematics.read(mathematics.without_words(answer) if plain else answer)
-        return (not number or mathematics.is_number(given)) and mathematics.same(expected, given)
+        given = mathematics.read(math_units.without_words(answer) if plain else answer)
+        return (not number or mathematics.is_number(given)) and math_values.same(expected, given)
     except Unread:
         return False
 
@@ -246,6 +246,6 @@ def compared_by(reference: str) -> str:
         if len(reference) > mathematics.MAX_LENGTH or not mathematics.tokenize(text):
             return "refused"
         tree = mathematics.read(text)
-        return "value" if mathematics.same(tree, tree) else "text"
+        return "value" if math_values.same(tree, tree) else "text"
     except Unread:
         return "text"
