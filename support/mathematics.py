@@ -52,7 +52,7 @@ _TOKEN = re.compile(
 
 def clean(text: str) -> str:
     r"""The text without what carries no value ($, \left, spacing, degrees); a blank stays between what it parted."""
-    text = text.translate(_UNICODE)
+    text = " ".join(text.translate(_UNICODE).split())
     if r"\begin" not in text:  # a doubled backslash that is no new row
         text = re.sub(r"\\\\(?=[a-zA-Z])", r"\\", text)
     text = _THOUSANDS.sub(lambda m: re.sub(r"\D", "", m[0]), text)
@@ -62,10 +62,7 @@ def clean(text: str) -> str:
 
 
 def tokenize(text: str) -> list[str]:
-    """Tokens of a cleaned text: numbers, commands, letters one by one (words and names of functions whole).
-
-    A blank parts two numbers and says nothing else.
-    """
+    """Tokens of a cleaned text: numbers, commands, letters one by one (words and names of functions whole)."""
     tokens, depth, at = [], 0, 0
     while at < len(text):
         if text[at] == " ":
@@ -115,6 +112,7 @@ _RELATIONS = {"=": "=", "<": "<", ">": ">", r"\lt": "<", r"\gt": ">"} | {
     for name in names.split()
 }
 _STARTS = ("(", "[", "{", r"\pi", r"\frac", r"\sqrt", r"\binom", r"\lfloor", r"\lceil")  # of a factor
+_ACCENTS = (r"\dot", r"\ddot", r"\hat", r"\bar", r"\vec", r"\tilde")
 _CLOSERS = {"(": ")]", "[": ")]", r"\{": (r"\}",)}
 
 
@@ -211,14 +209,14 @@ class _Reader:
                 result = ("div", result, self.factor())
             elif self.continues(result):
                 result = ("mul", result, self.factor())
+                if all(n[0] in ("num", "neg", "mul", "div") for n in nodes(result)):
+                    raise Unread("numbers side by side")
             else:
                 return result
 
     def continues(self, result) -> bool:
-        """Whether a product goes on without a sign. Numbers side by side are none, as 1 (8); (n-2) 2^n is one."""
+        """Whether a product goes on without a sign. Before a number it does not, but for (n-2) 2^n."""
         token = self.peek()
-        if token in ("(", "[", "{") and _is_number(self.peek(1)) and self.peek(2) in (")", "]", "}"):
-            return False
         if _is_number(token):
             return self.tokens[self.at - 1] == ")" and any(n[0] == "sym" for n in nodes(result))
         return _is_letter(token) or token[1:] in FUNCTIONS or token in _STARTS
@@ -229,19 +227,17 @@ class _Reader:
         if not _is_integer(whole):
             return None
         self.take()
+        fraction = None
         if self.peek() == r"\frac":
             fraction = self.factor()
         elif _is_integer(self.peek()) and self.peek(1) == "/" and _is_integer(self.peek(2)):
             fraction = ("div", self.factor(), self.take("/") and self.factor())
-        else:
+        if not fraction or any(part[0] != "num" for part in fraction[1:]):
             self.at = start
             return None
-        if fraction[0] == "div" and fraction[1][0] == fraction[2][0] == "num":
-            if fraction[1][1] >= fraction[2][1] or whole.startswith("0"):
-                raise Unread("a number and a fraction that make no mixed number")
-            return ("add", ("num", Fraction(whole)), fraction)
-        self.at = start
-        return None
+        if fraction[1][1] >= fraction[2][1] or whole.startswith("0"):
+            raise Unread("a number and a fraction that make no mixed number")
+        return ("add", ("num", Fraction(whole)), fraction)
 
     def factor(self):
         """An atom with its powers and factorials."""
@@ -289,6 +285,8 @@ class _Reader:
             return ("const", token)
         if _is_letter(token):
             return self.symbol(token)
+        if token in _ACCENTS:
+            return self.symbol(token + "".join(self.group()))
         if token in ("(", "[", r"\{"):
             return self.bracket(token)
         if token in ("{", "|", r"\lfloor", r"\lceil"):
@@ -405,7 +403,7 @@ def read(text: str):
         items = reader.items()
     except RecursionError:
         raise Unread("too deep") from None
-    if reader.peek():
+    if reader.peek():  # a symbol is left over
         raise Unread(reader.peek())
     return items[0] if len(items) == 1 else ("list", *items)
 

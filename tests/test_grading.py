@@ -284,6 +284,10 @@ def test_a_real_answer_is_not_its_neighbours():
         ("6", "2 3", 0),
         ("36", "x 36", 0),
         ("1/2", r"0 \frac{1}{2}", 0),
+        ("1/2", r"\frac{2}{2} \frac{1}{2}", 0),
+        (r"\frac{\dot{x}_{0}}{\omega} \sin (\omega t)", r"\dot{x}_{0} \sin(\omega t) / \omega", 1),
+        (r"\dot{x}", "x", 0),
+        (r"1950^\circ C", r"1950^\circ   C", 1),
         ("8", "1 (8)", 0),
         ("8", "(1)(8)", 0),
         ("8", r"1 \cdot 8", 1),
@@ -699,7 +703,7 @@ def test_rouge_sees_other_scripts(text, words):
 
 
 @quick
-@given(st.text(alphabet=st.characters(max_codepoint=0x24F)), st.text(alphabet="abc The running, cats' é2$\n"))
+@given(st.text(alphabet=st.characters(max_codepoint=0x17F)), st.text(alphabet="abc The running, cats' é2$\n"))
 def test_rouge_of_latin_text_is_that_of_rouge_score(response, reference):
     scorer = rouge_scorer.RougeScorer(["rouge1", "rouge2", "rougeL"], use_stemmer=True)
     theirs = {name: score.fmeasure for name, score in scorer.score(reference, response).items()}
