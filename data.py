@@ -13,7 +13,6 @@ division is the same on every machine, for every seed, and for a part of the set
 """
 
 import hashlib
-import itertools
 import json
 import os
 import platform
@@ -28,8 +27,10 @@ from typing import NamedTuple
 import numpy as np
 import tiktoken
 
+from support import problems
 from support.errors import UserError, nearest
 from support.grading import (
+    Example,
     measure_countdown,
     measure_exact,
     measure_math,
@@ -136,16 +137,6 @@ def _one_line(error: BaseException) -> str:
 # --------------------------------------------------------------------------------------------- records to examples
 
 
-@dataclass(frozen=True)
-class Example:
-    """A task: what the model reads, what the supervised phase teaches it to write, what its response is judged by."""
-
-    prompt: str
-    answer: str  # without the end token
-    references: tuple[str, ...]  # any of them will do
-    numbers: tuple[int, ...] = ()  # countdown: the numbers to use
-
-
 class Examples(list):
     """A list of Example that also knows how many records had no prompt or no reference and were left out."""
 
@@ -192,51 +183,6 @@ def _math_example(row: dict) -> Example:
     return Example(
         f"Problem: {problem}\nAnswer in \\boxed{{}}:" if problem else "", f" \\boxed{{{references[0]}}}", references
     )
-
-
-# ------------------------------------------------------------------------------------------------- generated tasks
-
-
-def _addition_problems() -> Iterator[tuple[str, Example]]:
-    """The 10,000 sums of two numbers below 100: (what decides the split, example). a + b and b + a stay together."""
-    for a, b in itertools.product(range(100), repeat=2):
-        yield f"{min(a, b)}+{max(a, b)}", Example(f"{a}+{b}=", str(a + b), (str(a + b),))
-
-
-def _written_addition_problems() -> Iterator[tuple[str, Example]]:
-    """20,000 sums of two numbers of eight digits, worked out from the right: "12+89=" -> "2+9+0=11;1+8+1=10;#101".
-
-    A step is digit + digit + carry = two digits. The reward wants the whole answer: for the sum alone, a policy would
-    drop the working, and with it the 80 tokens that the set is there for.
-    """
-    for i in range(20_000):
-        digest = int.from_bytes(hashlib.sha256(f"written addition {i}".encode()).digest(), "big")
-        a, b = (10**7 + digest // 10**shift % (9 * 10**7) for shift in (0, 20))
-        steps, carry = [], 0
-        for x, y in zip(reversed(str(a)), reversed(str(b)), strict=True):
-            total = int(x) + int(y) + carry
-            steps.append(f"{x}+{y}+{carry}={total:02};")
-            carry = total // 10
-        answer = "".join(steps) + f"#{a + b}"
-        yield f"{min(a, b)}+{max(a, b)}", Example(f"{a}+{b}=", answer, (answer,))
-
-
-def _countdown_problems() -> Iterator[tuple[str, Example]]:
-    """Three numbers from 1 to 9 in any order and a target from 1 to 99 that + - * reach using each number once.
-
-    The answer is one of many, with the numbers in the order shown where that works; the reward takes any. The split
-    is decided by the sorted numbers and the target: no problem returns in another order in another split.
-    """
-    operators = {"+": int.__add__, "-": int.__sub__, "*": int.__mul__}
-    for numbers in itertools.product(range(1, 10), repeat=3):
-        found: dict[int, str] = {}
-        for (a, b, c), p, q in itertools.product(itertools.permutations(numbers), operators, operators):
-            left, right = operators[q](operators[p](a, b), c), operators[p](a, operators[q](b, c))
-            found.setdefault(right if q == "*" != p else left, f"{a}{p}{b}{q}{c}")  # a product binds first
-            found.setdefault(left, f"({a}{p}{b}){q}{c}")
-        for target in filter(range(1, 100).__contains__, found):
-            prompt = f"{numbers[0]} {numbers[1]} {numbers[2]}={target}:"
-            yield f"{sorted(numbers)}={target}", Example(prompt, found[target], (str(target),), numbers)
 
 
 # --------------------------------------------------------------------------------------------------------- the table
@@ -404,11 +350,11 @@ DATASETS: dict[str, DatasetSpec] = {
         _math_test("minerva", "minerva_math", "math-ai/minervamath", problem="question"),
         _math_test("olympiad", "olympiadbench", "math-ai/olympiadbench", problem="question", answer="final_answer"),
         # ---- generated
-        DatasetSpec("addition", "task", "bytes", 4, **_EXACT, problems=_addition_problems),
+        DatasetSpec("addition", "task", "bytes", 4, **_EXACT, problems=problems.addition),
         DatasetSpec(
-            "countdown", "task", "bytes", 8, **_EXACT | {"measure": measure_countdown}, problems=_countdown_problems
+            "countdown", "task", "bytes", 8, **_EXACT | {"measure": measure_countdown}, problems=problems.countdown
         ),
-        DatasetSpec("written-addition", "task", "bytes", 84, **_EXACT, problems=_written_addition_problems),
+        DatasetSpec("written-addition", "task", "bytes", 84, **_EXACT, problems=problems.written_addition),
     )
 }
 

@@ -10,19 +10,31 @@ import re
 import string
 import unicodedata
 from collections import Counter
+from dataclasses import dataclass
 from fractions import Fraction
 
-from support import mathematics
+from support import math_units, math_values, mathematics
 from support.mathematics import Unread
+
+
+@dataclass(frozen=True)
+class Example:
+    """A task: what the model reads, what the supervised phase teaches it to write, what its response is judged by."""
+
+    prompt: str
+    answer: str  # without the end token
+    references: tuple[str, ...]  # any of them will do
+    numbers: tuple[int, ...] = ()  # countdown: the numbers to use
+
 
 # ------------------------------------------------------------------------------------------------- generated tasks
 
 
-def measure_exact(response: str, example) -> dict[str, float]:
+def measure_exact(response: str, example: Example) -> dict[str, float]:
     return {"accuracy": float(response.strip() in example.references)}
 
 
-def measure_countdown(response: str, example) -> dict[str, float]:
+def measure_countdown(response: str, example: Example) -> dict[str, float]:
     """1 for an expression of + - * / that uses each number once and has the target's value, exactly."""
     if not re.fullmatch(r"[0-9+\-*/() ]{1,64}", response.strip()):  # short and harmless before the parser sees it
         return {"accuracy": 0.0}
@@ -59,7 +71,7 @@ def _f1(response: list[str], reference: list[str]) -> float:
     return 2 * common / (len(response) + len(reference)) if common else 0.0
 
 
-def measure_unigrams(response: str, example) -> dict[str, float]:
+def measure_unigrams(response: str, example: Example) -> dict[str, float]:
     """F1 between the words (split at white space) of the continuation and of the text that really follows."""
     return {"unigram_f1": max(_f1(response.split(), r.split()) for r in example.references)}
 
@@ -70,7 +82,7 @@ def squad_words(text: str) -> list[str]:
     return re.sub(r"\b(a|an|the)\b", " ", text).split()
 
 
-def measure_squad(response: str, example) -> dict[str, float]:
+def measure_squad(response: str, example: Example) -> dict[str, float]:
     words, references = squad_words(response), [squad_words(r) for r in example.references]
     return {"exact_match": float(words in references), "f1": max(_f1(words, r) for r in references)}
 
@@ -119,7 +131,7 @@ def _rouge_scorer():
     return RougeScorer(["rouge1", "rouge2", "rougeL"], tokenizer=Tokenizer())
 
 
-def measure_summary(response: str, example) -> dict[str, float]:
+def measure_summary(response: str, example: Example) -> dict[str, float]:
     """F-measures of ROUGE-1, ROUGE-2 and sentence-level ROUGE-L with Porter stemming, the best of the references."""
     scores = _rouge_scorer().score_multi(example.references, response)
     return {name: float(score.fmeasure) for name, score in scores.items()}  # of no words it is the integer 0
@@ -128,13 +140,13 @@ def measure_summary(response: str, example) -> dict[str, float]:
 # ------------------------------------------------------------------------------------------------------ mathematics
 
 
-def measure_math(response: str, example) -> dict[str, float]:
+def measure_math(response: str, example: Example) -> dict[str, float]:
     """1 if the final answer equals one of the references as mathematics."""
     answer = final_answer(response)
     return {"accuracy": float(any(same_math(reference, answer) for reference in example.references))}
 
 
-def measure_number(response: str, example) -> dict[str, float]:
+def measure_number(response: str, example: Example) -> dict[str, float]:
     """1 if the final answer is the reference's number, worked out: 18, 18.00, 36/2, not 9 + 9."""
     answer = final_answer(response)
     return {"accuracy": float(any(same_math(reference, answer, number=True) for reference in example.references))}
@@ -196,9 +208,9 @@ def last_number(line: str) -> str | None:
     stopped = number[-1:] in tuple(".,;:!?")
     number = number.rstrip(".,;:!?*\"'")
     number = number[1:-1] if number[:1] + number[-1:] == "()" else number.rstrip(")")
-    number = mathematics.without_words(number.lstrip("$€£#*\"'").removesuffix("%"))
+    number = math_units.without_words(number.lstrip("$€£#*\"'").removesuffix("%"))
     before, after = "".join(words[at - 1 : at]).lower(), "" if stopped else "".join(words[at + 1 : at + 2]).lower()
-    if not _WHOLE.fullmatch(number) or mathematics.changes_number(before) or mathematics.changes_number(after):
+    if not _WHOLE.fullmatch(number) or math_units.changes_number(before) or math_units.changes_number(after):
         return None
     if re.search(r"[\d+*/^(\[{√×·÷-]$|^(?:x|by|times)$", before) and "=" not in words[at]:
         whole = re.fullmatch(r"-?\d+", before) and re.fullmatch(r"(\d+)/(\d+)", number)  # 1 1/2
@@ -233,8 +245,8 @@ def _same_math(reference: str, answer: str, number: bool) -> bool:
     try:
         expected = mathematics.read(reference)
         plain = mathematics.is_number(expected)
-        given = mathematics.read(mathematics.without_words(answer) if plain else answer)
-        return (not number or mathematics.is_number(given)) and mathematics.same(expected, given)
+        given = mathematics.read(math_units.without_words(answer) if plain else answer)
+        return (not number or mathematics.is_number(given)) and math_values.same(expected, given)
     except Unread:
         return False
 
@@ -246,6 +258,6 @@ def compared_by(reference: str) -> str:
         if len(reference) > mathematics.MAX_LENGTH or not mathematics.tokenize(text):
             return "refused"
         tree = mathematics.read(text)
-        return "value" if mathematics.same(tree, tree) else "text"
+        return "value" if math_values.same(tree, tree) else "text"
     except Unread:
         return "text"

@@ -283,6 +283,14 @@ def test_a_real_answer_is_not_its_neighbours():
         ("-2,-2", "-2", 0),
         ("6", "2 3", 0),
         ("36", "x 36", 0),
+        ("1/2", r"0 \frac{1}{2}", 0),
+        ("1/2", r"\frac{2}{2} \frac{1}{2}", 0),
+        (r"\frac{\dot{x}_{0}}{\omega} \sin (\omega t)", r"\dot{x}_{0} \sin(\omega t) / \omega", 1),
+        (r"\dot{x}", "x", 0),
+        (r"1950^\circ C", r"1950^\circ   C", 1),
+        ("8", "1 (8)", 0),
+        ("8", "(1)(8)", 0),
+        ("8", r"1 \cdot 8", 1),
         ("-5", "3 -5", 0),
         ("-2", "3 -5", 0),
         ("-2", "3 - 5", 1),
@@ -335,6 +343,8 @@ def test_a_real_answer_is_not_its_neighbours():
         (r"\log 100", "2", 0),  # of which base?
         (r"\frac{\log 2}{\log 2-\log 3}", r"\frac{\ln 2}{\ln 2-\ln 3}", 1),
         (r"\lfloor\sqrt{n-1}\rfloor", r"\lfloor\sqrt{n}\rfloor", 0),
+        (r"\lfloor n/2016 \rfloor", "0", 0),
+        (r"2^{\lfloor n/2\rfloor}", r"2^{\lfloor\frac n2\rfloor}", 1),
         (r"\left\lfloor\frac{2 n}{3}\right\rfloor+1", r"1+\lfloor 2n/3 \rfloor", 1),
         ("|x|", "x", 0),
         ("|-3|", "3", 1),
@@ -474,7 +484,7 @@ def test_the_last_number_is_whole_or_none(line, number):
         ("#### 18 miles per hour", 1),
         ("#### 18 dollars 18 dollars", 0),
         ("#### 18 thousand dollars", 0),
-        ("#### 36/2", 1),
+        ("#### 36/2", 0),  # not worked out
         ("#### 9+9", 0),  # the sum is asked for
         ("#### 9*2", 0),
         ("#### 18\n#### 17", 0),
@@ -693,7 +703,7 @@ def test_rouge_sees_other_scripts(text, words):
 
 
 @quick
-@given(st.text(alphabet=st.characters(max_codepoint=0x24F)), st.text(alphabet="abc The running, cats' é2$\n"))
+@given(st.text(alphabet=st.characters(max_codepoint=0x17F)), st.text(alphabet="abc The running, cats' é2$\n"))
 def test_rouge_of_latin_text_is_that_of_rouge_score(response, reference):
     scorer = rouge_scorer.RougeScorer(["rouge1", "rouge2", "rougeL"], use_stemmer=True)
     theirs = {name: score.fmeasure for name, score in scorer.score(reference, response).items()}
