@@ -77,6 +77,14 @@ def test_alpha_per_row_and_the_same_experts_whatever_alpha():
     assert 0.4 < perturbed[2].float().mean() < 0.6
     again, fewer = random_routes(3, 400, 2, 8, 2, 0.1, generator=torch.Generator().manual_seed(4))
     assert torch.equal(experts, again) and not fewer.all()
+    same = random_routes(3, 400, 2, 8, 2, alpha, generator=torch.Generator().manual_seed(4))
+    assert torch.equal(same[0], experts) and torch.equal(same[1], perturbed)
+
+
+def test_routes_are_drawn_on_the_device_asked_for():
+    for alpha in (0.5, torch.tensor([0.1, 0.9])):
+        experts, perturbed = random_routes(2, 3, 1, 4, 2, alpha, device="meta")
+        assert experts.device.type == perturbed.device.type == "meta"
 
 
 @pytest.mark.parametrize("alpha", [-0.1, 1.1, float("nan"), torch.tensor([0.5, 2.0]), torch.tensor([0.5] * 3)])
@@ -133,7 +141,7 @@ def test_advantage_carries_no_gradient():
 def test_advantage_refuses_bad_arguments():
     with pytest.raises(ValueError, match="kind.*'relative'"):
         erl_advantage(torch.zeros(2), torch.zeros(2), "relative")
-    with pytest.raises(ValueError, match=r"original_log_probs.*\[2, 3\].*\[2, 4\]"):
+    with pytest.raises(ValueError, match=r"^original_log_probs .*\[2, 3\].*\[2, 4\]"):
         erl_advantage(torch.zeros(2, 3), torch.zeros(2, 4))
 
 
@@ -308,17 +316,17 @@ def test_dtypes(dtype):
 
 def test_loss_refuses_bad_arguments():
     new, old, advantages, perturbed = make(15)
-    with pytest.raises(ValueError, match=r"router_log_probs.*\[B, T, L, K\].*\[2, 4, 2\]"):
+    with pytest.raises(ValueError, match=r"^router_log_probs .*\[B, T, L, K\].*\[2, 4, 2\]"):
         erl_loss(new[..., 0], old, advantages, perturbed)
-    with pytest.raises(ValueError, match=r"router_log_probs.*K above 0.*\[2, 4, 2, 0\]"):
+    with pytest.raises(ValueError, match=r"^router_log_probs .*K above 0.*\[2, 4, 2, 0\]"):
         erl_loss(new[..., :0], old[..., :0], advantages, perturbed)
-    with pytest.raises(ValueError, match=r"old_router_log_probs.*\[2, 4, 2, 2\].*\[2, 4, 2, 1\]"):
+    with pytest.raises(ValueError, match=r"^old_router_log_probs .*\[2, 4, 2, 2\].*\[2, 4, 2, 1\]"):
         erl_loss(new, old[..., :1], advantages, perturbed)
-    with pytest.raises(ValueError, match=r"advantages.*\[2, 4\].*\[2, 3\]"):
+    with pytest.raises(ValueError, match=r"^advantages .*\[2, 4\].*\[2, 3\]"):
         erl_loss(new, old, advantages[:, 1:], perturbed)
-    with pytest.raises(ValueError, match=r"perturbed.*\[2, 4, 2\].*\[2, 4\]"):
+    with pytest.raises(ValueError, match=r"^perturbed .*\[2, 4, 2\].*\[2, 4\]"):
         erl_loss(new, old, advantages, perturbed[..., 0])
-    with pytest.raises(ValueError, match="perturbed.*bool.*float32"):
+    with pytest.raises(ValueError, match="^perturbed .*bool.*float32"):
         erl_loss(new, old, advantages, perturbed.float())
     for eps in (-0.1, float("nan")):
         with pytest.raises(ValueError, match="clip_eps"):
