@@ -35,7 +35,7 @@ def group_advantages(rewards, group_size):
 
     rewards [B], any number type; group_size G. Returns [B], float32 (float64 stays), without gradient. A group whose
     rewards are all equal gets exactly 0. Reads the rewards on the host once, to check them.
-    ValueError: rewards not [B] or not finite, B no multiple of G, G below 2 (a group of one has nothing to compare).
+    ValueError: rewards not [B] or not below 1e15 in size, B no multiple of G, G below 2 (one has nothing to compare).
     """
     if rewards.dim() != 1:
         raise ValueError(f"rewards must have shape [B], got {list(rewards.shape)}")
@@ -43,9 +43,9 @@ def group_advantages(rewards, group_size):
         raise ValueError(f"group_size must be at least 2, got {group_size}")
     if len(rewards) % group_size:
         raise ValueError(f"group_size must divide the number of rows: {len(rewards)} rows, groups of {group_size}")
-    if not torch.isfinite(rewards).all():
-        raise ValueError(f"rewards must be finite, got {rewards.tolist()}")
     R = _at_least_float32(rewards.detach()).view(-1, group_size)  # [P, G]
+    if not (R.abs() < 1e15).all():  # a float32 cannot hold the square of more than 1e19
+        raise ValueError(f"rewards must be finite and below 1e15 in size, got {rewards.tolist()}")
     A = (R - R.mean(1, keepdim=True)) / (R.std(1, keepdim=True) + 1e-6)  # eq. 2
     # Three rewards of 0.1 do not have a mean of exactly 0.1: that they are equal is seen in max and min, not in std.
     equal = R.amax(1, keepdim=True) == R.amin(1, keepdim=True)
@@ -107,8 +107,7 @@ def cispo_loss(log_probs, old_log_probs, advantages, response_mask, *, clip_low:
     log_ratio, A, mask = _prepare(log_probs, old_log_probs, advantages, response_mask, clip_low, clip_high)
     ratio = _exp(log_ratio.detach())  # [B, T]
     weight = ratio.clamp(1 - clip_low, 1 + clip_high)  # eq. 5
-    log_pi = _at_least_float32(log_probs).masked_fill(~mask, 0)
-    loss = -_row_mean(weight * A * log_pi, mask).mean()  # eq. 4
+    loss = -_row_mean(weight * A * log_probs, mask).mean()  # eq. 4
     return loss, _metrics(loss, log_ratio, weight != ratio, mask)
 
 

@@ -34,8 +34,8 @@ def erpo_loss(
     """-J_ERPO (eq. 11). With E = K = L = 1, alpha = 0, GSPO's clip range and a response in every row it is GSPO.
 
     log_probs, old_log_probs        [B, T]        of the token that position t predicts; gradient through log_probs only
-    rewards                         [B]           task reward a row, finite; checked on the host (no wait for the
-                                                  device where they lie on the CPU)
+    rewards                         [B]           task reward a row, below 1e15 in size; checked on the host (no wait
+                                                  for the device where they lie on the CPU)
     response_mask                   [B, T]        bool, true where the predicted token belongs to the response
     experts, old_experts            [B, T, L, K]  the experts that the new, the old policy used at position t: int64,
                                                   int32, int16, int8 or uint8, distinct within a token
@@ -65,7 +65,7 @@ def erpo_loss(
     _check_options(len(rewards), group_size, alpha, clip_low, clip_high, entropy_reward)
     _check_ids(experts, old_experts, response_mask, num_experts)
     dtype = torch.float64 if log_probs.dtype == torch.float64 else torch.float32
-    R = rewards.detach().to(dtype).to(log_probs.device, non_blocking=True)  # [B]
+    R = rewards.to(dtype).to(log_probs.device, non_blocking=True)  # [B]
 
     # Size |X|, mean log-probability (T of eq. 6) and mean entropy term H of every cluster, all [B, L, E].
     # The new policy's clusters come from the new assignment, the old policy's from the old one.
@@ -135,8 +135,12 @@ def _advantages(rewards, valid, group_size):
     n = valid.sum(1, keepdim=True)  # [P, 1, L, E]
     difference = R - (R * valid).sum(1, keepdim=True) / n.clamp(min=1)
     std = ((difference**2 * valid).sum(1, keepdim=True) / (n - 1).clamp(min=1)).sqrt()
-    inf = float("inf")  # that rewards are equal is seen in max and min; std is left with a residue of rounding
-    unequal = R.masked_fill(~valid, -inf).amax(1, keepdim=True) > R.masked_fill(~valid, inf).amin(1, keepdim=True)
+    # That rewards are equal is seen in max and min; std is left with a residue of rounding.
+    most, least = (
+        R.masked_fill(~valid, -torch.inf).amax(1, keepdim=True),
+        R.masked_fill(~valid, torch.inf).amin(1, True),
+    )
+    unequal = most > least
     return (difference / (std + 1e-6)).masked_fill(~(valid & unequal), 0).flatten(0, 1)
 
 
@@ -196,8 +200,8 @@ def _check_tensors(
             raise ValueError(f"{name} must have shape {list(shape)}, got {list(tensor.shape)}")
     if response_mask.dtype != torch.bool:
         raise ValueError(f"response_mask must be torch.bool, got {response_mask.dtype}")
-    if not torch.isfinite(rewards).all():
-        raise ValueError(f"rewards must be finite, got {rewards.tolist()}")
+    if not (rewards.double().abs() < 1e15).all():  # a float32 cannot hold the square of more than 1e19
+        raise ValueError(f"rewards must be finite and below 1e15 in size, got {rewards.tolist()}")
 
 
 def _check_options(rows, group_size, alpha, clip_low, clip_high, entropy_reward):

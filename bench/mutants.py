@@ -78,9 +78,9 @@ def drop_method_call(node):
 
 def survivors(sources: list[str]):
     """(file and function, the changed lines) of every mutant that no test killed."""
-    from mutmut.models.results import status_by_exit_code
     from mutmut.mutation.data import SourceFileMutationData
     from mutmut.mutation.diff_apply import get_diff_for_mutant
+    from mutmut.stats import status_by_exit_code
 
     for path in map(Path, sources):
         data = SourceFileMutationData(path=path)

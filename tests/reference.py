@@ -136,12 +136,13 @@ def erpo(
         terms = [-P[b, t, layer, k] * math.log(P[b, t, layer, k]) for t, k in cluster(assignment, b, layer, j)]
         return sum(terms) / len(terms)  # eq. 8
 
-    R, R_ent = {}, {}
+    R, R_ent, now_H = {}, {}, {}
     for b, layer, j in e:
         group = [rewards[i] for i in range(B) if i // group_size == b // group_size]
         deviation = rewards[b] - sum(group) / len(group)
         sigma = 0 if abs(deviation) < 1e-9 else -1 if deviation > 0 else 1  # eq. 9
         H, H_old = entropy(experts, probs, b, layer, j), entropy(old_experts, old_probs, b, layer, j)
+        now_H[b, layer, j] = H
         R_ent[b, layer, j] = sigma * (H if entropy_reward == "absolute" else H - H_old)  # eq. 9
         R[b, layer, j] = (1 - alpha) * rewards[b] + alpha * R_ent[b, layer, j]  # eq. 10
 
@@ -161,4 +162,4 @@ def erpo(
             if clipped(ratio, A, low, high) == ratio * A:
                 for t, _ in X[(b, *pair)]:
                     gradient[b, t] -= ratio * A / len(X[(b, *pair)]) / len(active) / B  # eq. 12
-    return loss, gradient, {"clusters": len(e), "dropped_clusters": dropped, "R_ent": R_ent}
+    return loss, gradient, {"clusters": len(e), "dropped_clusters": dropped, "e": e, "H": now_H, "R_ent": R_ent}

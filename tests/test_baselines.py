@@ -82,6 +82,11 @@ def test_groups_do_not_mix():
     torch.testing.assert_close(group_advantages(R + torch.tensor([0.0, 0.0, 10.0, 10.0]), 2), A, atol=1e-5, rtol=0)
 
 
+@pytest.mark.parametrize("others", [[5.0, 6.0, 7.0], [-5.0, -6.0, -7.0]])
+def test_equal_rewards_are_equal_whatever_another_group_has(others):
+    assert (group_advantages(torch.tensor([123456.7] * 3 + others), 3)[:3] == 0).all()
+
+
 def test_rewards_may_be_whole_numbers_or_bools_and_carry_no_gradient():
     expected = group_advantages(torch.tensor([0.0, 1.0]), 2)
     assert torch.equal(group_advantages(torch.tensor([0, 1]), 2), expected)
@@ -96,9 +101,10 @@ def test_group_advantages_refuses_bad_arguments():
         group_advantages(torch.ones(4), 3)
     with pytest.raises(ValueError, match=r"rewards.*\[B\].*\[2, 2\]"):
         group_advantages(torch.ones(2, 2), 2)
-    for bad in (float("nan"), float("inf"), -float("inf")):
-        with pytest.raises(ValueError, match="rewards must be finite"):
-            group_advantages(torch.tensor([0.0, bad]), 2)
+    for bad in (float("nan"), float("inf"), -float("inf"), 1e15, -1e15):
+        with pytest.raises(ValueError, match="rewards must be finite and below 1e15"):
+            group_advantages(torch.tensor([0.0, bad], dtype=torch.float64), 2)
+    assert group_advantages(torch.tensor([0.0, 9.9e14]), 2).tolist() == pytest.approx([-(0.5**0.5), 0.5**0.5])
 
 
 # ------------------------------------------------------------------------------------------------------------- losses
@@ -268,6 +274,24 @@ def test_padding_changes_nothing(base, junk):
     assert (dirty.grad[:, :6][~mask] == 0).all() and (dirty.grad[:, 6:] == 0).all()
     for name, metric in metrics.items():
         assert metric.item() == pytest.approx(expected_metrics[name].item(), rel=1e-9, abs=1e-12), name
+
+
+@surrogates
+@pytest.mark.parametrize("low, high", [(0.0, 0.0), (0.0, 0.5), (0.5, 0.0)])
+def test_a_range_of_zero(base, low, high):
+    """Every ratio on its side of 1 is clipped, at padding none counts."""
+    loss, *_ = LOSSES[base]
+    new, old, A, mask = make(9, B=8, T=12, spread=0.2)
+    value, metrics = loss(new, old, A, mask, clip_low=low, clip_high=high)
+    expected = reference.policy_loss(base, *(x.numpy() for x in (new, old, A, mask)), low, high)
+    assert value.item() == pytest.approx(expected, abs=1e-12)
+    log_ratio = (new - old) * mask
+    A = A[:, None].expand_as(new)
+    if base == "gspo":
+        log_ratio, A, mask = log_ratio.sum(1) / mask.sum(1), A[:, 0], mask.any(1)
+    upper, lower = (high, -low) if base == "gmpo" else (np.log1p(high), np.log1p(-low))
+    acts = torch.where(A > 0, log_ratio > upper, log_ratio < lower) & mask
+    assert acts.any() and metrics["clip_share"].item() == pytest.approx((acts.sum() / mask.sum()).item())
 
 
 @bases

@@ -77,6 +77,14 @@ def test_alpha_per_row_and_the_same_experts_whatever_alpha():
     assert 0.4 < perturbed[2].float().mean() < 0.6
     again, fewer = random_routes(3, 400, 2, 8, 2, 0.1, generator=torch.Generator().manual_seed(4))
     assert torch.equal(experts, again) and not fewer.all()
+    same = random_routes(3, 400, 2, 8, 2, alpha, generator=torch.Generator().manual_seed(4))
+    assert torch.equal(same[0], experts) and torch.equal(same[1], perturbed)
+
+
+def test_routes_are_drawn_on_the_device_asked_for():
+    for alpha in (0.5, torch.tensor([0.1, 0.9])):
+        experts, perturbed = random_routes(2, 3, 1, 4, 2, alpha, device="meta")
+        assert experts.device.type == perturbed.device.type == "meta"
 
 
 @pytest.mark.parametrize("alpha", [-0.1, 1.1, float("nan"), torch.tensor([0.5, 2.0]), torch.tensor([0.5] * 3)])
@@ -133,7 +141,7 @@ def test_advantage_carries_no_gradient():
 def test_advantage_refuses_bad_arguments():
     with pytest.raises(ValueError, match="kind.*'relative'"):
         erl_advantage(torch.zeros(2), torch.zeros(2), "relative")
-    with pytest.raises(ValueError, match=r"original_log_probs.*\[2, 3\].*\[2, 4\]"):
+    with pytest.raises(ValueError, match=r"^original_log_probs .*\[2, 3\].*\[2, 4\]"):
         erl_advantage(torch.zeros(2, 3), torch.zeros(2, 4))
 
 
@@ -308,17 +316,17 @@ def test_dtypes(dtype):
 
 def test_loss_refuses_bad_arguments():
     new, old, advantages, perturbed = make(15)
-    with pytest.raises(ValueError, match=r"router_log_probs.*\[B, T, L, K\].*\[2, 4, 2\]"):
+    with pytest.raises(ValueError, match=r"^router_log_probs .*\[B, T, L, K\].*\[2, 4, 2\]"):
         erl_loss(new[..., 0], old, advantages, perturbed)
-    with pytest.raises(ValueError, match=r"router_log_probs.*K above 0.*\[2, 4, 2, 0\]"):
+    with pytest.raises(ValueError, match=r"^router_log_probs .*K above 0.*\[2, 4, 2, 0\]"):
         erl_loss(new[..., :0], old[..., :0], advantages, perturbed)
-    with pytest.raises(ValueError, match=r"old_router_log_probs.*\[2, 4, 2, 2\].*\[2, 4, 2, 1\]"):
+    with pytest.raises(ValueError, match=r"^old_router_log_probs .*\[2, 4, 2, 2\].*\[2, 4, 2, 1\]"):
         erl_loss(new, old[..., :1], advantages, perturbed)
-    with pytest.raises(ValueError, match=r"advantages.*\[2, 4\].*\[2, 3\]"):
+    with pytest.raises(ValueError, match=r"^advantages .*\[2, 4\].*\[2, 3\]"):
         erl_loss(new, old, advantages[:, 1:], perturbed)
-    with pytest.raises(ValueError, match=r"perturbed.*\[2, 4, 2\].*\[2, 4\]"):
+    with pytest.raises(ValueError, match=r"^perturbed .*\[2, 4, 2\].*\[2, 4\]"):
         erl_loss(new, old, advantages, perturbed[..., 0])
-    with pytest.raises(ValueError, match="perturbed.*bool.*float32"):
+    with pytest.raises(ValueError, match="^perturbed .*bool.*float32"):
         erl_loss(new, old, advantages, perturbed.float())
     for eps in (-0.1, float("nan")):
         with pytest.raises(ValueError, match="clip_eps"):
@@ -391,6 +399,65 @@ def test_a_prompt_is_never_perturbed():
     assert all(torch.equal(routes[1], paths.S) for routes in toy.asked[1:])  # what the model was told is S, no more
 
 
+def test_the_generator_alone_decides_the_routes():
+    """One perturbed pass is enough; what explore keeps has no gradient of its own."""
+    first, second = explored(Toy(), n_perturb=1), explored(Toy(), n_perturb=1)
+    assert first.S.shape == (2, 5, 2) and torch.equal(first.S, second.S) and torch.equal(first.experts, second.experts)
+    assert not first.advantages.requires_grad and not first.old_router_log_probs.requires_grad
+
+
+def test_routes_go_to_the_models_device():
+    """Drawn on the CPU, where the mask may lie too; the model here lives on "meta", which holds no data."""
+
+    def forward(routes):
+        assert routes is None or all(x.device.type == "meta" for x in routes)
+        rows = 2 if routes is None else 6
+        return torch.zeros(rows, 5, device="meta"), torch.zeros(rows, 5, 2, 4, device="meta"), None
+
+    paths = explore(forward, torch.ones(2, 5, dtype=torch.bool), 2)
+    assert all(x.device.type == "meta" for x in paths[2:])
+
+
+def test_a_gap_of_exactly_the_bound_is_rounding():
+    bound = 16 * torch.finfo(torch.float64).eps  # 4 units of a log-probability of -4
+    for gap, A in ((bound, 0), (bound * 1.25, 1), (-bound * 1.25, -1)):
+
+        def forward(routes, gap=gap):
+            new = torch.full((1 if routes is None else 3, 2), -4.0, dtype=torch.float64)
+            return new + gap * (routes is not None), torch.zeros(*new.shape, 1, 4).double().log_softmax(-1), None
+
+        paths = explore(forward, torch.ones(1, 2, dtype=torch.bool), 1, dtype=torch.float64)
+        assert (paths.advantages == A).all()
+
+
+def test_defaults_of_the_objective():
+    """The paper's for text: delta 0.5, a clip of 0.2, no wPL, one step; delta 0 is the LM loss alone."""
+    toy = Toy()
+    paths = explored(toy)
+    moved = paths._replace(
+        old_router_log_probs=paths.old_router_log_probs
+        + 0.3 * torch.randn(6, 5, 2, 2, generator=torch.Generator().manual_seed(2)).double()
+    )
+    ((loss, metrics),) = erl_objective(toy, moved)
+    new = toy.router.log_softmax(-1).repeat(3, 1, 1, 1).gather(-1, paths.experts)
+    rl, expected = erl_loss(new, moved.old_router_log_probs, paths.advantages, paths.S, clip_eps=0.2)
+    assert loss.item() == pytest.approx((paths.original[2] + 0.5 * rl).item(), abs=1e-12)
+    assert metrics.keys() == expected.keys() and metrics["clip_share"] == expected["clip_share"] > 0
+    ((loss, _),) = erl_objective(toy, moved, delta=0)
+    assert loss.item() == paths.original[2].item()
+
+
+def test_later_epochs_are_delta_times_the_rl_loss():
+    toy = Toy()
+    paths = explored(toy)
+    epochs = erl_objective(toy, paths, delta=0.7, inner_epochs=2)
+    next(epochs)
+    with torch.no_grad():
+        toy.router += torch.randn(toy.router.shape, generator=torch.Generator().manual_seed(1))
+    loss, metrics = next(epochs)
+    assert loss.item() == pytest.approx(0.7 * metrics["rl_loss"].item(), abs=1e-12) and abs(loss.item()) > 1e-3
+
+
 @pytest.mark.parametrize("wpl", [False, True])
 def test_objective_by_hand(wpl):
     toy = Toy()
@@ -402,6 +469,8 @@ def test_objective_by_hand(wpl):
     assert not more
     assert loss.item() == pytest.approx((paths.original[2] + 0.7 * (rl + extra)).item(), abs=1e-12)  # eq. 15-17
     assert metrics["ratio_mean"].item() == pytest.approx(1, abs=1e-12)
+    assert ("perturbed_lm_loss" in metrics) == wpl and not any(x.requires_grad for x in metrics.values())
+    assert metrics.get("perturbed_lm_loss", 0) == extra
     loss.backward()
     assert toy.router.grad.abs().sum() > 0 and toy.words.grad.abs().sum() > 0
 
@@ -456,8 +525,8 @@ def test_rounding_grows_with_the_log_probability(dtype):
         ({"n_perturb": 0}, "n_perturb"),
         ({"alpha": 1.5}, "alpha"),
         ({"advantage": "sign"}, "kind"),
-        ({"mask": torch.ones(2, 4, dtype=torch.bool)}, "mask"),
-        ({"mask": torch.ones(2, 5)}, "mask"),
+        ({"mask": torch.ones(2, 4, dtype=torch.bool)}, "^mask"),
+        ({"mask": torch.ones(2, 5)}, "^mask"),
     ],
 )
 def test_explore_refuses_bad_arguments(options, word):

@@ -99,6 +99,23 @@ def test_value_and_gradient_equal_the_reference(seed, P, G, T, L, K, E, alpha, k
         assert metrics["entropy_reward"].item() == pytest.approx(mean, abs=1e-12)
 
 
+@pytest.mark.parametrize("seed", range(5))
+def test_metrics_by_hand(seed):
+    """Over the pairs that have a ratio, and no others."""
+    inputs = make(seed, T=4, E=6, changed=0.7)
+    _, _, seen = by_the_book(inputs)
+    metrics = with_gradient(inputs)[2]
+    e, H = (np.array(list(seen[name].values())) for name in ("e", "H"))
+    assert metrics["dropped_clusters"] == seen["dropped_clusters"] > 0
+    for name, expected in (
+        ("ratio_mean", e.mean()),
+        ("ratio_std", e.std()),
+        ("ratio_neg_log", -np.log(e).mean()),
+        ("expert_entropy", H.mean()),
+    ):
+        assert metrics[name].item() == pytest.approx(expected, abs=1e-12), name
+
+
 def test_the_references_see_something():
     """The inputs above do clip, drop clusters and have gradients: the comparison is not one of zeros."""
     metrics = [with_gradient(make(seed))[2] for seed in range(20)]
@@ -257,6 +274,57 @@ def test_sigma_by_hand():
     for dtype in (torch.float32, torch.float64):
         R = torch.tensor([0.1, 0.2, 0.3, 0.0, 0.0, 1.0], dtype=dtype)
         assert erpo._sigma(R, 3).tolist() == [1, 0, -1, 1, 1, -1]
+
+
+def test_sigma_counts_as_equal_what_rounding_makes_unequal_and_no_more():
+    for dtype in (torch.float32, torch.float64):
+        near_zero = torch.tensor(
+            [0.3, -0.1, -0.2, 0.0], dtype=dtype
+        )  # the mean is 0 but for rounding, and so is a reward
+        assert erpo._sigma(near_zero, 4).tolist() == [-1, 1, 1, 0]
+        assert erpo._sigma(-torch.tensor([0.1, 0.2, 0.3], dtype=dtype), 3).tolist() == [-1, 0, 1]
+        close = torch.tensor([1.0, 1.00001, 1e6, 1e6 + 2], dtype=dtype)  # one group's size is not the other's
+        assert erpo._sigma(close, 2).tolist() == [1, -1, 1, -1]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_equal_rewards_are_those_of_the_rows_that_use_the_pair(dtype):
+    """Neither another group's rewards nor those of a row without the pair make three rewards of 0.1 unequal."""
+    R = torch.tensor([0.1, 0.1, 0.1, 5.0, 5.0, 6.0, 7.0, -9.0], dtype=dtype).view(8, 1, 1)
+    valid = torch.tensor([True, True, True, False] * 2).view(8, 1, 1)
+    A = erpo._advantages(R, valid, 4).flatten()
+    assert (A[:4] == 0).all() and A[7] == 0
+    torch.testing.assert_close(A[4:7], torch.tensor([-1.0, 0.0, 1.0], dtype=dtype), atol=1e-5, rtol=0)
+    R[3] = -5.0
+    assert (erpo._advantages(R, valid, 4).flatten()[:4] == 0).all()
+
+
+def test_a_small_probability_keeps_its_entropy():
+    """-P log P of eq. 8 at P = 1e-4 and 1e-9: no probability is lifted."""
+    for P in (1e-4, 1e-9):
+        inputs = make(8)
+        inputs["expert_probs"] = torch.full_like(inputs["expert_probs"], P)
+        assert with_gradient(inputs)[2]["expert_entropy"].item() == pytest.approx(-P * np.log(P), rel=1e-9)
+
+
+def test_a_range_of_zero():
+    """Every ratio outside 1 is cut off on the side that its advantage opens."""
+    inputs = make(9, P=4)
+    loss, _, metrics = with_gradient(inputs, clip_low=0.0, clip_high=0.0)
+    expected, _, _ = by_the_book(inputs, low=0.0, high=0.0)
+    assert loss == pytest.approx(expected, abs=1e-9) and 0.1 < metrics["clip_share"] < 1
+
+
+def test_off_the_cpu_nothing_is_read_and_sums_need_no_atomics(monkeypatch):
+    """Run on "meta", the device that holds no data: reading a value there is an error. Rewards stay on the CPU."""
+    monkeypatch.setattr(erpo, "_bucket_sums", None)
+    inputs = make(10)
+    on_meta = {k: x.to("meta") if isinstance(x, torch.Tensor) and k != "rewards" else x for k, x in inputs.items()}
+    on_meta["log_probs"].requires_grad_()
+    loss, metrics = erpo_loss(**on_meta)
+    loss.backward()
+    assert loss.device.type == "meta" and on_meta["log_probs"].grad.shape == (4, 6)
+    assert all(x.device.type == "meta" and x.shape == () for x in metrics.values())
 
 
 def test_entropy_reward_favours_certainty_in_good_answers():
@@ -452,6 +520,7 @@ def test_loss_refuses_bad_arguments():
         ("log_probs", torch.zeros(4, 5), r"^log_probs .*\[4, 6\].*\[4, 5\]"),
         ("old_log_probs", torch.zeros(3, 6), r"^old_log_probs .*\[4, 6\].*\[3, 6\]"),
         ("rewards", torch.zeros(4, 6), r"^rewards .*\[4\].*\[4, 6\]"),
+        ("rewards", torch.tensor([0.0, 1.0, -1e15, 0.0], dtype=torch.float64), "rewards must be finite and below 1e15"),
         ("rewards", torch.tensor([0.0, 1.0, float("nan"), 0.0]), "rewards must be finite"),
         ("rewards", torch.tensor([0.0, 1.0, float("inf"), 0.0]), "rewards must be finite"),
         ("response_mask", torch.ones(4, 7, dtype=torch.bool), r"^response_mask .*\[4, 6\].*\[4, 7\]"),
@@ -462,6 +531,7 @@ def test_loss_refuses_bad_arguments():
         ("old_experts", good["old_experts"].to(torch.uint16), "^old_experts .*integer.*uint16"),
         ("experts", good["experts"] + 4, r"^experts .*0\.\.3.*layer 0"),
         ("experts", good["experts"] - 4, r"^experts .*0\.\.3.*layer 0"),
+        ("old_experts", good["old_experts"].clamp(min=2) + 1, r"^old_experts .*0\.\.3.*got 3\.\.4 in layer 0"),
         ("old_experts", good["old_experts"] + 4, r"^old_experts .*0\.\.3"),
         ("old_experts", good["old_experts"][..., :1], r"^old_experts .*\[4, 6, 2, 2\].*\[4, 6, 2, 1\]"),
         ("expert_probs", torch.ones(4, 6, 2, 1), r"^expert_probs .*\[4, 6, 2, 2\].*\[4, 6, 2, 1\]"),
