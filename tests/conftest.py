@@ -1,5 +1,16 @@
 """One thread for PyTorch: the models are so small that two threads mostly wait for each other."""
 
+import pytest
 import torch
 
 torch.set_num_threads(1)
+
+
+@pytest.fixture
+def micro(monkeypatch, tmp_path):
+    """A size that trains in milliseconds in place of "tiny", and a folder of its own for what runs write."""
+    from moe import SIZES
+    from training import MICRO
+
+    monkeypatch.setitem(SIZES, "tiny", MICRO)
+    monkeypatch.chdir(tmp_path)
