@@ -60,18 +60,19 @@ NOT_READ = (  # settings of GRPOConfig that change TRL's loss and would do nothi
 class MoEGRPOTrainer(GRPOTrainer):
     """GRPOTrainer with one of LOSSES; loss_options are its keyword arguments (clip_low, alpha, floor ...)."""
 
-    def __init__(self, *args, loss, loss_options=None, **kwargs):
+    def __init__(self, model, reward_funcs=None, args=None, *, loss, loss_options=None, **kwargs):
+        args = args or GRPOConfig("trl_grpo")
         if loss not in LOSSES:
             raise UserError(f"loss must be one of {', '.join(LOSSES)}, got {loss!r}")
-        super().__init__(*args, **kwargs)
         for name in NOT_READ:
-            if getattr(self.args, name) != GRPOConfig.__dataclass_fields__[name].default:
+            if getattr(args, name) != GRPOConfig.__dataclass_fields__[name].default:
                 raise UserError(f"leave GRPOConfig's {name} at its default: the losses here do not read it")
-        if self.args.per_device_train_batch_size % self.num_generations:
+        if args.per_device_train_batch_size % args.num_generations:
             raise UserError(
-                f"make per_device_train_batch_size ({self.args.per_device_train_batch_size}) a multiple of "
-                f"num_generations ({self.num_generations}): a microbatch holds whole groups"
+                f"make per_device_train_batch_size ({args.per_device_train_batch_size}) a multiple of num_generations "
+                f"({args.num_generations}): a microbatch holds whole groups"
             )
+        super().__init__(model, reward_funcs, args, **kwargs)
         self.loss, self.loss_options = loss, loss_options or {}
         self._until_backward = contextlib.ExitStack()
 
