@@ -110,7 +110,7 @@ class MoEGRPOTrainer(GRPOTrainer):
         return batch
 
     def _forward(self, model, batch):
-        """-> log-probs and entropies [B, C] at the sampling temperature (TRL's head divides by it), and the aux loss."""
+        """-> log-probs, entropies [B, C] at the sampling temperature (TRL's head divides by it), and the aux loss."""
         ids = torch.cat([batch["prompt_ids"], batch["completion_ids"]], 1)  # [B, P + C]
         attention_mask = torch.cat([batch["prompt_mask"], batch["completion_mask"]], 1)
         return self._get_per_token_logps_and_entropies(
