@@ -165,15 +165,21 @@ def test_groups_stay_whole_and_rewards_are_raw(tmp_path):
     batches = first_batches(trainer)
     assert len(batches) == 4
     for batch in batches:
-        P = [ids[mask.bool()].tolist() for ids, mask in zip(batch["prompt_ids"], batch["prompt_mask"], strict=True)]
-        for start in range(0, 2 * G, G):
-            assert all(p == P[start] for p in P[start : start + G])
-        ids = [c[m.bool()].tolist() for c, m in zip(batch["completion_ids"], batch["completion_mask"], strict=True)]
-        words = [trl_grpo.WORDS[p[0]] for p in P]
-        assert batch["rewards"].tolist() == pytest.approx(rule(words, ids, lambda *_: None))  # of these very rows
-        R = batch["rewards"].view(-1, G)
-        A = (R - R.mean(1, keepdim=True)) / (R.std(1, keepdim=True) + 1e-4)
-        torch.testing.assert_close(batch["advantages"], A.flatten())
+        check_groups(batch)
+
+
+def check_groups(batch):
+    """Rows of one prompt stand together, and rewards and advantages are those of these very rows."""
+    P = [ids[mask.bool()].tolist() for ids, mask in zip(batch["prompt_ids"], batch["prompt_mask"], strict=True)]
+    for start in range(0, 2 * G, G):
+        assert all(p == P[start] for p in P[start : start + G])
+    ids = [c[m.bool()].tolist() for c, m in zip(batch["completion_ids"], batch["completion_mask"], strict=True)]
+    words = [trl_grpo.WORDS[p[0]] for p in P]
+    assert batch["rewards"].tolist() == pytest.approx(rule(words, ids, lambda *_: None))
+    R = batch["rewards"].view(-1, G)
+    torch.testing.assert_close(
+        batch["advantages"], ((R - R.mean(1, keepdim=True)) / (R.std(1, keepdim=True) + 1e-4)).flatten()
+    )
 
 
 def test_erpo_gets_what_the_batch_holds(tmp_path, monkeypatch):
@@ -343,13 +349,13 @@ def test_learns_and_the_control_does_not(tmp_path, seed):
 TWO_PROCESSES = """
 import sys, torch
 sys.path[:0] = [{tests!r}]
-from test_trl_grpo import G, gradients, make, rows
+from test_trl_grpo import G, check_groups, first_batches, make, rows
 from pathlib import Path
 out = Path(sys.argv[1])
-torch.serialization.add_safe_globals([])
 batch = torch.load(out / "batch.pt", weights_only=False)
 trainer = make(out, loss=sys.argv[2], router_aux_loss_coef=0.0)
 assert trainer.accelerator.num_processes == 2
+check_groups(first_batches(trainer)[0])  # each process has its own rows and their rewards
 model = trainer.accelerator.prepare(trainer.model)
 with torch.no_grad():
     for p in model.parameters():
