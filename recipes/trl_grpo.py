@@ -43,18 +43,9 @@ from support.routing_report import routing_report  # noqa: E402
 
 ROW_LOSSES = {"grpo": grpo_loss, "gspo": gspo_loss, "gmpo": gmpo_loss, "gspo-replay": gspo_loss}
 LOSSES = ("erpo", "rais", *ROW_LOSSES)
-NOT_READ = (  # settings of GRPOConfig that change TRL's loss and would do nothing here
-    *(
-        "loss_type",
-        "importance_sampling_level",
-        "epsilon",
-        "epsilon_high",
-        "delta",
-        "beta",
-        "off_policy_mask_threshold",
-    ),
-    *("top_entropy_quantile", "entropy_coef", "use_adaptive_entropy", "use_vllm"),
-)
+# Settings of GRPOConfig that change TRL's loss and would do nothing here.
+NOT_READ = ("loss_type", "importance_sampling_level", "epsilon", "epsilon_high", "delta", "beta", "use_vllm")
+NOT_READ += ("off_policy_mask_threshold", "top_entropy_quantile", "entropy_coef", "use_adaptive_entropy")
 
 
 class MoEGRPOTrainer(GRPOTrainer):
@@ -123,9 +114,8 @@ class MoEGRPOTrainer(GRPOTrainer):
         )
 
     def training_step(self, *args, **kwargs):
-        with (
-            contextlib.ExitStack() as self._until_backward
-        ):  # gradient checkpointing runs the forward again in backward
+        # Gradient checkpointing runs the forward again inside backward: imposed routes have to stay that long.
+        with contextlib.ExitStack() as self._until_backward:
             return super().training_step(*args, **kwargs)
 
     def _compute_loss(self, model, inputs):
@@ -274,4 +264,5 @@ if __name__ == "__main__":
     try:
         main()
     except UserError as error:
-        sys.exit(f"error: {error}")
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
