@@ -32,12 +32,11 @@ from transformers import PreTrainedTokenizerFast, Qwen3MoeConfig, Qwen3MoeForCau
 from trl import GRPOConfig, GRPOTrainer
 from trl.trainer.utils import split_tensor_dict
 
-sys.path[:0] = [str(Path(__file__).resolve().parent), str(Path(__file__).resolve().parent.parent)]
-from hf_routing import impose, record  # noqa: E402
-
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the root, when run as a file
 from baselines import gmpo_loss, grpo_loss, gspo_loss  # noqa: E402
 from erpo import erpo_loss  # noqa: E402
 from rais import rais_loss  # noqa: E402
+from recipes.hf_routing import impose, record  # noqa: E402
 from support.errors import UserError  # noqa: E402
 from support.routing_report import routing_report  # noqa: E402
 

@@ -33,7 +33,7 @@ from unittest.mock import MagicMock
 
 import torch
 
-sys.path[:0] = [str(Path(__file__).resolve().parent.parent)]
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the root, when run as a file
 from baselines import gmpo_loss, grpo_loss, gspo_loss  # noqa: E402
 from rais import CLIP_RANGES, rais_loss, router_shift  # noqa: E402
 from support.errors import UserError  # noqa: E402

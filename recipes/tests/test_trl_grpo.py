@@ -14,15 +14,15 @@ import pytest
 import torch
 
 pytest.importorskip("trl", reason="needs recipes/requirements-trl.txt")
-ROOT = Path(__file__).resolve().parents[2]
-sys.path[:0] = [str(ROOT / "recipes"), str(ROOT)]
-
-import trl_grpo  # noqa: E402
 from trl import GRPOConfig, GRPOTrainer  # noqa: E402
 from trl.experimental.gmpo import GMPOConfig, GMPOTrainer  # noqa: E402
-from trl_grpo import MoEGRPOTrainer, prompts, random_rewards, rule, tiny_model  # noqa: E402
 
+from recipes import trl_grpo  # noqa: E402
+from recipes.replay_check import check_replay  # noqa: E402
+from recipes.trl_grpo import MoEGRPOTrainer, prompts, random_rewards, rule, tiny_model  # noqa: E402
 from support.errors import UserError  # noqa: E402
+
+ROOT = Path(__file__).resolve().parents[2]
 
 G = 4  # rows a group
 
@@ -79,7 +79,7 @@ def gradients(trainer, batch):
 def hooks_left(model):
     """The recipe's own: transformers leaves one of its own on every router."""
     hooks = [hook for m in model.modules() for hook in (*m._forward_hooks.values(), *m._forward_pre_hooks.values())]
-    return [hook for hook in hooks if hook.__module__ == "hf_routing"]
+    return [hook for hook in hooks if hook.__module__ == "recipes.hf_routing"]
 
 
 def largest_difference(one, other):
@@ -218,6 +218,20 @@ def test_erpo_gets_what_the_batch_holds(tmp_path, monkeypatch):
     assert not torch.equal(experts[mask], old_experts[mask])
 
 
+@pytest.mark.parametrize("loss", ["erpo", "gspo-replay"])
+def test_replay_check_finds_nothing(tmp_path, loss):
+    """The check that other frameworks are given to copy, on what travels with this trainer's microbatches."""
+    trainer = make(tmp_path, loss=loss, steps_per_generation=4, gradient_accumulation_steps=4)
+    for batch in first_batches(trainer):
+        C = batch["completion_ids"].shape[1]
+        with trl_grpo.record(trainer.model) as tape, torch.no_grad():
+            log_probs = trainer._forward(trainer.model, batch)[0]
+        at, mask = slice(-C - 1, -1), batch["completion_mask"].bool()
+        routes, live = batch["old_routes"].experts[:, at], tape.router_log_probs()[:, at]
+        assert check_replay(routes, batch["old_per_token_logps"], live, log_probs, mask, enough=1, tolerance=0) == []
+        assert check_replay(routes.roll(1, 0), batch["old_per_token_logps"], live, log_probs, mask)
+
+
 def test_rais_looks_at_the_old_experts(tmp_path, monkeypatch):
     """gamma compares the new and the old router at the experts that the old policy chose."""
     seen = []
@@ -348,7 +362,7 @@ def test_learns_and_the_control_does_not(tmp_path, seed):
 
 TWO_PROCESSES = """
 import sys, torch
-sys.path[:0] = [{tests!r}]
+sys.path[:0] = [{tests!r}, {root!r}]
 from test_trl_grpo import G, check_groups, first_batches, make, rows
 from pathlib import Path
 out = Path(sys.argv[1])
@@ -376,7 +390,7 @@ def test_two_processes_give_the_gradient_of_one(tmp_path, loss):
         for p in trainer.model.parameters():
             p.mul_(1.01)
     _, one = gradients(trainer, batch)
-    (tmp_path / "two.py").write_text(TWO_PROCESSES.format(tests=str(Path(__file__).parent)))
+    (tmp_path / "two.py").write_text(TWO_PROCESSES.format(tests=str(Path(__file__).parent), root=str(ROOT)))
     torchrun(tmp_path / "two.py", tmp_path, loss)
     two = torch.load(tmp_path / "grad.pt")
     assert largest_difference(one, two) < 1e-6

@@ -5,20 +5,15 @@ OMP_NUM_THREADS=1 python -m pytest recipes/tests/test_verl_losses.py
 """
 
 import inspect
-import sys
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import pytest
 import torch
 
-ROOT = Path(__file__).resolve().parents[2]
-sys.path[:0] = [str(ROOT / "recipes"), str(ROOT)]
-
-import verl_losses  # noqa: E402
-from verl_losses import BASES, OURS, call, difference, differences, example, load_verl  # noqa: E402
-
-from support.errors import UserError  # noqa: E402
+from recipes import verl_losses
+from recipes.verl_losses import BASES, OURS, call, difference, differences, example, load_verl
+from support.errors import UserError
 
 try:
     INSTALLED = version("verl") == verl_losses.VERSION
