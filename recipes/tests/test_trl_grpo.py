@@ -324,6 +324,21 @@ def test_evaluation(tmp_path):
     assert not hooks_left(trainer.model)
 
 
+def test_a_completion_without_a_reward(tmp_path):
+    """None from every reward function: TRL's losses give it advantage 0; ERPO, which needs a number, says so."""
+
+    def some(prompts, **_):
+        return [None] + [float(i % 3) for i in range(len(prompts) - 1)]
+
+    trainer = make(tmp_path, loss="grpo", reward=some)
+    batch = first_batches(trainer)[0]
+    assert batch["advantages"][0] == 0 and batch["rewards"][0].isnan()
+    assert gradients(trainer, batch)[0].isfinite()
+    trainer.loss = "erpo"
+    with pytest.raises(ValueError, match="rewards must be finite"):
+        trainer.compute_loss(trainer.model, batch)
+
+
 @pytest.mark.parametrize(
     ("loss", "args", "words"),
     [
