@@ -1,0 +1,267 @@
+"""ERPO, RAIS and GSPO with routing replay inside TRL's GRPOTrainer.
+
+    python3 -m venv .venv && .venv/bin/pip install -r recipes/requirements-trl.txt
+    .venv/bin/python recipes/trl_grpo.py --loss erpo
+    .venv/bin/torchrun --nproc_per_node 2 recipes/trl_grpo.py --loss rais
+
+This trains a tiny random Qwen3-MoE on a rule that it can learn in a minute ("low 7 3" wants digits below 5, "high 2"
+the others); --random-rewards is the control. For your own model, reward and data, give MoEGRPOTrainer what GRPOTrainer
+takes, and a loss:
+
+    MoEGRPOTrainer(loss="rais", loss_options={"base": "gspo"}, model=..., reward_funcs=..., args=GRPOConfig(...), ...)
+
+What it adds to TRL's trainer: the old policy's log-probabilities and routes are recorded once a generation batch, a
+microbatch at a time, and travel with it; whole groups stay in one microbatch; ERPO gets the rewards as they are.
+What TRL does stays as it is: generation, rewards, advantages (std + 1e-4, where ours adds 1e-6), tool mask,
+temperature, gradient accumulation, and the auxiliary loss. That one is on unless router_aux_loss_coef=0: by default
+the model's own coefficient (0.001 in Qwen3-MoE) times its load-balancing loss over all tokens, prompts included, is
+added to the loss, so a router moves even where every advantage is 0.
+Clip ranges are loss_options; GRPOConfig settings that this trainer does not read are refused, vLLM among them.
+"""
+
+import argparse
+import contextlib
+import random
+import sys
+from pathlib import Path
+
+import torch
+from datasets import Dataset
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast, Qwen3MoeConfig, Qwen3MoeForCausalLM
+from trl import GRPOConfig, GRPOTrainer
+from trl.trainer.utils import split_tensor_dict
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the root, when run as a file
+from baselines import gmpo_loss, grpo_loss, gspo_loss  # noqa: E402
+from erpo import erpo_loss  # noqa: E402
+from rais import rais_loss  # noqa: E402
+from recipes.hf_routing import impose, record  # noqa: E402
+from support.errors import UserError  # noqa: E402
+from support.routing_report import routing_report  # noqa: E402
+
+ROW_LOSSES = {"grpo": grpo_loss, "gspo": gspo_loss, "gmpo": gmpo_loss, "gspo-replay": gspo_loss}
+LOSSES = ("erpo", "rais", *ROW_LOSSES)
+# Settings of GRPOConfig that change TRL's loss and would do nothing here.
+NOT_READ = ("loss_type", "importance_sampling_level", "epsilon", "epsilon_high", "delta", "beta", "use_vllm")
+NOT_READ += ("off_policy_mask_threshold", "top_entropy_quantile", "entropy_coef", "use_adaptive_entropy")
+
+
+class MoEGRPOTrainer(GRPOTrainer):
+    """GRPOTrainer with one of LOSSES; loss_options are its keyword arguments (clip_low, alpha, floor ...)."""
+
+    def __init__(self, model, reward_funcs=None, args=None, *, loss, loss_options=None, **kwargs):
+        args = args or GRPOConfig("trl_grpo")
+        if loss not in LOSSES:
+            raise UserError(f"loss must be one of {', '.join(LOSSES)}, got {loss!r}")
+        for name in NOT_READ:
+            if getattr(args, name) != GRPOConfig.__dataclass_fields__[name].default:
+                raise UserError(f"leave GRPOConfig's {name} at its default: the losses here do not read it")
+        if args.per_device_train_batch_size % args.num_generations:
+            raise UserError(
+                f"make per_device_train_batch_size ({args.per_device_train_batch_size}) a multiple of num_generations "
+                f"({args.num_generations}): a microbatch holds whole groups"
+            )
+        super().__init__(model, reward_funcs, args, **kwargs)
+        self.loss, self.loss_options = loss, loss_options or {}
+        self._until_backward = contextlib.ExitStack()
+
+    def _calculate_rewards(self, *args, **kwargs):
+        rewards = super()._calculate_rewards(*args, **kwargs)  # [rows of all processes, reward functions]
+        weighted = (rewards * self.reward_weights.to(rewards.device)).nansum(1)  # as TRL adds them up
+        self._rewards = weighted.masked_fill(rewards.isnan().all(1), float("nan"))  # no reward at all: ERPO refuses it
+        return rewards
+
+    def _generate_and_score_completions(self, inputs):
+        batch = super()._generate_and_score_completions(inputs)
+        if "num_images" in batch:
+            raise UserError("give prompts without images: this trainer's forward passes on text alone")
+        first = self.accelerator.process_index * len(inputs)
+        batch["rewards"] = self._rewards[first : first + len(inputs)]  # [B], this process's rows
+        return batch
+
+    def _prepare_inputs(self, generation_batch):
+        """TRL's own without its shuffle of rows, which tears groups apart; the sampler has shuffled the prompts."""
+        if not self.model.training:
+            return self._record_old_policy(self._generate_and_score_completions(generation_batch))
+        steps = self.args.steps_per_generation
+        if self._step % (steps * self.num_iterations) == 0 or self._buffered_inputs is None:
+            batch = self._generate_and_score_completions(generation_batch)
+            # A microbatch at a time, as the training forward will see it: so the first ratio and gamma are exactly 1.
+            self._buffered_inputs = [self._record_old_policy(part) for part in split_tensor_dict(batch, steps)]
+        return self._buffered_inputs[self._step % steps]
+
+    @torch.no_grad()
+    def _record_old_policy(self, batch):
+        with record(self.accelerator.unwrap_model(self.model)) as tape:
+            batch["old_per_token_logps"] = self._forward(self.model, batch)[0]  # [B, C]
+        batch["old_routes"] = tape.routes(torch.cat([batch["prompt_mask"], batch["completion_mask"]], 1))
+        batch["old_router_log_probs"] = tape.router_log_probs().gather(-1, tape.experts)  # [B, P + C, L, K]
+        return batch
+
+    def _forward(self, model, batch):
+        """-> log-probs, entropies [B, C] at the sampling temperature (TRL's head divides by it), and the aux loss."""
+        ids = torch.cat([batch["prompt_ids"], batch["completion_ids"]], 1)  # [B, P + C]
+        attention_mask = torch.cat([batch["prompt_mask"], batch["completion_mask"]], 1)
+        return self._get_per_token_logps_and_entropies(
+            model,
+            ids,
+            attention_mask,
+            batch["completion_ids"].shape[1],
+            compute_entropy=True,
+            compute_aux_loss=self.aux_loss_enabled,
+        )
+
+    def training_step(self, *args, **kwargs):
+        # Gradient checkpointing runs the forward again inside backward: imposed routes have to stay that long.
+        with contextlib.ExitStack() as self._until_backward:
+            return super().training_step(*args, **kwargs)
+
+    def _compute_loss(self, model, inputs):
+        unwrapped, training = self.accelerator.unwrap_model(model), self.model.training
+        with contextlib.ExitStack() as in_eval:
+            if self.loss == "gspo-replay":
+                (self._until_backward if training else in_eval).enter_context(impose(unwrapped, inputs["old_routes"]))
+            with record(unwrapped) as tape:
+                log_probs, entropies, aux_loss = self._forward(model, inputs)  # [B, C] each, 0-d
+        mask = inputs["completion_mask"] * inputs.get("tool_mask", 1) > 0  # [B, C]; what a tool wrote is no action
+        # The routing of a token is that of the position that predicted it, one before its own.
+        at = slice(-mask.shape[1] - 1, -1)
+        router = tape.router_log_probs().detach()[:, at]  # [B, C, L, E]
+        experts, old_experts = tape.experts[:, at], inputs["old_routes"].experts[:, at]  # [B, C, L, K]
+        old_router = inputs["old_router_log_probs"][:, at]  # [B, C, L, K], of old_experts
+
+        old_log_probs, options = inputs["old_per_token_logps"], self.loss_options
+        row = (log_probs, old_log_probs, inputs["advantages"], mask)
+        if self.loss == "erpo":
+            probs, old_probs = router.gather(-1, experts).exp(), old_router.exp()
+            routing = (experts, old_experts, probs, old_probs)
+            sizes = {
+                "num_experts": router.shape[-1],
+                "group_size": self.num_generations if training else self.num_generations_eval,
+            }
+            loss, metrics = erpo_loss(log_probs, old_log_probs, inputs["rewards"], mask, *routing, **sizes, **options)
+        elif self.loss == "rais":
+            loss, metrics = rais_loss(*row, router.gather(-1, old_experts), old_router, **options)
+        else:
+            loss, metrics = ROW_LOSSES[self.loss](*row, **options)
+        if self.aux_loss_enabled:
+            loss = loss + self.router_aux_loss_coef * aux_loss
+            metrics["aux_loss"] = aux_loss.detach()
+        metrics["entropy"] = (entropies.detach() * mask).sum() / mask.sum().clamp(min=1)
+        report = routing_report(router, old_router, mask, experts=experts, old_experts=old_experts)
+        metrics |= {f"routing/{name}": value for name, value in report.items() if value.dim() == 0}
+        self._log("train" if training else "eval", metrics)
+        return loss / (self.current_gradient_accumulation_steps if training else 1)
+
+    def _log(self, mode, metrics):
+        """Into TRL's log, each the mean over processes and microbatches (so gamma_min is a mean of minima)."""
+        means = self.accelerator.reduce(torch.stack([m.float() for m in metrics.values()]), "mean").tolist()
+        for name, value in zip(metrics, means, strict=True):
+            self._metrics[mode][name].append(value)
+
+
+# ---------------------------------------------------------------------------------------------- a task to try it on
+
+WORDS = ["<pad>", "<eos>", "low", "high", *"0123456789"]
+
+
+def tiny_model(seed):
+    """A random Qwen3-MoE (2 layers, 8 experts, 2 active; 60 thousand weights) and its tokenizer of 14 words."""
+    torch.manual_seed(seed)
+    words = Tokenizer(models.WordLevel({word: i for i, word in enumerate(WORDS)}, unk_token="<pad>"))
+    words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=words, pad_token="<pad>", eos_token="<eos>", padding_side="left"
+    )
+    config = Qwen3MoeConfig(
+        vocab_size=len(WORDS),
+        hidden_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=2,
+        head_dim=16,
+        moe_intermediate_size=32,
+        num_experts=8,
+        num_experts_per_tok=2,
+        norm_topk_prob=True,
+        max_position_embeddings=64,
+        pad_token_id=0,
+        eos_token_id=1,
+        bos_token_id=None,
+        initializer_range=0.1,
+    )
+    return Qwen3MoeForCausalLM(config), tokenizer
+
+
+def prompts(seed, rows=512):
+    """Prompts of several lengths: "low" or "high", then up to three digits that mean nothing."""
+    draw = random.Random(seed)
+    words = [[draw.choice(("low", "high")), *draw.choices("0123456789", k=draw.randrange(4))] for _ in range(rows)]
+    return Dataset.from_dict({"prompt": [" ".join(row) for row in words]})
+
+
+def rule(prompts, completion_ids, log_metric, **_):
+    """The share of a completion's tokens that are digits of the half that the prompt asks for."""
+    asked = [set(range(4, 9) if prompt.startswith("low") else range(9, 14)) for prompt in prompts]
+    shares = [sum(i in half for i in ids) / len(ids) for half, ids in zip(asked, completion_ids, strict=True)]
+    log_metric("rule", sum(shares) / len(shares))
+    return shares
+
+
+def random_rewards(prompts, completion_ids, log_metric, **_):
+    """The control: rewards that know nothing; the rule's share is logged all the same."""
+    rule(prompts, completion_ids, log_metric)
+    return [random.random() for _ in prompts]
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--loss", choices=LOSSES, default="rais")
+    parser.add_argument("--steps", type=int, default=120, help="optimizer steps, each of 32 rows a process")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--lr", type=float, default=3e-3)
+    parser.add_argument("--random-rewards", action="store_true", help="the control: rewards without meaning")
+    parser.add_argument("--output-dir", default="runs/trl_grpo")
+    args = parser.parse_args()
+
+    model, tokenizer = tiny_model(args.seed)
+    trainer = MoEGRPOTrainer(
+        loss=args.loss,
+        model=model,
+        processing_class=tokenizer,
+        reward_funcs=random_rewards if args.random_rewards else rule,
+        train_dataset=prompts(args.seed),
+        args=GRPOConfig(
+            output_dir=args.output_dir,
+            seed=args.seed,
+            learning_rate=args.lr,
+            max_steps=args.steps,
+            num_generations=8,
+            max_completion_length=12,
+            per_device_train_batch_size=16,  # two groups a microbatch
+            gradient_accumulation_steps=2,
+            steps_per_generation=4,  # a generation batch of 64 rows: two optimizer steps, twice
+            num_iterations=2,
+            logging_steps=1,
+            save_strategy="no",
+            report_to="none",
+            bf16=False,
+            use_cpu=not torch.cuda.is_available(),
+            disable_tqdm=True,
+        ),
+    )
+    trainer.train()
+    if trainer.accelerator.is_main_process:
+        shares = [log["rule"] for log in trainer.state.log_history if "rule" in log]
+        fifth = max(1, len(shares) // 5)
+        first, last = sum(shares[:fifth]) / fifth, sum(shares[-fifth:]) / fifth
+        print(f"{args.loss}: share by the rule {first:.3f} in the first fifth, {last:.3f} in the last")
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)

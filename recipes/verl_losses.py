@@ -1,0 +1,162 @@
+"""Our losses beside those registered in verl 0.9.1: the same numbers; and what verl would need for RAIS.
+
+    python3 -m venv .venv && .venv/bin/pip install -r recipes/requirements-trl.txt
+    .venv/bin/pip install --no-deps verl==0.9.1
+    .venv/bin/python recipes/verl_losses.py
+
+It prints how far grpo_loss, gspo_loss and gmpo_loss are from verl's "vanilla", "gspo" and "geo_mean" on random numbers,
+in value and in gradient, and rais_loss from the same three with gamma in the old log-probabilities.
+
+What to set in verl for this: loss_agg_mode "seq-mean-token-mean" (its default, "token-mean", lets long rows weigh
+more), the clip ranges, and for "vanilla" a clip_ratio_c so large that its second clip (rows with A < 0 and a ratio
+above 3) never acts. What stays different: "vanilla" and "gspo" average over the rows that have a response, ours over
+all; "geo_mean" over all, as ours, whatever loss_agg_mode says.
+
+What verl 0.9.1 passes to a registered loss (read in verl/workers/utils/losses.py, ppo_loss): old_log_prob, log_prob,
+advantages, response_mask [B, T], loss_agg_mode, config and rollout_is_weights. No routes: ppo_loss keeps three to five
+named fields of the batch and drops the rest before the call. With router replay (modes R2 and R3 of the Megatron
+engine, also in the veomni engine) expert ids travel as routed_experts, and are imposed on the model; router
+log-probabilities are returned by no engine. So ERPO and RAIS cannot be registered as they are. RAIS would need
+  1. from the engine's forward, log P of the recorded experts at the positions that predict the response, [B, T, L, K],
+     once with the old policy beside old_log_probs, and once in training;
+  2. both kept in ppo_loss, up to the call;
+  3. one line: router_shifted below, around any registered loss.
+ERPO would need the experts and their P of both policies, the rewards as they are, and whole groups in a microbatch.
+"""
+
+import sys
+from importlib.abc import Loader, MetaPathFinder
+from importlib.machinery import ModuleSpec
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from unittest.mock import MagicMock
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the root, when run as a file
+from baselines import gmpo_loss, grpo_loss, gspo_loss  # noqa: E402
+from rais import CLIP_RANGES, rais_loss, router_shift  # noqa: E402
+from support.errors import UserError  # noqa: E402
+
+VERSION = "0.9.1"
+OURS = {"vanilla": grpo_loss, "gspo": gspo_loss, "geo_mean": gmpo_loss}
+BASES = {"vanilla": "grpo", "gspo": "gspo", "geo_mean": "gmpo"}
+UNUSED = (
+    "codetiming",
+    "hydra",
+    "omegaconf",
+    "orjson",
+    "ray",
+    "tensordict",
+)  # imported by verl, not by its losses' work
+
+
+class _Unused(MetaPathFinder, Loader):
+    """Stands in for the packages of UNUSED that are not installed, so that verl can be imported."""
+
+    def find_spec(self, name, path, target=None):
+        return ModuleSpec(name, self, is_package=True) if name.partition(".")[0] in UNUSED else None
+
+    def create_module(self, spec):
+        return MagicMock(name=spec.name, __path__=[], __spec__=spec, __name__=spec.name, __version__="0")
+
+    def exec_module(self, module):
+        pass
+
+
+def load_verl():
+    """-> (verl's registry of policy losses, its ActorConfig). UserError without this very version."""
+    try:
+        found = version("verl")
+    except PackageNotFoundError:
+        found = "none"
+    if found != VERSION:
+        raise UserError(f"install verl {VERSION} (pip install --no-deps verl=={VERSION}), found {found}")
+    finder = _Unused()
+    sys.meta_path.append(finder)  # asked last: what is installed is used
+    try:
+        from verl.trainer.ppo.core_algos import POLICY_LOSS_REGISTRY
+        from verl.workers.config import ActorConfig
+    finally:
+        sys.meta_path.remove(finder)
+    return POLICY_LOSS_REGISTRY, ActorConfig
+
+
+def call(name, log_probs, old_log_probs, advantages, response_mask):
+    """verl's loss `name` with our clip ranges and reduction. Shapes as in baselines.py -> 0-d."""
+    registry, ActorConfig = load_verl()
+    low, high = CLIP_RANGES[BASES[name]]
+    config = ActorConfig(
+        strategy="fsdp",
+        rollout_n=1,
+        ppo_micro_batch_size_per_gpu=1,
+        clip_ratio_low=low,
+        clip_ratio_high=high,
+        clip_ratio_c=1e9,
+    )
+    loss, _ = registry[name](
+        old_log_prob=old_log_probs,
+        log_prob=log_probs,
+        advantages=advantages[:, None].expand_as(log_probs),  # verl has one a token
+        response_mask=response_mask,
+        loss_agg_mode="seq-mean-token-mean",
+        config=config,
+    )
+    return loss
+
+
+def router_shifted(name, log_probs, old_log_probs, advantages, response_mask, gamma):
+    """RAIS around verl's loss `name`: gamma [B, T] (rais.router_shift) joins the ratio, before the clip."""
+    return call(name, log_probs, old_log_probs - gamma.log(), advantages, response_mask)
+
+
+def example(seed=0, B=8, T=16, L=3, K=2, shift=0.3):
+    """Random policies that are `shift` apart, a mask with a response in every row, routers apart as well."""
+    draw = torch.Generator().manual_seed(seed)
+    log_probs = -3 * torch.rand(B, T, generator=draw)
+    old_log_probs = log_probs + shift * torch.randn(B, T, generator=draw)
+    mask = torch.rand(B, T, generator=draw) < 0.7
+    mask[:, 0] = True
+    new, old = (-2 * torch.rand(B, T, L, K, generator=draw) for _ in range(2))
+    return log_probs, old_log_probs, torch.randn(B, generator=draw), mask, old + 0.3 * (new - old), old
+
+
+def difference(ours, theirs, log_probs):
+    """Two functions of log_probs -> the largest difference of value and of gradient, and the largest gradient."""
+    values, gradients = [], []
+    for function in (ours, theirs):
+        leaf = log_probs.clone().requires_grad_()
+        loss = function(leaf)
+        values.append(loss.detach())
+        gradients.append(torch.autograd.grad(loss, leaf)[0])
+    (a, b), (g, h) = values, gradients
+    return (a - b).abs().item(), (g - h).abs().max().item(), h.abs().max().item()
+
+
+def differences(name, **options):
+    """-> the same for our baseline, then for RAIS on it, against verl's loss `name`."""
+    log_probs, old, A, mask, router, old_router = example(**options)
+    gamma = router_shift(router, old_router)
+    return (
+        difference(lambda x: OURS[name](x, old, A, mask)[0], lambda x: call(name, x, old, A, mask), log_probs),
+        difference(
+            lambda x: rais_loss(x, old, A, mask, router, old_router, base=BASES[name])[0],
+            lambda x: router_shifted(name, x, old, A, mask, gamma),
+            log_probs,
+        ),
+    )
+
+
+def main():
+    print("verl's loss   ours        value    gradient  largest gradient")
+    for name, base in BASES.items():
+        for ours, (value, gradient, largest) in zip((base, f"rais/{base}"), differences(name), strict=True):
+            print(f"{name:12}  {ours:10}  {value:.1e}  {gradient:.1e}   {largest:.1e}")
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
