@@ -9,8 +9,9 @@ torch.set_num_threads(1)
 @pytest.fixture
 def micro(monkeypatch, tmp_path):
     """A size that trains in milliseconds in place of "tiny", and a folder of its own for what runs write."""
-    from moe import SIZES
     from training import MICRO
+
+    from moe import SIZES
 
     monkeypatch.setitem(SIZES, "tiny", MICRO)
     monkeypatch.chdir(tmp_path)

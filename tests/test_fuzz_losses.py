@@ -1,14 +1,15 @@
 """Every public function of the loss files on values from 1e-30 to 1e30, either sign, in four types and odd shapes.
 
-What is held: a result is finite, in value, gradient and metrics, or the call is a ValueError; padding (NaN, infinities,
-1e30, ids of -1 or 10^6) changes nothing, to the bit; and float16, bfloat16 and float32 inputs give what the same numbers
-give as float64, within 2e-5 of the largest term that enters (all arithmetic is in float32), as long as no log ratio is
-above 10 and no gamma below 1e-30. Advantages go up to 1e4: they are standardised over a group, or differences of
-log-probabilities, and e^40 of them has to fit into float32. ERPO with entropy rewards is held to 0.2 of that term: where
-they differ by 1e-7, float32's rounding of them is a tenth of the 1e-6 that the standard deviation stands on.
+What is held: a result is finite, in value, gradient and metrics, or the call is a ValueError; padding (NaN,
+infinities, 1e30, ids of -1 or 10^6) changes nothing, to the bit; and float16, bfloat16 and float32 inputs give what
+the same numbers give as float64, within 2e-5 of the largest term that enters (all arithmetic is in float32), as long
+as no log ratio is above 10 and no gamma below 1e-30. Advantages go up to 1e4: they are standardised over a group, or
+differences of log-probabilities, and e^40 of them has to fit into float32. ERPO with entropy rewards is held to 0.2
+of that term: where they differ by 1e-7, float32's rounding of them is a tenth of the 1e-6 that the standard deviation
+stands on.
 
-    python -m pytest tests/test_fuzz_losses.py                   # 60 cases a function
-    FUZZ_CASES=10000 python -m pytest tests/test_fuzz_losses.py  # the long way, about half an hour
+python -m pytest tests/test_fuzz_losses.py # 60 cases a function FUZZ_CASES=10000 python -m pytest
+tests/test_fuzz_losses.py # the long way, about half an hour
 """
 
 import math
