@@ -14,6 +14,7 @@ One process: for more machines see recipes/.
 
 import inspect
 import os
+import signal
 import sys
 from functools import partial
 from typing import NamedTuple
@@ -21,6 +22,10 @@ from typing import NamedTuple
 # PyTorch reads these when it is imported; a user's own setting wins. On Linux it then asks for huge pages for tensors
 # of 2 MB and more: fresh memory, page by page, was 30 % of the time of a layer of 128 experts.
 os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
+if (
+    __name__ == "__main__"
+):  # until a run has something to save Ctrl-C ends it at once, the seconds of importing included
+    signal.signal(signal.SIGINT, lambda *_: os._exit(130))
 
 import torch
 from torch import Tensor
@@ -35,10 +40,10 @@ from support import command_line
 from support.arguments import options_of
 from support.checkpoints import load_model
 from support.device import pick_device
-from support.errors import UserError, plainly, sentence
+from support.errors import plainly, say, sentence
 from support.fast import speed_up
 from support.generation import Rollout, generate
-from support.initial import check_model, initial_model
+from support.initial import check_model, check_step, initial_model
 from support.pictures import plot_curves
 from support.routing_report import routing_report
 from support.run_folder import NEW_STATE, Run, find_checkpoint, load_state, open_folder, write_json
@@ -370,15 +375,8 @@ def run(args) -> dict:
         summary = process.finish()
     write_json(os.path.join(args.out, "summary.json"), summary)
     plot_curves(args.out)
-    print(process.result_line(summary))
+    say(process.result_line(summary))
     return summary
-
-
-def check_step(step: int, config: MoEConfig, target: MoEConfig, args):
-    """A checkpoint must stand where its run can have been."""
-    total, begun = args.pretrain_steps + args.steps, step > args.pretrain_steps
-    if step > total or begun and config != target:
-        raise UserError(f"the checkpoint in {args.out} is not of this run: step {step} of {total}, holding {config}")
 
 
 def parse(argv: list[str]):
