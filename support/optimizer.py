@@ -26,7 +26,10 @@ def make_optimizer(model, weight_decay: float, router_factor: float = 1.0):
 
 
 def restore(optimizer, saved: dict):
-    """Give an optimizer the moments of a checkpoint. ValueError, KeyError, TypeError or AttributeError: they do not fit."""
+    """Give an optimizer the moments of a checkpoint.
+
+    ValueError, KeyError, TypeError or AttributeError where they do not fit.
+    """
     groups = optimizer.state_dict()["param_groups"]  # ours: a file has no say in rates and decay
     for ours, theirs in zip(groups, saved["param_groups"], strict=True):
         if ours["params"] != theirs["params"]:
