@@ -22,9 +22,7 @@ from typing import NamedTuple
 # PyTorch reads these when it is imported; a user's own setting wins. On Linux it then asks for huge pages for tensors
 # of 2 MB and more: fresh memory, page by page, was 30 % of the time of a layer of 128 experts.
 os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
-if (
-    __name__ == "__main__"
-):  # until a run has something to save Ctrl-C ends it at once, the seconds of importing included
+if __name__ == "__main__":  # nothing is to be saved yet: Ctrl-C ends it at once, the seconds of importing included
     signal.signal(signal.SIGINT, lambda *_: os._exit(130))
 
 import torch
@@ -191,7 +189,7 @@ class Policy(NamedTuple):
     experts: Tensor  # [B, T, L, K]
     expert_log_probs: Tensor  # [B, T, L, K], log P of `experts`
     old_expert_log_probs: Tensor  # [B, T, L, K], log P of the experts that the rollout used
-    router_logits: Tensor  # [B, T, L, E]
+    router_logits: Tensor | None = None  # [B, T, L, E]; a rollout keeps none
 
 
 def train_answers(model: GPT, task: Task, args, run: Run):
@@ -214,10 +212,7 @@ def train_answers(model: GPT, task: Task, args, run: Run):
                 # from it by rounding (other matrix shapes), and the first ratio of a batch must be exactly 1.
                 old = Policy(*(t.detach() for t in new))
             else:
-                log_p = part.expert_log_probs
-                old = new._replace(
-                    log_probs=part.log_probs, experts=part.experts, expert_log_probs=log_p, old_expert_log_probs=log_p
-                )
+                old = Policy(part.log_probs, part.experts, part.expert_log_probs, part.expert_log_probs)
             inputs = loss_inputs(new, old, rewards[rows], advantages[rows], part.response_mask, model.config, args)
             loss, metrics = METHODS[args.algo](**inputs)
             norms = run.update(loss * share + aux_loss)
@@ -388,7 +383,7 @@ def check_options(args):
     """Let the losses themselves refuse options, before any work is done: they are called on two rows of nothing."""
     zeros, one = torch.zeros(2, 1, 1, 1), torch.zeros(2, 1, 1, 1, dtype=torch.long)
     if args.algo in METHODS:
-        policy, rows = Policy(zeros[:, :, 0, 0], one, zeros, zeros, zeros), torch.zeros(2)
+        policy, rows = Policy(zeros[:, :, 0, 0], one, zeros, zeros), torch.zeros(2)
         inputs = loss_inputs(policy, policy, rows, rows, torch.ones(2, 1, dtype=torch.bool), MoEConfig(), args)
         plainly(lambda: METHODS[args.algo](**inputs | {"group_size": 2} if "group_size" in inputs else inputs))
     elif args.algo == "erl":
