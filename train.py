@@ -334,7 +334,7 @@ def run(args) -> dict:
             model.stem, model.branch = torch.compile(model.stem), torch.compile(model.branch)
         return model
 
-    tokenizer = data.load_tokenizer(args.tokenizer, args.data_dir)
+    tokenizer = data.prepare(args.dataset, args.tokenizer, args.data_dir)
     checkpoint = find_checkpoint(args.out) if args.resume else None
     if checkpoint:
         model, state = plainly(load_model, os.path.join(checkpoint, "model.safetensors"))[0], load_state(checkpoint)
