@@ -133,8 +133,8 @@ def parse(argv: list[str], description: str, options: dict[str, dict[str, Option
 
 def _unknown(flag: str, algo: str | None, options) -> str:
     name = flag.partition("=")[0].lstrip("-").replace("-", "_")
-    names = {old: new for new, old in ALIASES.items()} | {n: n for theirs in options.values() for n in theirs}
-    owners = [a for a, theirs in options.items() if names.get(name) in theirs]
+    older = {old: new for new, old in ALIASES.items()}
+    owners = [a for a, theirs in options.items() if name in theirs or a != "erl" and older.get(name) in theirs]
     if owners and flag.startswith("--"):
         return f"{flag.partition('=')[0]} is an option of --algo {' or '.join(owners)}, not of {algo}: leave it out"
     return f"unknown flag {flag}: see --help"
