@@ -352,7 +352,7 @@ def run(args) -> dict:
     # without a gradient would serve the forward that needs one.
     autocast = torch.autocast(device.type, torch.bfloat16, enabled=args.dtype == "bfloat16", cache_enabled=False)
     with process.open(), autocast:
-        command_line.describe(args, *GPT(target).count_parameters())
+        command_line.describe(args, state["step"], *GPT(target).count_parameters())
         if state["step"] < args.pretrain_steps:
             if generative and model.config != target:
                 model = upcycle(model, target, rng(args.seed, "routers"))
