@@ -136,10 +136,8 @@ class MoEGRPOTrainer(GRPOTrainer):
         if self.loss == "erpo":
             probs, old_probs = router.gather(-1, experts).exp(), old_router.exp()
             routing = (experts, old_experts, probs, old_probs)
-            sizes = {
-                "num_experts": router.shape[-1],
-                "group_size": self.num_generations if training else self.num_generations_eval,
-            }
+            group_size = self.num_generations if training else self.num_generations_eval
+            sizes = {"num_experts": router.shape[-1], "group_size": group_size}
             loss, metrics = erpo_loss(log_probs, old_log_probs, inputs["rewards"], mask, *routing, **sizes, **options)
         elif self.loss == "rais":
             loss, metrics = rais_loss(*row, router.gather(-1, old_experts), old_router, **options)
@@ -171,27 +169,13 @@ def tiny_model(seed):
     torch.manual_seed(seed)
     words = Tokenizer(models.WordLevel({word: i for i, word in enumerate(WORDS)}, unk_token="<pad>"))
     words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=words, pad_token="<pad>", eos_token="<eos>", padding_side="left"
-    )
-    config = Qwen3MoeConfig(
-        vocab_size=len(WORDS),
-        hidden_size=32,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        num_key_value_heads=2,
-        head_dim=16,
-        moe_intermediate_size=32,
-        num_experts=8,
-        num_experts_per_tok=2,
-        norm_topk_prob=True,
-        max_position_embeddings=64,
-        pad_token_id=0,
-        eos_token_id=1,
-        bos_token_id=None,
-        initializer_range=0.1,
-    )
-    return Qwen3MoeForCausalLM(config), tokenizer
+    special = {"pad_token": "<pad>", "eos_token": "<eos>"}
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, padding_side="left", **special)
+    sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 2}
+    sizes |= {"head_dim": 16, "moe_intermediate_size": 32, "num_experts": 8, "num_experts_per_tok": 2}
+    vocabulary = {"vocab_size": len(WORDS), "pad_token_id": 0, "eos_token_id": 1, "bos_token_id": None}
+    more = {"norm_topk_prob": True, "max_position_embeddings": 64, "initializer_range": 0.1}
+    return Qwen3MoeForCausalLM(Qwen3MoeConfig(**sizes, **vocabulary, **more)), tokenizer
 
 
 def prompts(seed, rows=512):

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import transformers
 
 pytest.importorskip("trl", reason="needs recipes/requirements-trl.txt")
 from trl import GRPOConfig, GRPOTrainer  # noqa: E402
@@ -27,11 +28,11 @@ ROOT = Path(__file__).resolve().parents[2]
 G = 4  # rows a group
 
 
-def make(
-    tmp_path, trainer=MoEGRPOTrainer, config=GRPOConfig, reward=rule, seed=0, loss=None, loss_options=None, **args
-):
-    """A trainer on a fresh tiny model: always the same weights and prompts for a seed."""
-    model, tokenizer = tiny_model(seed)
+def make(tmp_path, trainer=MoEGRPOTrainer, config=GRPOConfig, model=None, reward=rule, seed=0, **args):
+    """A trainer on a fresh tiny model: always the same weights and prompts for a seed. args: loss, loss_options, and
+    settings of `config`."""
+    own = {name: args.pop(name) for name in ("loss", "loss_options") if name in args}
+    qwen, tokenizer = tiny_model(seed)
     settings = {
         "output_dir": str(tmp_path),
         "seed": seed,
@@ -47,14 +48,13 @@ def make(
         "disable_tqdm": True,
         **args,
     }
-    more = {} if loss is None else {"loss": loss, "loss_options": loss_options}
     made = trainer(
-        model=model,
+        model=qwen if model is None else model,
         processing_class=tokenizer,
         reward_funcs=reward,
         train_dataset=prompts(seed, 64),
         args=config(**settings),
-        **more,
+        **own,
     )
     made.current_gradient_accumulation_steps = made.args.gradient_accumulation_steps  # train() sets it
     made.model.train()
@@ -158,6 +158,23 @@ def test_first_ratio_and_gamma_are_exactly_1(tmp_path, loss):
     for log in logs[1::2]:
         assert log["ratio_std"] > 0 and log["routing/gamma_mean"] < 1
     assert {"routing/router_entropy", "routing/top1_above_0.9", "routing/max_vio", "routing/dead_experts"} <= {*logs[0]}
+
+
+@pytest.mark.parametrize("family", ["Mixtral", "Olmoe", "GptOss"])
+def test_other_families(tmp_path, family):
+    """Random tiny models: RAIS trains them, from a first ratio and gamma of exactly 1; aux loss at the model's own."""
+    sizes = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
+    sizes |= {"num_key_value_heads": 2, "head_dim": 16, "num_local_experts": 8, "num_experts": 8}
+    sizes |= {"num_experts_per_tok": 2, "vocab_size": 14, "pad_token_id": 0, "eos_token_id": 1, "bos_token_id": None}
+    config = getattr(transformers, f"{family}Config")(**sizes, max_position_embeddings=64, initializer_range=0.1)
+    torch.manual_seed(0)
+    model = getattr(transformers, f"{family}ForCausalLM")(config)
+    trainer = make(tmp_path, model=model, loss="rais", num_iterations=2, max_steps=4)
+    trainer.train()
+    logs = [log for log in trainer.state.log_history if "ratio_mean" in log]
+    for log in logs[::2]:
+        assert log["ratio_mean"] == log["gamma_mean"] == log["gamma_min"] == log["routing/agreement"] == 1
+    assert logs[1]["gamma_mean"] < 1 and logs[1]["ratio_std"] > 0 and logs[1]["aux_loss"] > 1
 
 
 def test_groups_stay_whole_and_rewards_are_raw(tmp_path):
