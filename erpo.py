@@ -135,13 +135,10 @@ def _advantages(rewards, valid, group_size):
     n = valid.sum(1, keepdim=True)  # [P, 1, L, E]
     difference = R - (R * valid).sum(1, keepdim=True) / n.clamp(min=1)
     std = ((difference**2 * valid).sum(1, keepdim=True) / (n - 1).clamp(min=1)).sqrt()
-    # That rewards are equal is seen in max and min; std is left with a residue of rounding.
-    most, least = (
-        R.masked_fill(~valid, -torch.inf).amax(1, keepdim=True),
-        R.masked_fill(~valid, torch.inf).amin(1, True),
-    )
-    unequal = most > least
-    return (difference / (std + 1e-6)).masked_fill(~(valid & unequal), 0).flatten(0, 1)
+    highest = R.masked_fill(~valid, -torch.inf).amax(1, keepdim=True)
+    lowest = R.masked_fill(~valid, torch.inf).amin(1, keepdim=True)
+    # That rewards are equal is seen in these two; std is left with a residue of rounding.
+    return (difference / (std + 1e-6)).masked_fill(~(valid & (highest > lowest)), 0).flatten(0, 1)
 
 
 def _clusters(log_probs, experts, expert_probs, mask, num_experts):

@@ -287,15 +287,16 @@ def test_sigma_counts_as_equal_what_rounding_makes_unequal_and_no_more():
         assert erpo._sigma(close, 2).tolist() == [1, -1, 1, -1]
 
 
+@pytest.mark.parametrize("sign", [1, -1])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_equal_rewards_are_those_of_the_rows_that_use_the_pair(dtype):
+def test_equal_rewards_are_those_of_the_rows_that_use_the_pair(dtype, sign):
     """Neither another group's rewards nor those of a row without the pair make three rewards of 0.1 unequal."""
-    R = torch.tensor([0.1, 0.1, 0.1, 5.0, 5.0, 6.0, 7.0, -9.0], dtype=dtype).view(8, 1, 1)
+    R = sign * torch.tensor([0.1, 0.1, 0.1, 5.0, 5.0, 6.0, 7.0, -9.0], dtype=dtype).view(8, 1, 1)
     valid = torch.tensor([True, True, True, False] * 2).view(8, 1, 1)
     A = erpo._advantages(R, valid, 4).flatten()
     assert (A[:4] == 0).all() and A[7] == 0
-    torch.testing.assert_close(A[4:7], torch.tensor([-1.0, 0.0, 1.0], dtype=dtype), atol=1e-5, rtol=0)
-    R[3] = -5.0
+    torch.testing.assert_close(A[4:7], sign * torch.tensor([-1.0, 0.0, 1.0], dtype=dtype), atol=1e-5, rtol=0)
+    R[3] *= -1
     assert (erpo._advantages(R, valid, 4).flatten()[:4] == 0).all()
 
 
