@@ -51,9 +51,9 @@ PANELS = (  # name in metrics.jsonl, title, unit; panels without a point are lef
     ("accuracy", "Validation accuracy", "share of the answers"),
     ("f1", "Validation F1", "mean over the answers"),
     ("rouge2", "Validation ROUGE-2", "mean over the answers"),
-    ("reward_mean", "Reward", "mean over the sampled answers"),
+    ("reward_mean", "Reward", "mean over the samples"),
     ("entropy", "Entropy of the answers", "nats a token"),
-    ("clip_share", "Clipped", "share of the importance ratios"),
+    ("clip_share", "Clipped", "share of the ratios"),
     ("load_max", "Busiest expert", "share of a layer's tokens"),
     ("router_entropy", "Entropy of the routers", "nats a token"),
 )
@@ -135,7 +135,8 @@ def mark_beginnings(axis, runs: list[Curves], words: bool):
     for step, algos in begins.items():
         axis.axvline(step, color="0.4", ls=":", lw=1.2)
         if words:
-            text = f" {' and '.join(sorted(algos))} begin{'s' * (len(algos) == 1)}" if len(algos) < 4 else " RL begins"
+            names = " and ".join(sorted(a.upper() for a in algos)) if len(algos) < 4 else "the algorithms"
+            text = f" {names} begin{'s' * (len(algos) == 1)}"
             axis.text(step, 0.97, text, va="top", fontsize=8, color="0.3", transform=axis.get_xaxis_transform())
 
 
