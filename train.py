@@ -14,6 +14,7 @@ One process: for more machines see recipes/.
 
 import inspect
 import os
+import signal
 import sys
 from functools import partial
 from typing import NamedTuple
@@ -21,6 +22,8 @@ from typing import NamedTuple
 # PyTorch reads these when it is imported; a user's own setting wins. On Linux it then asks for huge pages for tensors
 # of 2 MB and more: fresh memory, page by page, was 30 % of the time of a layer of 128 experts.
 os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
+if __name__ == "__main__":  # nothing is to be saved yet: Ctrl-C ends it at once, the seconds of importing included
+    signal.signal(signal.SIGINT, lambda *_: os._exit(130))
 
 import torch
 from torch import Tensor
@@ -35,10 +38,10 @@ from support import command_line
 from support.arguments import options_of
 from support.checkpoints import load_model
 from support.device import pick_device
-from support.errors import UserError, plainly, sentence
+from support.errors import plainly, say, sentence
 from support.fast import speed_up
 from support.generation import Rollout, generate
-from support.initial import check_model, initial_model
+from support.initial import check_model, check_step, initial_model
 from support.pictures import plot_curves
 from support.routing_report import routing_report
 from support.run_folder import NEW_STATE, Run, find_checkpoint, load_state, open_folder, write_json
@@ -186,7 +189,7 @@ class Policy(NamedTuple):
     experts: Tensor  # [B, T, L, K]
     expert_log_probs: Tensor  # [B, T, L, K], log P of `experts`
     old_expert_log_probs: Tensor  # [B, T, L, K], log P of the experts that the rollout used
-    router_logits: Tensor  # [B, T, L, E]
+    router_logits: Tensor | None = None  # [B, T, L, E]; a rollout keeps none
 
 
 def train_answers(model: GPT, task: Task, args, run: Run):
@@ -209,10 +212,7 @@ def train_answers(model: GPT, task: Task, args, run: Run):
                 # from it by rounding (other matrix shapes), and the first ratio of a batch must be exactly 1.
                 old = Policy(*(t.detach() for t in new))
             else:
-                log_p = part.expert_log_probs
-                old = new._replace(
-                    log_probs=part.log_probs, experts=part.experts, expert_log_probs=log_p, old_expert_log_probs=log_p
-                )
+                old = Policy(part.log_probs, part.experts, part.expert_log_probs, part.expert_log_probs)
             inputs = loss_inputs(new, old, rewards[rows], advantages[rows], part.response_mask, model.config, args)
             loss, metrics = METHODS[args.algo](**inputs)
             norms = run.update(loss * share + aux_loss)
@@ -370,15 +370,8 @@ def run(args) -> dict:
         summary = process.finish()
     write_json(os.path.join(args.out, "summary.json"), summary)
     plot_curves(args.out)
-    print(process.result_line(summary))
+    say(process.result_line(summary))
     return summary
-
-
-def check_step(step: int, config: MoEConfig, target: MoEConfig, args):
-    """A checkpoint must stand where its run can have been."""
-    total, begun = args.pretrain_steps + args.steps, step > args.pretrain_steps
-    if step > total or begun and config != target:
-        raise UserError(f"the checkpoint in {args.out} is not of this run: step {step} of {total}, holding {config}")
 
 
 def parse(argv: list[str]):
@@ -390,7 +383,7 @@ def check_options(args):
     """Let the losses themselves refuse options, before any work is done: they are called on two rows of nothing."""
     zeros, one = torch.zeros(2, 1, 1, 1), torch.zeros(2, 1, 1, 1, dtype=torch.long)
     if args.algo in METHODS:
-        policy, rows = Policy(zeros[:, :, 0, 0], one, zeros, zeros, zeros), torch.zeros(2)
+        policy, rows = Policy(zeros[:, :, 0, 0], one, zeros, zeros), torch.zeros(2)
         inputs = loss_inputs(policy, policy, rows, rows, torch.ones(2, 1, dtype=torch.bool), MoEConfig(), args)
         plainly(lambda: METHODS[args.algo](**inputs | {"group_size": 2} if "group_size" in inputs else inputs))
     elif args.algo == "erl":

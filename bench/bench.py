@@ -1,8 +1,8 @@
 """Benchmarks: what a mixture of experts, ERL's exploration, rollouts and the losses cost, beside their peers.
 
-    python bench/bench.py step       training step with our MoE, a dense model and transformers' MoE blocks
+    python bench/bench.py step       the program's training step: our MoE, a dense model, transformers' MoE blocks
     python bench/bench.py layer      MoE layer against the number of experts, and K = 8 against K = 1
-    python bench/bench.py erl        ERL step against our own LM step
+    python bench/bench.py erl        the program's ERL step against its LM step
     python bench/bench.py rollout    generation against transformers' GPT-2
     python bench/bench.py loss       ERPO and RAIS at the paper's scale
     python bench/bench.py growth     step time against experts, length, m, vocabulary
@@ -10,8 +10,9 @@
 Each writes results/bench-NAME.json and .png. The arms of a group run interleaved, A B C A B C ..., in one process,
 `--pairs` times after one warm-up; every figure is a median, with the quartiles. A ratio is the median over rounds of
 (arm / first arm of the group) within the round. On a CPU the time is the process' CPU time with one thread (a shared
-machine disturbs it least), on CUDA it lies between two events. Memory is the peak during a step beyond what was there
-before it: on a CPU the resident memory of a fresh process, on CUDA the allocator's.
+machine disturbs it least), on CUDA it lies between two events. Memory is the peak during a later step beyond what was
+there before it: on a CPU the resident memory of a fresh process, on CUDA the allocator's. A training step is what
+train.py does in one: batch, losses, backward, norms and clip, AdamW, bookkeeping (a line of the log every tenth step).
 """
 
 import argparse
@@ -21,22 +22,31 @@ import platform
 import resource
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable
 from types import SimpleNamespace
 from typing import NamedTuple
 
-import torch
-import torch.nn as nn
-
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 sys.path.insert(0, ROOT)
 
-import train  # noqa: E402
-from erl import erl_advantage, erl_loss, random_routes  # noqa: E402
+import train  # noqa: E402, before torch: it sets what torch reads when it is imported
+
+# isort: split
+import torch  # noqa: E402
+import torch.nn as nn  # noqa: E402
+from tqdm import tqdm  # noqa: E402
+
+from erl import erl_objective, explore  # noqa: E402
 from erpo import erpo_loss  # noqa: E402
-from moe import GPT, SIZES, MoE, MoEConfig, Routes, generate  # noqa: E402
+from moe import GPT, SIZES, MoE, MoEConfig, Routes, Routing  # noqa: E402
 from rais import rais_loss  # noqa: E402
+from support.arguments import number  # noqa: E402
+from support.fast import speed_up  # noqa: E402
+from support.generation import generate  # noqa: E402
+from support.run_folder import NEW_STATE, Run  # noqa: E402
+from support.tasks import TextBatches, rng  # noqa: E402
 
 
 class Arm(NamedTuple):
@@ -87,10 +97,10 @@ def memory_of(group: int, arm: int, args) -> float:
 
 
 def peak_memory(f: Callable, device: torch.device) -> float:
+    f()  # what compilation, tuning and the optimizer allocate once is not the step's
     if device.type == "cuda":
-        before = torch.cuda.memory_allocated()
-        f()  # what compilation and tuning allocate once is not the step's
         torch.cuda.synchronize()
+        before = torch.cuda.memory_allocated()
         torch.cuda.reset_peak_memory_stats()
         f()
         torch.cuda.synchronize()
@@ -202,33 +212,52 @@ def build(args, vocab_size: int, n_expert: int = 8, context: int = 0, seed: str 
         size |= dict(n_layer=2, n_embd=32, n_head=2, context=32)
     if context:
         size["context"] = context
-    return GPT(MoEConfig(**size), generator=train.rng(0, seed)).to(args.device)
-
-
-def words(model: GPT, args, T: int = 0):
-    """tokens [B, T + 1] and a mask [B, T] without padding."""
-    T = T or model.config.context
-    tokens = torch.randint(model.config.vocab_size, (args.batch_size, T + 1), generator=train.rng(0, "words"))
-    return tokens.to(args.device), torch.ones(args.batch_size, T, dtype=torch.bool)
-
-
-def parts(model: GPT, args):
-    """stem and branch, compiled where asked for, as train.py does it."""
-    return (torch.compile(model.stem), torch.compile(model.branch)) if args.compile else (model.stem, model.branch)
+    return speed_up(GPT(MoEConfig(**size), generator=rng(0, seed)).to(args.device))
 
 
 def autocast(args):
-    return torch.autocast(args.device.type, torch.bfloat16, enabled=args.dtype == "bfloat16")
+    return torch.autocast(args.device.type, torch.bfloat16, enabled=args.dtype == "bfloat16", cache_enabled=False)
+
+
+class Steps(Run):
+    """The program's own run on random words, `once` for one step; nothing is evaluated or saved."""
+
+    def __init__(self, model: GPT, args, algo: str = "lm", losses=None, **options):
+        """losses: None, the program's own; or others like train.lm_losses. options: of train.py."""
+        self.folder = tempfile.TemporaryDirectory()
+        options |= dict(algo=algo, out=self.folder.name, steps=10**8, eval_every=10**8, checkpoint_every=10**8, lr=1e-5)
+        options |= dict(dtype=args.dtype, top_k=model.config.top_k)
+        flags = [f"--{name.replace('_', '-')}={value}" for name, value in options.items()]
+        super().__init__(train.parse(flags), dict(NEW_STATE), {"supervised": 10**8}, None)
+        if args.compile:  # as train.py --compile does it
+            model.stem, model.branch = torch.compile(model.stem), torch.compile(model.branch)
+        words = torch.randint(model.config.vocab_size, (1 << 16,), generator=rng(0, "words")).numpy()
+        task = SimpleNamespace(batch=TextBatches(words, model.config.context, args.batch_size, 0))
+        self.bar, self.algo, self.losses, self.autocast = tqdm(disable=True), algo, losses, autocast(args)
+        self.begin("supervised", model, task, 1e-5)
+
+    def steps(self):
+        yield next(super().steps())
+
+    def once(self):
+        with self.autocast:
+            if self.losses is None:
+                return train.train_text(self.model, self.task, self.args, self, self.algo)
+            for step in self.steps():
+                batch, report = self.task.batch(step).to(self.model.wte.weight.device), {}
+                for loss, metrics in self.losses(self.model, batch, self.args, step):
+                    report |= metrics | self.update(loss)
+                self.after(report, tokens=int(batch.mask.sum()))
 
 
 class Peer(nn.Module):
-    """A MoE block of transformers in the place of ours. What its router said is caught by a hook, so that the balance
-    and z losses around it are the same. Autocast does not know its grouped product: bfloat16 takes bfloat16 weights."""
+    """A MoE block of transformers in the place of ours. A hook catches its router's logits, so that the balance and z
+    losses around it are the same. Autocast does not know its grouped product: bfloat16 takes bfloat16 weights."""
 
     def __init__(self, block: nn.Module, router: nn.Module, ours: MoE, logits_of: Callable, args):
         super().__init__()
         self.dtype = getattr(torch, args.dtype)
-        self.block, self.logits_of, self.said = block.to(self.dtype), logits_of, None
+        self.block, self.logits_of, self.logits = block.to(self.dtype), logits_of, None
         with torch.no_grad():
             for p in block.parameters():
                 p.normal_(std=0.02)
@@ -236,12 +265,13 @@ class Peer(nn.Module):
         router.register_forward_hook(self.listen)
 
     def listen(self, module, inputs, output):
-        self.said = self.logits_of(output)
+        self.logits = self.logits_of(output)
 
-    def forward(self, x, imposed=None, noise=None, used=None):
+    def forward(self, x, routes=None, noise=None, cache=None):
         out = self.block(x.to(self.dtype)).to(x.dtype)
-        logits = self.said.view(*x.shape[:2], -1).float()
-        return out, logits, logits.topk(1).indices, used
+        logits = self.logits.view(*x.shape[:2], -1).float()
+        experts = logits.topk(1).indices
+        return out, Routing(logits, experts, torch.zeros_like(experts[..., 0], dtype=torch.bool), x)
 
 
 def switch_block(ours: MoE, args) -> Peer:
@@ -286,7 +316,7 @@ def qwen_block(ours: MoE, args, implementation: str, activation: str) -> Peer:
 
 
 def step(args) -> list[Group]:
-    """Whole training step (losses, backward, clip, AdamW) of models that differ in their MoE blocks alone."""
+    """The program's training step with models that differ in their MoE blocks alone."""
     V = 257 if args.model == "tiny" else 50304
 
     def arm(name, n_expert=8, replace=None, **goal):
@@ -296,17 +326,7 @@ def step(args) -> list[Group]:
             if replace is not None:
                 for i in model.config.moe_blocks:
                     model.blocks[i].mlp = replace(model.blocks[i].mlp, args).to(args.device)
-            tokens, mask = words(model, args)
-            optimizer, (stem, branch) = train.make_optimizer(model, 0.1), parts(model, args)
-            for group in optimizer.param_groups:
-                group["lr"] = 1e-5
-
-            def once():
-                with autocast(args):
-                    loss, _ = train.lm_losses(model, stem, branch, tokens, mask)
-                train.update(model, optimizer, loss)
-
-            return once
+            return Steps(model, args).once
 
         B, T = args.batch_size, model.config.context
         return Arm(name, make, work=model_flops(model, B, T), tokens=B * T, **goal)
@@ -331,196 +351,106 @@ def layer(args) -> list[Group]:
     def arm(name, n_expert, top_k=1, narrower=1, **goal):
         def make():
             torch.manual_seed(0)
-            config = MoEConfig(n_embd=D, n_expert=n_expert, top_k=top_k, n_layer=2)
-            moe = MoE(config).to(args.device) if n_expert > 1 else None
-            if moe is None:
-                module = GPT(config).blocks[1].mlp.to(args.device)
-            else:
-                module = lambda x: moe(x[None])[0][0]  # noqa: E731
-                with torch.no_grad():
-                    moe.router.weight.normal_(std=0.1)
-                    e = moe.experts  # experts take any hidden width: K of 4D / K make the work of one of 4D
-                    e.w_in = nn.Parameter(torch.randn(n_expert, D, 4 * D // narrower, device=args.device) * 0.02)
-                    e.b_in = nn.Parameter(torch.zeros(n_expert, 4 * D // narrower, device=args.device))
-                    e.w_out = nn.Parameter(torch.randn(n_expert, 4 * D // narrower, D, device=args.device) * 0.02)
-            parameters = list((moe or module).parameters())
-            x = torch.randn(N, D, generator=train.rng(0, "x")).to(args.device).requires_grad_()
-            grad = torch.randn(N, D, generator=train.rng(0, "grad")).to(args.device)
+            module = speed_up(GPT(MoEConfig(n_embd=D, n_expert=n_expert, top_k=top_k, n_layer=2))).blocks[1].mlp
+            if n_expert > 1:
+                nn.init.normal_(module.router.weight, std=0.1)
+                e, H = module.experts, 4 * D // narrower  # K experts of width 4D / K make the work of one of 4D
+                e.w_in, e.b_in = (
+                    nn.Parameter(0.02 * torch.randn(n_expert, D, H)),
+                    nn.Parameter(torch.zeros(n_expert, H)),
+                )
+                e.w_out = nn.Parameter(0.02 * torch.randn(n_expert, H, D))
+            module = module.to(args.device)
+            x = torch.randn(N, D, generator=rng(0, "x")).to(args.device).requires_grad_()
+            grad = torch.randn(N, D, generator=rng(0, "grad")).to(args.device)
+            wanted = [x, *module.parameters()]
 
             def once():
                 with autocast(args):
-                    out = module(x)
-                torch.autograd.grad(out, [x, *parameters], grad.to(out.dtype), allow_unused=True)
+                    out = module(x[None])[0][0] if n_expert > 1 else module(x)
+                torch.autograd.grad(out, wanted, grad.to(out.dtype), allow_unused=True)
 
             return once
 
         return Arm(name, make, tokens=N, **goal)
 
-    experts = [8, 16] if args.quick else [8, 16, 32, 64, 128]
-    goals = {64: 1.5, 128: 3.0}
+    experts, goals = [8, 16] if args.quick else [8, 16, 32, 64, 128], {64: 1.5, 128: 3.0}
+    growing = [arm(f"{E} experts", E, goal=goals.get(E)) for E in experts]
+    same_size = [arm(f"{8 * K} experts, K = {K}", 8 * K, K, K, goal=1.4 if K == 8 else None) for K in (1, 2, 4, 8)]
+    same_count = [arm("64 experts, K = 1", 64), arm("64 experts, K = 8", 64, 8, 8, goal=1.4)]
     return [
-        Group(
-            f"MoE layer, {N} tokens, width {D}, top-1",
-            [
-                *(arm(f"{E} experts", E, goal=goals.get(E)) for E in experts),
-                arm("dense, the same active size", 1),
-            ],
-            "time",
-        ),
-        Group(
-            "K experts of 1/K the width, the same active and total size",
-            [
-                arm("8 experts, K = 1", 8),
-                arm("16 experts, K = 2", 16, 2, 2),
-                arm("32 experts, K = 4", 32, 4, 4),
-                arm("64 experts, K = 8", 64, 8, 8, goal=1.4),
-            ],
-            "time",
-        ),
-        Group(
-            "K experts of 1/K the width, 64 experts each",
-            [
-                arm("64 experts, K = 1", 64),
-                arm("64 experts, K = 8", 64, 8, 8, goal=1.4),
-            ],
-            "time",
-        ),
+        Group(f"MoE layer, {N} tokens, width {D}, top-1", [*growing, arm("dense, the same active size", 1)], "time"),
+        Group("K experts of 1/K the width, the same active and total size", same_size, "time"),
+        Group("K experts of 1/K the width, 64 experts each", same_count, "time"),
     ]
 
 
-def erl_arguments(grad: str, m: int = 3):
-    return SimpleNamespace(
-        n_perturb=m, alpha=0.6, delta=0.5, erl_grad=grad, wpl=False, advantage="static", clip_eps=0.2
-    )
-
-
-def lm_arm(name, args, V, n_expert=8, context=0):
-    """Losses and backward of a plain LM step; the optimizer is left out, here and in ERL's arms."""
+def text_arm(
+    name, args, V, algo="lm", n_expert=8, context=0, losses=None, goal=None, memory_goal=None, **options
+) -> Arm:
+    """The program's training step on text. options: of train.py --algo `algo`."""
 
     def make():
-        model = build(args, V, n_expert, context)
-        (tokens, mask), (stem, branch) = words(model, args), parts(model, args)
+        return Steps(build(args, V, n_expert, context), args, algo, losses, **options).once
 
-        def once():
-            model.zero_grad(set_to_none=True)
-            with autocast(args):
-                loss, _ = train.lm_losses(model, stem, branch, tokens, mask)
-            loss.backward()
-
-        return once
-
-    return Arm(name, make, tokens=args.batch_size * build(args, V, n_expert, context).config.context)
+    return Arm(name, make, goal, memory_goal, tokens=args.batch_size * build(args, V, n_expert, context).config.context)
 
 
-def erl_arm(name, args, V, grad, n_expert=8, context=0, m=3, losses=train.erl_losses, **goal):
-    def make():
-        model = build(args, V, n_expert, context)
-        (tokens, mask), (stem, branch) = words(model, args), parts(model, args)
-        generator = train.rng(0, "routes")
-
-        def once():
-            model.zero_grad(set_to_none=True)
-            with autocast(args):
-                loss, *_ = losses(model, stem, branch, tokens, mask, erl_arguments(grad, m), generator, None)
-            loss.backward()
-
-        return once
-
-    return Arm(name, make, tokens=args.batch_size * build(args, V, n_expert, context).config.context, **goal)
-
-
-def naive_erl_losses(model, stem, branch, tokens, mask, args, generator, explored):
+def naive_erl_losses(model: GPT, batch, args, step: int):
     """ERL as the equations read: one forward after the other from the first block on, log-softmax over all words."""
-    config, targets = model.config, tokens[:, 1:, None]
-    B, T = mask.shape
+    tokens, B = batch.tokens, len(batch.tokens)
 
-    def forward(routes=None):
-        features, routing = branch(stem(tokens[:, :-1]), routes)
-        return model.head(features).float().log_softmax(-1).gather(-1, targets).squeeze(-1), routing
+    def one(routes):
+        features, routing = model.branch(model.stem(tokens[:, :-1]), routes)
+        log_probs = model.head(features).float().log_softmax(-1).gather(-1, tokens[:, 1:, None]).squeeze(-1)  # [B, T]
+        return log_probs, routing
 
-    original, routing = forward()
-    mask = mask.to(tokens.device)
-    balance, z, _ = train.router_losses(routing.logits, routing.experts, mask)
-    loss = -(original * mask).sum() / mask.sum() + train.AUX_COEFFICIENT * (balance.sum() + z.sum())
-    for _ in range(args.n_perturb):
-        drawn = random_routes(
-            B, T, len(config.moe_blocks), config.n_expert, config.top_k, args.alpha, generator=generator
-        )
-        routes = Routes(*(t.to(tokens.device) for t in drawn))
-        log_probs, routing = forward(routes)
-        chosen = routing.expert_log_probs(routes.experts)
-        rl, _ = erl_loss(chosen, chosen.detach(), erl_advantage(log_probs, original, args.advantage), routes.forced)
-        loss = loss + args.delta * rl / args.n_perturb
-    return (loss,)
+    def forward(routes):
+        if routes is None:
+            log_probs, routing = one(None)
+            mask = batch.mask.to(log_probs.device)
+            balance, z, _ = train.router_losses(routing.logits, routing.experts, batch.routed.to(log_probs.device))
+            lm_loss = -(log_probs * mask).sum() / mask.sum()
+            loss = lm_loss + args.balance_coef * balance.sum() + args.z_coef * z.sum()
+            return log_probs, routing.logits.log_softmax(-1), loss
+        passes = [one(Routes(*r)) for r in zip(*(t.split(B) for t in routes), strict=True)]
+        log_probs, logits = (torch.cat(t) for t in zip(*((p, r.logits) for p, r in passes), strict=True))
+        return log_probs, logits.log_softmax(-1), None
+
+    generator = rng(args.seed, "routes", step)
+    paths = explore(forward, batch.mask, args.top_k, generator=generator, **train.chosen(train.EXPLORE, args))
+    for loss, metrics in erl_objective(forward, paths, **train.chosen(train.OBJECTIVE, args)):
+        yield loss, metrics | {"loss": paths.original[2].detach()}
 
 
 def erl(args) -> list[Group]:
-    """ERL step against our own LM step, m = 3."""
-    tiny = args.model == "tiny"
-    vocabularies = [257, 500] if args.quick else [257, 50257] if tiny else [50304]
-    goals = {257: (2.8, 1.75), 50257: (2.15, 1.8), 50304: (2.0, 2.0)}
+    """The program's ERL step against its LM step, m = 3."""
+    vocabularies = [257, 500] if args.quick else [257, 50257] if args.model == "tiny" else [50304]
+    goals = {257: (2.3, 1.55), 50257: (2.15, 1.8), 50304: (2.0, 2.0)}
     groups = []
     for V in vocabularies:
         exact, router = goals.get(V, (None, None))
         room = 0.6 if V == 50257 else None
-        groups.append(
-            Group(
-                f"ERL step, {args.model}, V = {V}, m = 3",
-                [
-                    lm_arm("LM step", args, V),
-                    erl_arm("ERL, exact gradient (all)", args, V, "all", goal=exact, memory_goal=room),
-                    erl_arm("ERL, gradient of routers (router)", args, V, "router", goal=router, memory_goal=room),
-                    erl_arm("ERL, m forwards in turn", args, V, "all", losses=naive_erl_losses),
-                ],
-                "time",
-                memory=True,
-            )
-        )
+        full = dict(algo="erl", erl_grad="all", memory_goal=room)
+        arms = [
+            text_arm("LM step", args, V),
+            text_arm("ERL, exact gradient (all)", args, V, goal=exact, **full),
+            text_arm("ERL, gradient of routers (router)", args, V, goal=router, **full | {"erl_grad": "router"}),
+            text_arm("ERL, m forwards in turn", args, V, algo="erl", losses=naive_erl_losses),
+        ]
+        groups.append(Group(f"ERL step, {args.model}, V = {V}, m = 3", arms, "time", memory=True))
     return groups
 
 
 def rollout(args) -> list[Group]:
     """Sampled generation, every row to its full length. Ours also records log-probabilities, entropies and routes."""
     R, new, prompt = (4, 4, 8) if args.quick else (64, 64, 32)
-    groups = []
-    for V in [257, 500] if args.quick else [257, 50257]:
-        prompts = torch.randint(V, (R, prompt), generator=train.rng(0, "prompts"))
 
-        def theirs(V=V, prompts=prompts):
-            from transformers import GPT2Config, GPT2LMHeadModel
+    def group(V):
+        prompts = torch.randint(V, (R, prompt), generator=rng(0, "prompts"))
 
-            c = build(args, V).config
-            torch.manual_seed(0)
-            config = GPT2Config(
-                vocab_size=V,
-                n_positions=c.context,
-                n_embd=c.n_embd,
-                n_layer=c.n_layer,
-                n_head=c.n_head,
-                eos_token_id=None,
-                bos_token_id=None,
-                pad_token_id=0,
-            )
-            model, ids = GPT2LMHeadModel(config).to(args.device).eval(), prompts.to(args.device)
-            seen = torch.ones_like(ids)
-
-            def once():
-                with autocast(args):
-                    model.generate(
-                        ids,
-                        attention_mask=seen,
-                        do_sample=True,
-                        top_k=0,
-                        top_p=1.0,
-                        temperature=1.0,
-                        max_new_tokens=new,
-                        use_cache=True,
-                    )
-
-            return once
-
-        def ours(n_expert, V=V, prompts=prompts):
-            model, draw = build(args, V, n_expert), train.rng(0, "rollout")
+        def ours(n_expert):
+            model, draw = build(args, V, n_expert), rng(0, "rollout")
 
             def once():
                 with autocast(args):  # an end token that no model writes: all rows keep their full length
@@ -528,12 +458,33 @@ def rollout(args) -> list[Group]:
 
             return once
 
+        def theirs():
+            return transformers_generate(build(args, V).config, prompts, new, args)
+
         arms = [Arm("transformers GPT-2", theirs, tokens=R * new)] if has_transformers() else []
-        arms.append(Arm("ours, dense", lambda o=ours: o(1), 1.3 if V == 257 else 3.0, tokens=R * new))
-        arms.append(Arm("ours, 8 experts", lambda o=ours: o(8), 1.0, tokens=R * new))
-        name = f"rollout, {R} prompts of {prompt} x {new} new tokens, {args.model}, V = {V}"
-        groups.append(Group(name, arms, "speed"))
-    return groups
+        arms.append(Arm("ours, dense", lambda: ours(1), 1.3 if V == 257 else 3.0, tokens=R * new))
+        arms.append(Arm("ours, 8 experts", lambda: ours(8), 1.0, tokens=R * new))
+        return Group(f"rollout, {R} prompts of {prompt} x {new} new tokens, {args.model}, V = {V}", arms, "speed")
+
+    return [group(V) for V in ([257, 500] if args.quick else [257, 50257])]
+
+
+def transformers_generate(c: MoEConfig, prompts: torch.Tensor, new: int, args) -> Callable:
+    """transformers' GPT-2 of the same size, with its cache."""
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    torch.manual_seed(0)
+    size = dict(vocab_size=c.vocab_size, n_positions=c.context, n_embd=c.n_embd, n_layer=c.n_layer, n_head=c.n_head)
+    config = GPT2Config(**size, eos_token_id=None, bos_token_id=None, pad_token_id=0)
+    model, ids = GPT2LMHeadModel(config).to(args.device).eval(), prompts.to(args.device)
+    given = dict(attention_mask=torch.ones_like(ids), max_new_tokens=new, use_cache=True)
+    given |= dict(do_sample=True, top_k=0, top_p=1.0, temperature=1.0)
+
+    def once():
+        with autocast(args):
+            model.generate(ids, **given)
+
+    return once
 
 
 def loss(args) -> list[Group]:
@@ -541,7 +492,7 @@ def loss(args) -> list[Group]:
     B, T, L, K, E, G = (4, 64, 2, 2, 8, 4) if args.quick else (8, 14336, 48, 8, 128, 4)
 
     def inputs(id_type, prob_type):
-        draw, rows = train.rng(0, "loss"), []
+        draw, rows = rng(0, "loss"), []
         for _ in range(2):  # new, old
             start = torch.randint(E, (B, T, L, 1), generator=draw)
             experts = ((start + 5 * torch.arange(K)) % E).to(id_type)  # distinct within a token: 5 does not divide E
@@ -573,53 +524,38 @@ def loss(args) -> list[Group]:
 
         return once
 
-    shape = f"B {B}, T {T}, L {L}, K {K}, E {E}"
-    return [
-        Group(
-            f"loss, forward and backward, {shape}",
-            [
-                Arm("ERPO, int64 and float32", lambda: erpo(torch.int64, torch.float32), 2.0, 0.3),
-                Arm("ERPO, uint8 and bfloat16", lambda: erpo(torch.uint8, torch.bfloat16), 2.0, 0.3),
-                Arm("RAIS, float32", lambda: rais(torch.float32), 2.0),
-                Arm("RAIS, bfloat16", lambda: rais(torch.bfloat16), 2.0),
-            ],
-            "seconds",
-            memory=True,
-        )
+    arms = [
+        Arm("ERPO, int64 and float32", lambda: erpo(torch.int64, torch.float32), 2.0, 0.3),
+        Arm("ERPO, uint8 and bfloat16", lambda: erpo(torch.uint8, torch.bfloat16), 2.0, 0.3),
+        Arm("RAIS, float32", lambda: rais(torch.float32), 2.0),
+        Arm("RAIS, bfloat16", lambda: rais(torch.bfloat16), 2.0),
     ]
+    shape = f"B {B}, T {T}, L {L}, K {K}, E {E}"
+    return [Group(f"loss, forward and backward, {shape}", arms, "seconds", memory=True)]
 
 
 def growth(args) -> list[Group]:
     """Step time when one size grows; the others stay at 8 experts, T = 256, m = 3, V = 257."""
-    V, context = 257, 0 if args.quick else 256
-    experts, lengths, ms, vocabularies = (
-        [8, 16, 32, 64, 128],
-        [64, 128, 256, 512, 1024],
-        [1, 2, 3, 5, 8],
-        [257, 1024, 4096, 16384, 50257],
-    )
+    axes = {
+        "experts": ("n_expert", [8, 16, 32, 64, 128]),
+        "sequence length": ("context", [64, 128, 256, 512, 1024]),
+        "perturbed forwards m": ("n_perturb", [1, 2, 3, 5, 8]),
+        "vocabulary": ("V", [257, 1024, 4096, 16384, 50257]),
+    }
     if args.quick:
-        experts, lengths, ms, vocabularies = [2, 4], [8, 16], [1, 2], [257, 500]
-    kinds = {"LM": None, "ERL all": "all", "ERL router": "router"}
+        small = {"n_expert": [2, 4], "context": [8, 16], "n_perturb": [1, 2], "V": [257, 500]}
+        axes = {title: (axis, small[axis]) for title, (axis, _) in axes.items()}
+    kinds = {"LM": {}, "ERL all": {"algo": "erl"}, "ERL router": {"algo": "erl", "erl_grad": "router"}}
 
     def arms(axis, values):
-        found = []
-        for kind, grad in kinds.items():
-            for value in values:
-                options = {"V": V, "n_expert": 8, "context": context, "m": 3} | {axis: value}
-                m, size = options.pop("m"), options.pop("V")
-                if grad:
-                    found.append(erl_arm(f"{kind} {value}", args, size, grad, m=m, **options))
-                elif axis != "m" or value == values[0]:
-                    found.append(lm_arm(f"{kind} {value}", args, size, **options))
-        return found
+        for kind, options in kinds.items():
+            needless = kind == "LM" and axis == "n_perturb"  # the LM step does not depend on m: one arm will do
+            for value in values[:1] if needless else values:
+                sizes = {"V": 257, "n_expert": 8, "context": 0 if args.quick else 256}
+                changed = {} if needless else {axis: value}
+                yield text_arm(f"{kind} {value}", args, **sizes | changed | options)
 
-    return [
-        Group("experts", arms("n_expert", experts), "time"),
-        Group("sequence length", arms("context", lengths), "time"),
-        Group("perturbed forwards m", arms("m", ms), "time"),
-        Group("vocabulary", arms("V", vocabularies), "time"),
-    ]
+    return [Group(title, list(arms(*axis)), "time") for title, axis in axes.items()]
 
 
 def has_transformers() -> bool:
@@ -637,6 +573,9 @@ def has_transformers() -> bool:
 # ---------------------------------------------------------------------------------------------------------------------
 
 
+KINDS = {"LM": "C0", "ERL all": "C1", "ERL router": "C2"}
+
+
 def draw(results: dict, path: str):
     import matplotlib
 
@@ -647,56 +586,51 @@ def draw(results: dict, path: str):
     if results["benchmark"] == "growth":
         figure, axes = plt.subplots(1, 4, figsize=(16, 3.6), layout="constrained")
         for axis, group in zip(axes, groups, strict=True):
-            for kind in ("LM", "ERL all", "ERL router"):
-                rows = [
-                    (a["name"].removeprefix(kind + " "), a["seconds"])
-                    for a in group["arms"]
-                    if a["name"].startswith(kind + " ")
-                ]
-                if len(rows) == 1:  # the LM step does not depend on m
-                    axis.axhline(1000 * rows[0][1]["median"], color="C0", label=kind)
-                    continue
-                x, y = [int(v) for v, _ in rows], [1000 * s["median"] for _, s in rows]
-                spread = [
-                    [1000 * (s["median"] - s["q1"]) for _, s in rows],
-                    [1000 * (s["q3"] - s["median"]) for _, s in rows],
-                ]
-                color = {"LM": "C0", "ERL all": "C1", "ERL router": "C2"}[kind]
-                axis.errorbar(x, y, spread, marker="o", ms=4, capsize=2, label=kind, color=color)
-                axis.set_xticks(x, [str(v) for v in x])
-            axis.set(xlabel=group["name"], ylabel="step, ms")
-            if group["name"] != "perturbed forwards m":
-                axis.set_xscale("log", base=2)
-                axis.set_xticks(x, [str(v) for v in x])
-                axis.minorticks_off()
-            axis.set_ylim(bottom=0)
-            axis.grid(alpha=0.3)
+            draw_growth(axis, group)
         axes[0].legend()
     else:
         count = [len(g["arms"]) for g in groups]
+        size, heights = (8, 1.0 * len(groups) + 0.36 * sum(count)), {"height_ratios": count}
         figure, axes = plt.subplots(
-            len(groups),
-            1,
-            figsize=(8, 1.0 * len(groups) + 0.36 * sum(count)),
-            squeeze=False,
-            layout="constrained",
-            gridspec_kw={"height_ratios": count},
+            len(groups), 1, figsize=size, squeeze=False, layout="constrained", gridspec_kw=heights
         )
         for axis, group in zip(axes[:, 0], groups, strict=True):
-            key = "seconds" if group["relative"] == "seconds" else "relative"
-            for y, arm in enumerate(group["arms"]):
-                s = arm[key]
-                axis.barh(y, s["median"], color="C0", height=0.6)
-                axis.plot([s["q1"], s["q3"]], [y, y], color="black", lw=1.5)
-                if "goal" in arm:
-                    axis.plot([arm["goal"]] * 2, [y - 0.4, y + 0.4], color="C3", lw=2)
-            axis.set_yticks(range(len(group["arms"])), [a["name"] for a in group["arms"]])
-            axis.invert_yaxis()
-            axis.set_title(group["name"], fontsize=10)
-            label = {"time": "time relative to the first", "speed": "speed relative to the first", "seconds": "seconds"}
-            axis.set_xlabel(label[group["relative"]] + " (red: goal)")
+            draw_bars(axis, group)
     figure.savefig(path, dpi=120)
     plt.close(figure)
+
+
+def draw_growth(axis, group: dict):
+    for kind, color in KINDS.items():
+        arms = [a for a in group["arms"] if a["name"].startswith(kind + " ")]
+        x, s = [int(a["name"].removeprefix(kind + " ")) for a in arms], [a["seconds"] for a in arms]
+        y, low, high = ([1000 * t[q] for t in s] for q in ("median", "q1", "q3"))
+        if len(arms) == 1:  # the LM step does not depend on m
+            axis.axhline(y[0], color=color, label=kind)
+            continue
+        spread = [[b - a for a, b in zip(low, y, strict=True)], [b - a for a, b in zip(y, high, strict=True)]]
+        axis.errorbar(x, y, spread, marker="o", ms=4, capsize=2, label=kind, color=color)
+    axis.set(xlabel=group["name"], ylabel="step, ms")
+    if group["name"] != "perturbed forwards m":
+        axis.set_xscale("log", base=2)
+    axis.set_xticks(x, [str(v) for v in x])
+    axis.minorticks_off()
+    axis.set_ylim(bottom=0)
+    axis.grid(alpha=0.3)
+
+
+def draw_bars(axis, group: dict):
+    for y, arm in enumerate(group["arms"]):
+        s = arm["seconds" if group["relative"] == "seconds" else "relative"]
+        axis.barh(y, s["median"], color="C0", height=0.6)
+        axis.plot([s["q1"], s["q3"]], [y, y], color="black", lw=1.5)
+        if "goal" in arm:
+            axis.plot([arm["goal"]] * 2, [y - 0.4, y + 0.4], color="C3", lw=2)
+    axis.set_yticks(range(len(group["arms"])), [a["name"] for a in group["arms"]])
+    axis.invert_yaxis()
+    axis.set_title(group["name"], fontsize=10)
+    label = {"time": "time relative to the first", "speed": "speed relative to the first", "seconds": "seconds"}
+    axis.set_xlabel(label[group["relative"]] + " (red: goal)")
 
 
 def device_name(device: torch.device) -> str:
@@ -712,11 +646,10 @@ def device_name(device: torch.device) -> str:
 BENCHMARKS = {f.__name__: f for f in (step, layer, erl, rollout, loss, growth)}
 
 
-def main(argv: list[str] | None = None) -> dict:
-    argv = sys.argv[1:] if argv is None else argv
+def parse(argv: list[str]):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("benchmark", choices=list(BENCHMARKS))
-    count = train.number(int, low=1)
+    count = number(int, low=1)
     parser.add_argument("--pairs", type=count, default=7, help="rounds of A B C ...")
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     parser.add_argument("--model", choices=list(SIZES), default="tiny")
@@ -739,6 +672,11 @@ def main(argv: list[str] | None = None) -> dict:
     args.dtype = args.dtype or ("bfloat16" if args.device.type == "cuda" else "float32")
     if args.quick:
         args.pairs, args.batch_size = 1, 2
+    return args
+
+
+def main(argv: list[str] | None = None) -> dict:
+    args = parse(sys.argv[1:] if argv is None else argv)
     torch.set_num_threads(args.threads)
     groups = BENCHMARKS[args.benchmark](args)
     if args.memory_of:

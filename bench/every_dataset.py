@@ -16,13 +16,17 @@ import sys
 import tempfile
 import time
 
-import torch
-
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 sys.path.insert(0, ROOT)
 
+import train  # noqa: E402, before torch: it sets what torch reads when it is imported
+
+# isort: split
+import torch  # noqa: E402
+
 import data  # noqa: E402
-import train  # noqa: E402
+from support.arguments import number  # noqa: E402
+from support.command_line import TEXT  # noqa: E402
 
 FLAGS = """--steps 2 --batch-size 2 --prompts-per-step 2 --minibatches 2 --group-size 4 --max-new-tokens 8 --beams 2
 --eval-samples 4 --eval-every 100""".split()
@@ -33,13 +37,13 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data-dir", help="as of train.py; without it the sets come from the hub")
     parser.add_argument("--datasets", nargs="*", help="default: all that can be trained on")
-    parser.add_argument("--threads", type=train.number(int, low=1), default=1, help="CPU threads")
+    parser.add_argument("--threads", type=number(int, low=1), default=1, help="CPU threads")
     parser.add_argument("--out", default="results", help="folder of the JSON")
     args = parser.parse_args(argv)
     torch.set_num_threads(args.threads)
     rows = []
     for dataset in args.datasets or [name for name, spec in data.DATASETS.items() if not spec.test_only]:
-        for algo in train.SUPERVISED + train.GENERATIVE:
+        for algo in (*TEXT, *train.METHODS):
             with tempfile.TemporaryDirectory() as folder:
                 flags = ["--algo", algo, "--dataset", dataset, *FLAGS, "--out", f"{folder}/run"]
                 flags += ["--pretrain-steps", "2"] if algo != "dense" else []

@@ -225,6 +225,7 @@ def main():
     parser.add_argument("--output-dir", default="runs/trl_grpo")
     args = parser.parse_args()
 
+    torch.set_num_threads(1)  # a model this small gains nothing from threads, and waits for them on a busy machine
     model, tokenizer = tiny_model(args.seed)
     trainer = MoEGRPOTrainer(
         loss=args.loss,

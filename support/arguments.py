@@ -123,8 +123,8 @@ def read_config(folder: str) -> dict:
     return saved
 
 
-def saved_arguments(parser: Parser, saved: dict, folder: str) -> dict:
-    """A run's saved arguments, each read back through the type of its own flag."""
+def saved_arguments(parser: Parser, saved: dict, folder: str, may_lack: set[str]) -> dict:
+    """A run's saved arguments, each read back through the type of its own flag; those in `may_lack` may be None."""
     values = {}
     for action in parser._actions:
         if action.dest in ("help", "resume"):
@@ -136,7 +136,7 @@ def saved_arguments(parser: Parser, saved: dict, folder: str) -> dict:
             if isinstance(action.default, bool):
                 right = isinstance(value, bool)
             else:
-                right = value is None or (action.type or str)(str(value)) == value
+                right = (action.type or str)(str(value)) == value if value is not None else action.dest in may_lack
         except argparse.ArgumentTypeError:
             right = False
         if not right:

@@ -123,7 +123,7 @@ def parse(argv: list[str], description: str, options: dict[str, dict[str, Option
     if args.resume:
         if not args.out:
             raise UserError("--resume needs --out RUN: which run should go on?")
-        return _resumed(p, args, saved, given)
+        return _resumed(p, args, saved, given, options)
     if args.algo is None:
         raise UserError("--algo is missing: " + ", ".join(TEXT + tuple(n for n in options if n not in TEXT)))
     args.dataset = args.dataset or "pydocs"
@@ -151,8 +151,10 @@ def _given(p: Parser, argv: list[str]) -> set[str]:
     return given
 
 
-def _resumed(p: Parser, args, saved: dict, given: set[str]) -> argparse.Namespace:
-    values = saved_arguments(p, saved, args.out)
+def _resumed(p: Parser, args, saved: dict, given: set[str], options) -> argparse.Namespace:
+    by_themselves = {name for name, o in options.get(str(saved.get("algo")), {}).items() if o.default is None}
+    values = saved_arguments(p, saved, args.out, {"data_dir", "epochs"} | by_themselves)
+    _check(argparse.Namespace(**values))
     for name in given - FREE_ON_RESUME:
         if values.get(name) != getattr(args, name):
             flag = "--" + name.replace("_", "-")
@@ -164,12 +166,8 @@ def _resumed(p: Parser, args, saved: dict, given: set[str]) -> argparse.Namespac
 def _fill(args, given: set[str], generative: bool):
     """Defaults that depend on the algorithm, the data set and the model that --init names."""
     spec = data.get_dataset(args.dataset)
-    if spec.test_only:
-        raise UserError(f"{args.dataset} is a test set: train on gsm8k or deepscaler, which is tested on it")
     if args.steps and args.epochs:
         raise UserError("--steps and --epochs say the same thing: give one of them")
-    if args.algo != "dense" and args.n_expert == 1:
-        raise UserError(f"--n-expert 1 leaves nothing to route: --algo {args.algo} needs at least 2 (dense has one)")
     size, vocabulary = look_at(args.init)
     args.model = size if size in SIZES else args.model
     text, short, started = spec.kind == "text", spec.problems is not None, size is not None
@@ -195,13 +193,24 @@ def _fill(args, given: set[str], generative: bool):
     for name, value in defaults.items():
         if getattr(args, name) is None:
             setattr(args, name, value)
-    if generative and args.prompts_per_step % args.minibatches:
+    _check(args)
+    if args.steps is None and args.epochs is None:
+        args.steps = 400 if generative else 1000
+
+
+def _check(args):
+    """Flags that do not fit together, a hand-edited config.json included."""
+    if data.get_dataset(args.dataset).test_only:
+        raise UserError(f"{args.dataset} is a test set: train on gsm8k or deepscaler, which is tested on it")
+    if args.algo != "dense" and args.n_expert == 1:
+        raise UserError(f"--n-expert 1 leaves nothing to route: --algo {args.algo} needs at least 2 (dense has one)")
+    if args.algo == "erl" and args.freeze_router and args.erl_grad == "router":
+        raise UserError("--freeze-router and --erl-grad router leave ERL nothing to learn: leave one of them out")
+    if args.algo not in TEXT and args.prompts_per_step % args.minibatches:
         raise UserError(
             f"--prompts-per-step {args.prompts_per_step} is not divisible by --minibatches {args.minibatches}: a "
             "group's responses stay together"
         )
-    if args.steps is None and args.epochs is None:
-        args.steps = 400 if generative else 1000
 
 
 def fill_steps(args, task, generative: bool):

@@ -1,6 +1,8 @@
 """The one kind of error that is the user's to mend, and how programs report it."""
 
 import difflib
+import os
+import sys
 from collections.abc import Sequence
 
 
@@ -35,3 +37,11 @@ def sentence(error: Exception) -> str | None:
     ):
         return "out of memory: lower --batch-size, --prompts-per-step, --n-expert or --model"
     return None
+
+
+def say(text: str):
+    """Print on stdout. Where nobody reads on (`| head`), or there is no room, silence is no error: a run is saved."""
+    try:
+        print(text, flush=True)
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python tries once more when it exits

@@ -85,3 +85,10 @@ def check_model(args, tokenizer, model: GPT, source: str) -> MoEConfig:
     theirs = asdict(model.config)
     flags = " ".join(f"--{k.replace('_', '-')} {theirs[k]}" for k, v in asdict(wanted).items() if v != theirs[k])
     raise UserError(f"{source} has other experts than the flags ask for: add {flags}")
+
+
+def check_step(step: int, config: MoEConfig, target: MoEConfig, args):
+    """A checkpoint must stand where its run can have been."""
+    total, begun = args.pretrain_steps + args.steps, step > args.pretrain_steps
+    if step > total or begun and config != target:
+        raise UserError(f"the checkpoint in {args.out} is not of this run: step {step} of {total}, holding {config}")

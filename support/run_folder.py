@@ -21,8 +21,9 @@ from torch import Tensor
 from tqdm import tqdm
 
 from support.checkpoints import load_model, save_model
-from support.errors import UserError
+from support.errors import UserError, plainly
 from support.evaluation import evaluate
+from support.optimizer import learning_rate, make_optimizer, restore
 
 LOG_EVERY = 10  # steps between two lines of metrics.jsonl, where a step is one update on text
 
@@ -82,9 +83,19 @@ def load_state(folder: str) -> dict:
         state = torch.load(os.path.join(folder, "state.pt"), map_location="cpu", weights_only=True)
         if {k: type(v) for k, v in state.items()} != {k: type(v) for k, v in NEW_STATE.items()}:
             raise TypeError
+        if min(state["step"], state["metrics_bytes"]) < 0:
+            raise ValueError
         return state
     except Exception as error:  # torch.load has no error type of its own for a broken file
         raise UserError(f"{folder}/state.pt is not a readable checkpoint of this program") from error
+
+
+def _is_row(row) -> bool:
+    """A step, a phase (of an evaluation the split too), and numbers or lists of them."""
+    if not (isinstance(row, dict) and isinstance(row.get("step"), int) and isinstance(row.get("phase"), str)):
+        return False
+    values = [v if isinstance(v, list) else [v] for k, v in row.items() if k not in ("phase", "split")]
+    return isinstance(row.get("split", ""), str) and all(isinstance(x, int | float) for v in values for x in v)
 
 
 def read_metrics(out: str) -> list[dict]:
@@ -92,7 +103,7 @@ def read_metrics(out: str) -> list[dict]:
     try:
         with open(path) as file:
             rows = [json.loads(line) for line in file]
-        if all(isinstance(row, dict) and {"step", "phase"} <= set(row) for row in rows):
+        if all(map(_is_row, rows)):
             return rows
     except (ValueError, RecursionError):
         pass
@@ -105,28 +116,6 @@ def read_metrics(out: str) -> list[dict]:
 # ---------------------------------------------------------------------------------------------------------------------
 # The run
 # ---------------------------------------------------------------------------------------------------------------------
-
-
-def learning_rate(step: int, steps: int, peak: float) -> float:
-    """Linear schedule (ERL table 7): up over the first twentieth (at most 100 steps), then down to 0."""
-    warmup = min(100, max(1, steps // 20))
-    return peak * ((step + 1) / warmup if step < warmup else (steps - step) / max(1, steps - warmup))
-
-
-def make_optimizer(model, weight_decay: float, router_factor: float = 1.0):
-    """AdamW (ERL table 7: betas 0.9, 0.999); matrices decay, biases and norms do not. A group's `factor` scales its
-    learning rate: that of the routers may differ."""
-    named = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
-    routers = [p for n, p in named if n.endswith("router.weight")]
-    others = [p for n, p in named if p.ndim <= 1 or ".b_" in n]
-    matrices = [p for n, p in named if not any(p is q for q in routers + others)]
-    groups = [
-        {"params": matrices, "weight_decay": weight_decay, "factor": 1.0},
-        {"params": others, "weight_decay": 0.0, "factor": 1.0},
-        {"params": routers, "weight_decay": weight_decay, "factor": router_factor},
-    ]
-    fused = model.wte.weight.device.type in ("cpu", "cuda")
-    return torch.optim.AdamW([g for g in groups if g["params"]], lr=0.0, betas=(0.9, 0.999), fused=fused)
 
 
 class Run:
@@ -158,8 +147,8 @@ class Run:
         self.routers = [p for n, p in model.named_parameters() if n.endswith("router.weight")]
         if self.step > self.first:  # resumed within the phase
             try:
-                self.optimizer.load_state_dict(self.state["optimizer"])
-            except (ValueError, KeyError, TypeError) as error:
+                restore(self.optimizer, self.state["optimizer"])
+            except (ValueError, KeyError, TypeError, AttributeError) as error:
                 raise UserError(f"{self.out}/checkpoint/state.pt does not fit the weights: {error}") from error
 
     def steps(self):
@@ -221,7 +210,8 @@ class Run:
         summary |= {f"before_{k}": v for k, v in self.state["before"].items()}
         best = results
         if self.state["best_step"] < self.step:
-            model = self.prepare(load_model(os.path.join(find_checkpoint(self.out, "best"), "model.safetensors"))[0])
+            weights = os.path.join(find_checkpoint(self.out, "best"), "model.safetensors")
+            model = self.prepare(plainly(load_model, weights)[0])
             best = {name: evaluate(model, self.task, name, self.args, final=True) for name in results}
         summary |= {f"best_{k}": v for k, v in mean_scores(best).items() if k != "samples"}
         summary["best_step"] = self.state["best_step"]
@@ -353,6 +343,8 @@ class Run:
                     )
                 file.truncate(self.state["metrics_bytes"])  # lines after the checkpoint will be written again
             read_metrics(self.out)  # better to hear of a spoilt line now than after the last step
+            if self.state["best_step"] >= 0 and not find_checkpoint(self.out, "best"):
+                raise UserError(f"{self.out}/best is gone, the weights of step {self.state['best_step']}: put it back")
             with self._stops_politely(), tqdm(total=self.total, initial=self.step, disable=None, unit="step") as bar:
                 self.bar = bar
                 try:

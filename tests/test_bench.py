@@ -54,23 +54,30 @@ def test_quartiles_and_speed_ratio(monkeypatch):
     assert group["arms"][1]["met"] is False
 
 
-def test_naive_erl_is_the_same_algorithm(monkeypatch):
-    """The slow peer of the ERL benchmark and `erl_losses` agree on the same routes: loss and gradient."""
-    args = bench.argparse.Namespace(model="tiny", quick=True, device=torch.device("cpu"), batch_size=2, compile=False)
-    model = bench.build(args, 50)
-    tokens, mask = bench.words(model, args)
-    config, options = model.config, bench.erl_arguments("all")
-    options.advantage = "log"  # a sign would turn the rounding of other matrix shapes into +1 or -1
-    drawn = bench.random_routes(3 * 2, mask.shape[1], 1, config.n_expert, 1, 1.0, generator=bench.train.rng(1))
-    in_turn = iter(zip(*(t.split(2) for t in drawn), strict=True))  # alpha 1: as many decisions in every forward
-    monkeypatch.setattr(bench, "random_routes", lambda *a, **k: next(in_turn))
-    monkeypatch.setattr(bench.train, "random_routes", lambda *a, **k: drawn)
-    results = []
+def test_naive_erl_is_the_same_algorithm(tmp_path):
+    """The slow peer of the ERL benchmark and the program's own losses agree on the same routes: loss and gradient."""
+    args = bench.parse(["erl", "--quick", "--out", str(tmp_path)])
+    # advantage "log": a sign would turn the rounding of other matrix shapes into +1 or -1
+    run = bench.Steps(bench.build(args, 50), args, "erl", advantage="log")
+    batch, results = run.task.batch(0), []
     for f in (bench.train.erl_losses, bench.naive_erl_losses):
-        loss, *_ = f(model, model.stem, model.branch, tokens, mask, options, None, None)
-        results.append((loss.detach(), *torch.autograd.grad(loss, list(model.parameters()))))
+        ((loss, _),) = f(run.model, batch, run.args, 0)
+        results.append((loss.detach(), *torch.autograd.grad(loss, list(run.model.parameters()))))
     for a, b in zip(*results, strict=True):
         torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-3)
+
+
+def test_a_step_is_the_programs_own(tmp_path):
+    """A timed step learns what a step of train.py learns: batch, losses, clipped gradient, AdamW, bookkeeping."""
+    args = bench.parse(["step", "--quick", "--out", str(tmp_path)])
+    run = bench.Steps(bench.build(args, 50), args, clip_grad=0.25)
+    before = {n: p.detach().clone() for n, p in run.model.named_parameters()}
+    for _ in range(10):
+        run.once()
+    assert run.state["step"] == 10 and run.state["tokens"] == 10 * 2 * 32
+    (row,) = [json.loads(line) for line in (Path(run.out) / "metrics.jsonl").read_text().splitlines()]
+    assert row["step"] == 10 and row["grad_norm"] > 0.25 and row["clipped_share"] == 1
+    assert all(not torch.equal(p, before[n]) for n, p in run.model.named_parameters())
 
 
 def test_every_algorithm_on_a_data_set(tmp_path, capsys):
@@ -78,9 +85,9 @@ def test_every_algorithm_on_a_data_set(tmp_path, capsys):
     options = ["--threads", str(torch.get_num_threads()), "--out", str(tmp_path)]
     assert every_dataset.main(["--datasets", "addition", *options]) == 0
     runs = json.loads((tmp_path / "every-dataset.json").read_text())["runs"]
-    assert [r["algo"] for r in runs] == ["dense", "lm", "erl", "grpo", "gspo", "gmpo", "erpo", "rais"]
+    assert [r["algo"] for r in runs] == ["dense", "lm", "erl", "grpo", "gspo", "gmpo", "cispo", "erpo", "rais"]
     assert all(r["status"] == 0 and 0 <= r["scores"]["accuracy"] <= 1 for r in runs)
     assert every_dataset.main(["--datasets", "gsm8k", "--data-dir", str(tmp_path / "none"), *options]) == 1
-    assert "8 runs, 8 failed" in capsys.readouterr().out
+    assert "9 runs, 9 failed" in capsys.readouterr().out
     runs = json.loads((tmp_path / "every-dataset.json").read_text())["runs"]
     assert all(r["status"] == 2 and r["error"].startswith("train.py: ") for r in runs)

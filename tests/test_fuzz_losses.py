@@ -8,8 +8,8 @@ differences of log-probabilities, and e^40 of them has to fit into float32. ERPO
 of that term: where they differ by 1e-7, float32's rounding of them is a tenth of the 1e-6 that the standard deviation
 stands on.
 
-python -m pytest tests/test_fuzz_losses.py # 60 cases a function FUZZ_CASES=10000 python -m pytest
-tests/test_fuzz_losses.py # the long way, about half an hour
+    python -m pytest tests/test_fuzz_losses.py                      60 cases a function
+    FUZZ_CASES=10000 python -m pytest tests/test_fuzz_losses.py     the long way, about half an hour
 """
 
 import math

@@ -3,6 +3,8 @@
 import itertools
 import random
 import re
+import subprocess
+import sys
 import threading
 import time
 from collections import Counter
@@ -18,7 +20,8 @@ import data
 from data import Example
 from support import grading
 
-REAL = Path(__file__).parents[1] / ".." / "shared" / "data"
+ROOT = Path(__file__).parents[1]
+REAL = ROOT / ".." / "shared" / "data"
 needs_real = pytest.mark.skipif(not REAL.is_dir(), reason="../shared/data (the real data sets) is not there")
 quick = settings(deadline=None, max_examples=60)
 
@@ -708,3 +711,20 @@ def test_rouge_of_latin_text_is_that_of_rouge_score(response, reference):
     scorer = rouge_scorer.RougeScorer(["rouge1", "rouge2", "rougeL"], use_stemmer=True)
     theirs = {name: score.fmeasure for name, score in scorer.score(reference, response).items()}
     assert grading.measure_summary(response, Example("p", "a", (reference,))) == theirs
+
+
+@needs_real
+def test_the_counts_in_the_docs_are_those_of_the_command():
+    run = subprocess.run(
+        [sys.executable, "bench/grading.py", "--data-dir", str(REAL)], cwd=ROOT, capture_output=True, text=True
+    )
+    rows = run.stdout.strip().splitlines()
+    assert run.returncode == 0 and len(rows) == 2 + 8, run.stderr
+    assert "\n".join(rows) in (ROOT / "docs" / "grading.md").read_text(encoding="utf-8")
+
+
+def test_the_command_says_what_is_missing(tmp_path):
+    run = subprocess.run(
+        [sys.executable, "bench/grading.py", "--data-dir", str(tmp_path)], cwd=ROOT, capture_output=True, text=True
+    )
+    assert run.returncode == 2 and "gsm8k/train.jsonl is missing" in run.stderr and "Traceback" not in run.stderr

@@ -198,8 +198,10 @@ def test_router_losses_and_load_count_prompts_and_not_padding(losses):
     assert metrics["loss"].item() == pytest.approx(lm.item())  # what is logged as loss is the LM loss
     assert metrics["balance_loss"].item() == pytest.approx(balance.item() / 2)
     assert metrics["z_loss"].item() == pytest.approx(z.item() / 2)
-    assert metrics["load_min"].item() == pytest.approx(min(map(min, loads)))
-    assert metrics["load_max"].item() == pytest.approx(max(map(max, loads)))
+    logged = train.describe_routing(metrics["routing"], batch)
+    assert logged["load_min"].item() == pytest.approx(min(map(min, loads)))
+    assert logged["load_max"].item() == pytest.approx(max(map(max, loads)))
+    assert logged["max_vio"].item() == pytest.approx(sum(4 * max(load) - 1 for load in loads) / 2)
     for other in (batch.mask, torch.ones_like(batch.mask)):  # neither the answers alone nor all positions
         assert abs(router_losses_by_the_book(out.routing, other, 4)[0].item() - balance.item()) > 1e-3
 
@@ -408,7 +410,7 @@ class Rollouts:
 
     def after(self, metrics, tokens, every):
         assert every == 1 and tokens == round(float(metrics["response_length"]) * 4 * self.args.prompts_per_step)
-        self.report = {k: float(v) for k, v in metrics.items()}
+        self.report = {k: float(v) for k, v in metrics.items() if not getattr(v, "shape", ())}
 
     def step(self, step=0):
         self.asked.clear(), self.losses.clear(), self.rewarded.clear(), self.learned.clear()
@@ -581,7 +583,7 @@ def test_replayed_experts_do_not_change(micro, monkeypatch):
         run = Rollouts(monkeypatch, f"--algo grpo --minibatches 4 --replay {replay}", lr=5e-2)
         report = run.step()
         assert report["updates"] == 4
-        changed[replay] = report["experts_changed"]
+        changed[replay] = 1 - report["agreement"]
         for (new, *_), rows in zip(run.losses, run.asked, strict=True):
             same = torch.equal(new.experts, rows.experts)
             assert same or replay == "none"
@@ -666,12 +668,15 @@ def test_a_balance_loss_in_the_updates_counts_prompts_and_responses_and_not_padd
     assert all(run.model.blocks[i].mlp.router.weight.grad.any() for i in (1, 3))
 
 
-def test_experts_changed_is_the_share_of_choices_that_the_update_does_not_make(micro, monkeypatch):
+def test_agreement_is_the_share_of_choices_that_the_updated_router_makes_too(micro, monkeypatch):
     run = Rollouts(monkeypatch, "--algo grpo --minibatches 1")
     rollout = generate(run.model, [[1, 2], [3]], max_new_tokens=4, end_token=BYTES.end, generator=rng(1))
     new, _ = train.policy_forward(run.model, rollout, run.args)
-    assert train.changed_experts(new, rollout)["experts_changed"] == 0
+    assert train.moved_routes(new, rollout)["agreement"] == 1
     other = rollout.experts.clone()
-    other[..., 0] = torch.where((other == 0).any(-1), 9, 0)  # in every decision one of two that was not chosen
-    swapped = train.changed_experts(new, rollout._replace(experts=other))["experts_changed"]
-    assert swapped.item() == pytest.approx(0.5)
+    for expert in range(8):  # in every decision the first of two becomes one that was not chosen
+        free = (rollout.experts != expert).all(-1) & (other[..., 0] == rollout.experts[..., 0])
+        other[..., 0] = torch.where(free, expert, other[..., 0])
+    moved = train.moved_routes(new, rollout._replace(experts=other))
+    assert moved["agreement"].item() == pytest.approx(0.5) and moved["moved_anywhere"] == 1
+    assert moved["agreement_by_layer"].tolist() == pytest.approx([0.5, 0.5])

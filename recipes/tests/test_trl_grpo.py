@@ -232,12 +232,13 @@ def test_replay_check_finds_nothing(tmp_path, loss):
         assert check_replay(routes.roll(1, 0), batch["old_per_token_logps"], live, log_probs, mask)
 
 
-def test_rais_looks_at_the_old_experts(tmp_path, monkeypatch):
+@pytest.mark.parametrize("base", ["gmpo", "gspo", "grpo"])
+def test_rais_looks_at_the_old_experts(tmp_path, monkeypatch, base):
     """gamma compares the new and the old router at the experts that the old policy chose."""
     seen = []
     monkeypatch.setattr(trl_grpo, "rais_loss", lambda *a, **k: seen.append(a) or original(*a, **k))
     original = sys.modules["rais"].rais_loss
-    trainer = make(tmp_path, loss="rais", loss_options={"base": "gspo"})
+    trainer = make(tmp_path, loss="rais", loss_options={"base": base})
     batch = first_batches(trainer)[0]
     gate = trainer.model.model.layers[0].mlp.gate
     with torch.no_grad():

@@ -300,6 +300,7 @@ def test_stopped_and_continued_is_the_same_to_the_last_bit(parent, tmp_path, cap
     monkeypatch.setattr(erl_hf, "step_gradient", step)
     assert erl_hf.main(command(parent, parts, "--steps", "4", "--resume")) == 0
     a, b = weights(whole), weights(parts)
+    assert a["optimizer"]["param_groups"][0]["lr"] == pytest.approx(1e-3 / 4)  # of the last of four steps
     assert a["step"] == b["step"] == 4
     assert all(torch.equal(a["model"][n], b["model"][n]) for n in a["model"])
     for i, state in a["optimizer"]["state"].items():

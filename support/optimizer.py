@@ -1,0 +1,43 @@
+"""The optimizer of a run, its learning rate, and its state read back from a file."""
+
+import torch
+
+
+def learning_rate(step: int, steps: int, peak: float) -> float:
+    """Linear schedule (ERL table 7): up over the first twentieth (at most 100 steps), then down to 0."""
+    warmup = min(100, max(1, steps // 20))
+    return peak * ((step + 1) / warmup if step < warmup else (steps - step) / max(1, steps - warmup))
+
+
+def make_optimizer(model, weight_decay: float, router_factor: float = 1.0):
+    """AdamW (ERL table 7: betas 0.9, 0.999); matrices decay, biases and norms do not. A group's `factor` scales its
+    learning rate: that of the routers may differ."""
+    named = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
+    routers = [p for n, p in named if n.endswith("router.weight")]
+    others = [p for n, p in named if p.ndim <= 1 or ".b_" in n]
+    matrices = [p for n, p in named if not any(p is q for q in routers + others)]
+    groups = [
+        {"params": matrices, "weight_decay": weight_decay, "factor": 1.0},
+        {"params": others, "weight_decay": 0.0, "factor": 1.0},
+        {"params": routers, "weight_decay": weight_decay, "factor": router_factor},
+    ]
+    fused = model.wte.weight.device.type in ("cpu", "cuda")
+    return torch.optim.AdamW([g for g in groups if g["params"]], lr=0.0, betas=(0.9, 0.999), fused=fused)
+
+
+def restore(optimizer, saved: dict):
+    """Give an optimizer the moments of a checkpoint.
+
+    ValueError, KeyError, TypeError or AttributeError where they do not fit.
+    """
+    groups = optimizer.state_dict()["param_groups"]  # ours: a file has no say in rates and decay
+    for ours, theirs in zip(groups, saved["param_groups"], strict=True):
+        if ours["params"] != theirs["params"]:
+            raise ValueError("it is of other parameters")
+    optimizer.load_state_dict({"state": saved["state"], "param_groups": groups})
+    parameters = {id(p) for group in optimizer.param_groups for p in group["params"]}
+    for parameter, state in optimizer.state.items():
+        shapes = {name: tuple(value.shape) for name, value in state.items()}
+        wanted = {"step": (), "exp_avg": tuple(parameter.shape), "exp_avg_sq": tuple(parameter.shape)}
+        if id(parameter) not in parameters or shapes != wanted:
+            raise ValueError("its moments have other shapes")
