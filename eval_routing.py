@@ -22,7 +22,6 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 import data
 from erl import random_routes
@@ -34,6 +33,7 @@ from support.errors import UserError, plainly, sentence
 from support.fast import speed_up
 from support.generation import generate
 from support.pictures import draw_routing
+from support.progress import Progress
 from support.routing_report import routing_report
 from support.run_folder import write_json
 from support.samples import Samples, load_run, load_samples, prompt_of
@@ -255,7 +255,7 @@ def rank_samples(args, model: GPT, samples: Samples) -> list[Scored]:
     scored, chosen = [], samples.items[: args.samples]
     if len(chosen) < args.samples:
         print(f"{samples.spec.name} {args.split} has {len(chosen)} samples, not {args.samples}", file=sys.stderr)
-    for i, item in enumerate(tqdm(chosen, disable=None, unit="sample", desc="ranking routes")):
+    for i, item in enumerate(Progress(chosen, unit="sample", desc="ranking routes")):
         key = args.seed, "routes", i
         if samples.spec.kind == "text":
             scored.append(score_text(model, item, draw_routes(model, len(item[1]), *key), args.batch_size))

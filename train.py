@@ -334,7 +334,7 @@ def run(args) -> dict:
             model.stem, model.branch = torch.compile(model.stem), torch.compile(model.branch)
         return model
 
-    tokenizer = data.load_tokenizer(args.tokenizer, args.data_dir)
+    tokenizer = data.prepare(args.dataset, args.tokenizer, args.data_dir)
     checkpoint = find_checkpoint(args.out) if args.resume else None
     if checkpoint:
         model, state = plainly(load_model, os.path.join(checkpoint, "model.safetensors"))[0], load_state(checkpoint)
@@ -352,7 +352,7 @@ def run(args) -> dict:
     # without a gradient would serve the forward that needs one.
     autocast = torch.autocast(device.type, torch.bfloat16, enabled=args.dtype == "bfloat16", cache_enabled=False)
     with process.open(), autocast:
-        command_line.describe(args, *GPT(target).count_parameters())
+        command_line.describe(args, state["step"], *GPT(target).count_parameters())
         if state["step"] < args.pretrain_steps:
             if generative and model.config != target:
                 model = upcycle(model, target, rng(args.seed, "routers"))

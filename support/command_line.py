@@ -14,6 +14,10 @@ from support.initial import look_at
 
 TEXT = ("dense", "lm", "erl")  # algorithms that learn from the text, or the reference answers, of the data set
 # Flags that an option of a loss had before: still understood.
+# --preset paper: what ERL's table 7 says of lm and erl, and ERPO's section 5.1 of the methods on answers; batch sizes,
+# alpha and delta are the defaults already. Flags that are given win.
+PAPER_TEXT = {"lr": 1e-5, "weight_decay": 0.1, "epochs": 15.0, "erl_grad": "all", "n_perturb": 3, "clip_eps": 0.2}
+PAPER_ANSWERS = {"minibatches": 4, "group_size": 8, "temperature": 1.0, "top_p": 1.0}
 ALIASES = {"alpha": "entropy_alpha", "base": "shift_base", "floor": "shift_floor"}
 # What a resumed run may be given anew: it changes where and how fast a run goes, not what it computes.
 FREE_ON_RESUME = {"resume", "out", "data_dir", "device", "compile"}
@@ -28,6 +32,7 @@ def parser(description: str, algo: str | None, options: dict[str, dict[str, Opti
     p = Parser(description=description, allow_abbrev=False)
     algos = TEXT + tuple(name for name in options if name not in TEXT)
     p.add_argument("--algo", type=one_of("algorithm", algos), help=", ".join(algos))
+    p.add_argument("--preset", type=one_of("preset", ("paper",)), help="paper: the settings that the paper states")
     _data_flags(p.add_argument_group("data"))
     _model_flags(p.add_argument_group("model"))
     _training_flags(p.add_argument_group("training"))
@@ -43,12 +48,10 @@ def parser(description: str, algo: str | None, options: dict[str, dict[str, Opti
         if algo == name:
             add_options(p, f"options of {name}", theirs, {} if name == "erl" else ALIASES)
     if algo is None:
-        p.epilog = "\n".join(
-            f"--algo {name} also has "
-            + " ".join("--" + o.replace("_", "-") for o in theirs)
-            + f" (see --algo {name} --help)"
-            for name, theirs in options.items()
-        )
+        p.formatter_class = argparse.RawDescriptionHelpFormatter
+        flags = {name: " ".join("--" + o.replace("_", "-") for o in theirs) for name, theirs in options.items()}
+        lines = (f"  --algo {name:6} {theirs}" for name, theirs in flags.items())
+        p.epilog = "\n".join(["a loss's own options, explained by --algo NAME --help:", *lines])
     return p
 
 
@@ -76,11 +79,13 @@ def _training_flags(g):
     g.add_argument("--steps", type=count, help="steps of the algorithm")
     g.add_argument("--epochs", type=positive, help="instead of --steps: passes over the training data")
     g.add_argument("--batch-size", type=count, help="sequences a step, where the model learns from text")
-    g.add_argument("--lr", type=positive, help="peak learning rate of the algorithm")
+    g.add_argument("--lr", type=positive, help="peak learning rate of the algorithm (ERL table 7: 1e-5)")
     g.add_argument("--router-lr-factor", type=not_negative, default=1.0, help="the routers' rate is this times --lr")
     g.add_argument("--freeze-router", action="store_true", help="routers keep their weights")
-    g.add_argument("--weight-decay", type=not_negative, default=0.1)
-    g.add_argument("--clip-grad", type=not_negative, default=1.0, help="largest norm of the gradient; 0: no limit")
+    g.add_argument("--weight-decay", type=not_negative, default=0.1, help="of matrices (ERL table 7: 0.1)")
+    g.add_argument(
+        "--clip-grad", type=not_negative, default=1.0, help="largest norm of the gradient; 0: no limit (in no paper)"
+    )
     g.add_argument("--balance-coef", type=not_negative, default=1e-3, help="of Switch's balance loss on text")
     g.add_argument("--z-coef", type=not_negative, default=1e-3, help="of Switch's router z loss on text")
     g.add_argument("--jitter", type=share, default=0.0, help="noise on the routers' input (lm, erl; Switch: 0.01)")
@@ -94,9 +99,11 @@ def _training_flags(g):
 
 
 def _answer_flags(g):
-    g.add_argument("--group-size", type=number(int, low=2, high=10**8), default=8, help="responses a prompt")
+    g.add_argument(
+        "--group-size", type=number(int, low=2, high=10**8), default=8, help="responses a prompt (ERPO: 4 or 8)"
+    )
     g.add_argument("--prompts-per-step", type=count, help="default 16; 64 for the generated problems, which are short")
-    g.add_argument("--minibatches", type=count, default=4, help="optimizer steps on one batch of responses")
+    g.add_argument("--minibatches", type=count, default=4, help="optimizer steps on one batch of responses (ERPO: 4)")
     g.add_argument("--max-new-tokens", type=count, help="longest response; default: fits the data set")
     g.add_argument("--temperature", type=positive, default=1.0)
     g.add_argument("--top-p", type=number(float, above=0, high=1), default=1.0)
@@ -133,8 +140,8 @@ def parse(argv: list[str], description: str, options: dict[str, dict[str, Option
 
 def _unknown(flag: str, algo: str | None, options) -> str:
     name = flag.partition("=")[0].lstrip("-").replace("-", "_")
-    names = {old: new for new, old in ALIASES.items()} | {n: n for theirs in options.values() for n in theirs}
-    owners = [a for a, theirs in options.items() if names.get(name) in theirs]
+    older = {old: new for new, old in ALIASES.items()}
+    owners = [a for a, theirs in options.items() if name in theirs or a != "erl" and older.get(name) in theirs]
     if owners and flag.startswith("--"):
         return f"{flag.partition('=')[0]} is an option of --algo {' or '.join(owners)}, not of {algo}: leave it out"
     return f"unknown flag {flag}: see --help"
@@ -153,7 +160,7 @@ def _given(p: Parser, argv: list[str]) -> set[str]:
 
 def _resumed(p: Parser, args, saved: dict, given: set[str], options) -> argparse.Namespace:
     by_themselves = {name for name, o in options.get(str(saved.get("algo")), {}).items() if o.default is None}
-    values = saved_arguments(p, saved, args.out, {"data_dir", "epochs"} | by_themselves)
+    values = saved_arguments(p, saved, args.out, {"data_dir", "epochs", "preset"} | by_themselves)
     _check(argparse.Namespace(**values))
     for name in given - FREE_ON_RESUME:
         if values.get(name) != getattr(args, name):
@@ -172,6 +179,10 @@ def _fill(args, given: set[str], generative: bool):
     args.model = size if size in SIZES else args.model
     text, short, started = spec.kind == "text", spec.problems is not None, size is not None
     published = started and args.model == "gpt2"  # weights of GPT-2's size that were trained before
+    if args.preset == "paper":
+        paper = PAPER_ANSWERS if generative else PAPER_TEXT if args.algo != "dense" else {}
+        kept = given | ({"epochs"} if args.steps else set())
+        vars(args).update({name: v for name, v in paper.items() if hasattr(args, name) and name not in kept})
     if args.algo == "erl" and not text:  # ERL table 7
         defaults = {"alpha": 0.7, "delta": 2.0}
         vars(args).update({name: value for name, value in defaults.items() if name not in given})
@@ -223,9 +234,14 @@ def fill_steps(args, task, generative: bool):
     args.checkpoint_every = args.checkpoint_every or args.eval_every
 
 
-def describe(args, size: int, active: int):
-    """What a person wants to know at the start of a run."""
+def describe(args, step: int, size: int, active: int):
+    """What a person wants to know at the start of a run, or where it goes on."""
     phases = f"{args.pretrain_steps} supervised steps, then " if args.pretrain_steps else ""
+    total = args.pretrain_steps + args.steps
+    if step:
+        print(
+            f"all {total} steps are done" if step == total else f"going on at step {step} of {total}", file=sys.stderr
+        )
     print(
         f"{args.algo} on {args.dataset}: {phases}{args.steps} steps at learning rate {args.lr:g}, seed {args.seed}, "
         f"{torch.get_num_threads()} thread(s)\n{size:,} parameters, {active:,} active a token; every setting in "

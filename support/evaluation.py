@@ -7,6 +7,7 @@ import torch
 import data
 from support.errors import UserError
 from support.generation import beam_search, generate
+from support.progress import Progress
 from support.tasks import Task, rng
 
 
@@ -29,7 +30,7 @@ def evaluate_text(model, split: data.TextSplit, batch_size: int, limit: int = 0)
     """Perplexity per token; bits per byte of the text over the whole split; the windows they were measured on."""
     device, total, count = model.wte.weight.device, 0.0, 0
     every = list(text_windows(split.tokens, model.config.context, limit))
-    for i in range(0, len(every), batch_size):
+    for i in Progress(range(0, len(every), batch_size), desc="evaluating, batches of windows"):
         windows = every[i : i + batch_size]
         tokens, mask = (torch.stack(part).to(device) for part in zip(*windows, strict=True))
         features, _ = model.branch(model.stem(tokens[:, :-1]))
@@ -48,7 +49,7 @@ def respond(model, task: Task, spec: data.DatasetSpec, examples, args, generator
     rows, at_once = [], max(1, 128 // beams)
     drawn = {"temperature": spec.eval_temperature, "top_p": spec.eval_top_p, "generator": generator}
     how = {"max_new_tokens": args.max_new_tokens, "end_token": tokenizer.end}
-    for i in range(0, len(prompts), at_once):
+    for i in Progress(range(0, len(prompts), at_once), desc="evaluating, batches of answers"):
         part = prompts[i : i + at_once]
         if spec.sampled:
             rows += generate(model, part, **drawn, **how).responses(tokenizer.end)

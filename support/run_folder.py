@@ -18,12 +18,12 @@ import time
 import torch
 from safetensors import SafetensorError
 from torch import Tensor
-from tqdm import tqdm
 
 from support.checkpoints import load_model, save_model
 from support.errors import UserError, plainly
 from support.evaluation import evaluate
 from support.optimizer import learning_rate, make_optimizer, restore
+from support.progress import Progress
 
 LOG_EVERY = 10  # steps between two lines of metrics.jsonl, where a step is one update on text
 
@@ -273,6 +273,7 @@ class Run:
         if "load_max" in metrics:
             shown["load"] = f"{metrics['load_min']:.2f}-{metrics['load_max']:.2f}"
         self.bar.set_postfix(shown, refresh=False)
+        self.bar.shown = ", ".join(f"{k} {v}" for k, v in shown.items())
         clipped = float(state["clipped"]) / max(1, state["updates"])
         state |= {"updates": 0, "clipped": 0}
         lr = self.optimizer.param_groups[0]["lr"]
@@ -345,7 +346,10 @@ class Run:
             read_metrics(self.out)  # better to hear of a spoilt line now than after the last step
             if self.state["best_step"] >= 0 and not find_checkpoint(self.out, "best"):
                 raise UserError(f"{self.out}/best is gone, the weights of step {self.state['best_step']}: put it back")
-            with self._stops_politely(), tqdm(total=self.total, initial=self.step, disable=None, unit="step") as bar:
+            with (
+                self._stops_politely(),
+                Progress(total=self.total, initial=self.step, unit="step", desc="training", leave=True) as bar,
+            ):
                 self.bar = bar
                 try:
                     yield

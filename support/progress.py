@@ -1,0 +1,44 @@
+"""How far something is: a bar on a terminal, elsewhere a line now and then."""
+
+import sys
+import time
+
+from tqdm import tqdm
+
+EVERY = 30.0  # seconds between two lines
+
+
+class Progress(tqdm):
+    """tqdm, which is silent where there is no terminal, and then a line every half a minute (the first soon)."""
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **{"disable": None, "leave": False, "file": sys.stderr} | kwargs)
+        self.what, self.shown = kwargs.get("desc") or "", ""
+        self.begun = self.told = time.perf_counter()
+        self.done = self.first = kwargs.get("initial", 0)
+        self.whole = kwargs.get("total") or (len(args[0]) if args and hasattr(args[0], "__len__") else None)
+
+    def __iter__(self):
+        if not self.disable:
+            yield from super().__iter__()
+            return
+        for item in self.iterable:
+            yield item
+            self.update()
+
+    def update(self, n=1):
+        super().update(n)
+        self.done += n
+        now, steps = time.perf_counter(), self.done - self.first
+        if self.disable and (now - self.told > EVERY or self.told == self.begun and now - self.begun > 3):
+            self.told = now
+            left = (now - self.begun) / steps * (self.whole - self.done) if self.whole else 0
+            words = [f"{self.what}: {self.done} of {self.whole}", self.shown, f"about {duration(left)} left"]
+            print(", ".join(w for w in words if w), file=sys.stderr, flush=True)
+
+
+def duration(seconds: float) -> str:
+    """1:05 h, 12 min, 40 s."""
+    if seconds >= 3600:
+        return f"{int(seconds // 3600)}:{int(seconds % 3600 // 60):02d} h"
+    return f"{seconds / 60:.0f} min" if seconds >= 100 else f"{seconds:.0f} s"
