@@ -219,6 +219,7 @@ def router_figures(scored: list[Scored]) -> dict:
         "top1_histogram": (torch.histc(top1, BINS, 0, 1) / top1.numel()).tolist(),
         "top1_above_0.9": report["top1_above_0.9"],
         "routing_decisions": top1.numel(),
+        "top_k": K,
         "expert_load": load.tolist(),
         **{name + end: report[name + end] for name in by_layer for end in ("", "_by_layer")},
         "relative_router_entropy": report["router_entropy"] / math.log(E),
@@ -251,8 +252,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
 
 
 def rank_samples(args, model: GPT, samples: Samples) -> list[Scored]:
-    scored = []
-    chosen = samples.items[: args.samples]
+    scored, chosen = [], samples.items[: args.samples]
     if len(chosen) < args.samples:
         print(f"{samples.spec.name} {args.split} has {len(chosen)} samples, not {args.samples}", file=sys.stderr)
     for i, item in enumerate(Progress(chosen, unit="sample", desc="ranking routes")):
@@ -307,7 +307,8 @@ def show_tokens(scored: list[Scored], tokenizer, path: str) -> str:
     """Which tokens go where: a picture, and the same for a terminal."""
     words = [tokenizer.decode([token]) for s in scored for token in s.tokens.tolist()]
     experts, num_experts = torch.cat([s.experts for s in scored]), scored[0].router_log_probs.shape[-1]
-    return tokens_by_expert(words, experts, num_experts, path, shown=300)
+    first = len(scored[0].tokens)  # a window of a text fills the picture; of short examples it takes several
+    return tokens_by_expert(words, experts, num_experts, path, shown=min(first, 300) if first >= 100 else 300)
 
 
 def main(argv: list[str] | None = None) -> int:

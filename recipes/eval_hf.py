@@ -8,22 +8,22 @@ Each sample is a window of a text, scored along its own route and along 99 pertu
 Writes routing.json, its pictures, and which_tokens.png / .txt: the first sample coloured by expert.
 """
 
-import json
 import os
 import sys
-from types import SimpleNamespace
 
 import torch
 from tqdm import tqdm
 
 from erl import random_routes
-from eval_routing import Scored, draw, figures, route_alphas
+from eval_routing import Scored, figures, route_alphas, show_tokens
 from recipes.hf_routing import Routes, find_routers, next_token_log_probs
 from recipes.hf_text import load_model, load_windows
 from support.arguments import Parser, number, one_of
 from support.errors import UserError
+from support.pictures import draw_routing
+from support.run_folder import write_json
 from support.tasks import rng
-from support.which_tokens import tokens_by_expert
+from support.verdict import describe, doubts
 
 
 def parse(argv=None):
@@ -68,8 +68,8 @@ class HubModel:
             log_probs, router_log_probs, experts = self.forward(tokens.expand(len(part), -1), here)
             values.append(log_probs.cpu().double().mean(1))
             if original is None:
-                original = experts[0].cpu(), router_log_probs[0].amax(-1).exp().cpu()
-        return Scored(torch.cat(values), len(tokens) - 1, *original)
+                original = experts[0].cpu(), router_log_probs[0].float().cpu()
+        return Scored(torch.cat(values), len(tokens) - 1, tokens[:-1], *original)
 
 
 def run(args) -> dict:
@@ -85,13 +85,11 @@ def run(args) -> dict:
         routes = hub.draw_routes(args.context, args.seed, "routes", i)
         scored.append(hub.score_text(window, routes, args.batch_size))
     names = {"run": args.model, "step": None, "dataset": text, "split": "test", "seed": args.seed}
-    result = names | {"score": "perplexity"} | figures(scored, SimpleNamespace(n_expert=hub.n_expert), True)
-    with open(os.path.join(args.out, "routing.json"), "w") as file:
-        json.dump(result, file, indent=1)
-    draw(result, args.out)
-    words = [tokenizer.decode(token) for window in windows for token in window[:-1]]
-    experts = torch.cat([s.experts for s in scored])  # [N, L, K]
-    coloured = tokens_by_expert(words, experts, hub.n_expert, os.path.join(args.out, "which_tokens.png"))
+    result = names | {"score": "perplexity"} | figures(scored, text=True)
+    result["warnings"] = doubts(result, len(tokenizer))
+    write_json(os.path.join(args.out, "routing.json"), result)
+    draw_routing(result, args.out)
+    coloured = show_tokens(scored, tokenizer, os.path.join(args.out, "which_tokens.png"))
     with open(os.path.join(args.out, "which_tokens.txt"), "w") as file:
         file.write(coloured)
     return result
@@ -106,11 +104,7 @@ def main(argv=None) -> int:
         return 2
     except KeyboardInterrupt:
         return 130
-    for name in ("mrr", "hit1"):
-        print(
-            f"{name} {result[name]:.4f} +- {result[f'{name}_standard_error']:.4f} (chance {result[f'chance_{name}']})"
-        )
-    print(f"perplexity {result['original_score']:.4f} along its own routes, {result['perturbed_score']:.4f} perturbed")
+    print(describe(result))
     print(f"routing.json, its pictures and which_tokens.png (for a terminal: .txt) are in {args.out}")
     return 0
 

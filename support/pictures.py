@@ -47,16 +47,17 @@ def plain(text: str) -> str:
 PREDICTION = ("supervised", "dense", "lm", "erl")  # phases whose loss is one of next-token prediction, in nats
 PANELS = (  # name in metrics.jsonl, title, unit; panels without a point are left out
     ("loss", "Training loss", "nats a token"),
-    ("perplexity", "Validation perplexity", "a token (log scale)"),
+    ("perplexity", "Validation perplexity", "a token"),
     ("accuracy", "Validation accuracy", "share of the answers"),
     ("f1", "Validation F1", "mean over the answers"),
     ("rouge2", "Validation ROUGE-2", "mean over the answers"),
-    ("reward_mean", "Reward", "mean over the sampled answers"),
+    ("reward_mean", "Reward", "mean over the samples"),
     ("entropy", "Entropy of the answers", "nats a token"),
-    ("clip_share", "Clipped", "share of the importance ratios"),
+    ("clip_share", "Clipped", "share of the ratios"),
     ("load_max", "Busiest expert", "share of a layer's tokens"),
     ("router_entropy", "Entropy of the routers", "nats a token"),
 )
+POINTS = 60  # of a curve
 EVALUATED = ("perplexity", "accuracy", "f1", "rouge2")  # of these only the validation split, not the training batches
 
 
@@ -82,10 +83,19 @@ def read_curves(folder: str) -> Curves:
 
 
 def mean_and_range(runs: list[dict[int, float]]) -> tuple[list, list, list, list]:
-    """Steps that all runs share, and over the runs: mean, lowest, highest."""
+    """Steps that all runs share, and over the runs: mean, lowest, highest.
+
+    Of more than POINTS steps neighbours are averaged first, within each run: single steps are mostly noise.
+    """
     steps = sorted(set.intersection(*map(set, runs)))
-    columns = [[run[step] for run in runs] for step in steps]
-    return steps, [sum(c) / len(c) for c in columns], [min(c) for c in columns], [max(c) for c in columns]
+    places = {s: (s - steps[0]) * POINTS // (steps[-1] - steps[0] + 1) if len(steps) > POINTS else s for s in steps}
+    parts = [[s for s in steps if places[s] == place] for place in dict.fromkeys(places.values())]
+    columns = [[average([run[step] for step in part]) for run in runs] for part in parts]
+    return list(map(average, parts)), list(map(average, columns)), list(map(min, columns)), list(map(max, columns))
+
+
+def average(values: list) -> float:
+    return sum(values) / len(values)
 
 
 def draw_curves(groups: dict[str, list[Curves]], title: str, path: str):
@@ -105,17 +115,28 @@ def draw_curves(groups: dict[str, list[Curves]], title: str, path: str):
         axis.set(xlabel="step", ylabel=unit, title=heading, xlim=(0, last * 1.02))
         axis.grid(alpha=0.3)
         if name == "perplexity":
-            axis.set_yscale("log")
-            for of in (axis.yaxis.set_major_formatter, axis.yaxis.set_minor_formatter):
-                of(lambda value, _: f"{value:g}")
+            _logarithmic(axis)
         if name == "load_max":
             _even_load(axis, every)
         mark_beginnings(axis, every, words=axis is axes[0])
     for axis in axes[len(panels) :]:
         axis.remove()
     if len(groups) > 1:
-        figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=2, fontsize=9)
+        figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=3, fontsize=9)
     save(figure, path)
+
+
+def _logarithmic(axis):
+    """The falls of a perplexity from hundreds to tens and from 12 to 11 in one panel."""
+    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+
+    low, high = axis.get_ylim()
+    if low > 0 and high > 5 * low:
+        axis.set_yscale("log")
+        axis.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axis.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+        axis.yaxis.set_minor_formatter(NullFormatter())
+        axis.set_ylabel(f"{axis.get_ylabel()} (log scale)")
 
 
 def _even_load(axis, runs: list[Curves]):
@@ -135,8 +156,10 @@ def mark_beginnings(axis, runs: list[Curves], words: bool):
     for step, algos in begins.items():
         axis.axvline(step, color="0.4", ls=":", lw=1.2)
         if words:
-            text = f" {' and '.join(sorted(algos))} begin{'s' * (len(algos) == 1)}" if len(algos) < 4 else " RL begins"
-            axis.text(step, 0.97, text, va="top", fontsize=8, color="0.3", transform=axis.get_xaxis_transform())
+            text = f"{algos.pop().upper()} begins" if len(algos) == 1 else "the algorithms begin"
+            side = "left" if step < 0.6 * axis.get_xlim()[1] else "right"
+            where = {"ha": side, "va": "top", "transform": axis.get_xaxis_transform()}
+            axis.text(step, 0.97, f" {text} ", fontsize=8, color="0.3", **where)
 
 
 def plot_curves(out: str):
@@ -237,10 +260,9 @@ def _draw_ranks(result: dict, title: str, score: str, better: str, path: str):
     )
     leave_room(left)
     x, y = result["original_scores"], result["perturbed_scores"]
-    ends = [min(x + y), max(x + y)]
-    right.plot(ends, ends, label="equal", **BY_CHANCE)
-    right.scatter(x, y, s=14, alpha=0.5, label="a sample")
-    right.set(xlabel=f"{score}, original route", ylabel=f"{score}, mean of {routes - 1} perturbed routes")
+    right.axhline(0, label="equal", **BY_CHANCE)
+    right.scatter(x, [b - a for a, b in zip(x, y, strict=True)], s=14, alpha=0.5, label="a sample")
+    right.set(xlabel=f"{score}, original route", ylabel=f"{score}, perturbed - original")
     right.set_title(
         f"{score} {result['original_score']:.4g}, perturbed {result['perturbed_score']:.4g}\n"
         f"best of {routes - 1}: {result['best_of_99_score']:.4g} ({better})",

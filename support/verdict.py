@@ -7,10 +7,11 @@ def doubts(result: dict, vocab_size: int) -> list[str]:
     """Why the ranks of this run say little, if they do: sentences for a person."""
     found = []
     if layers := result["collapsed_layers"]:
+        where, K = ", ".join(map(str, layers)), result["top_k"]
         found.append(
-            f"collapsed: in MoE layer {', '.join(map(str, layers))} the busiest experts, as many as a token passes, "
-            f"get more than {COLLAPSED:.0%} of the load; there the model is a dense one, and MRR measures how much "
-            "the unused experts harm"
+            f"collapsed: in MoE layer {where} more than {COLLAPSED:.0%} of the load is on {K} of "
+            f"{len(result['expert_load'][0])} experts; the layer is all but dense, and MRR shows the harm of experts "
+            "that it never uses"
         )
     if result["step"] == 0:
         found.append("untrained: this checkpoint is that of step 0")

@@ -31,7 +31,7 @@ def tokens_by_expert(tokens, experts: Tensor, num_experts: int, path=None, *, la
         chosen = experts[:, layer].tolist()
         lines += [[(f"layer {layer}", None)], *wrap(tokens[:shown], [k[0] for k in chosen[:shown]]), []]
         for expert, share, frequent in frequent_tokens(tokens, chosen, num_experts, most):
-            counts = "  ".join(f"{token} {count}/{total}" for token, count, total in frequent)
+            counts = "  ".join(f"{t if t.strip() else '␣' * len(t)} {count}/{total}" for t, count, total in frequent)
             lines.append([(f" {expert:3} ", expert), (f" {share:5.1%}  {counts}"[: WIDTH - 5], None)])
         lines.append([])
     if path is not None:

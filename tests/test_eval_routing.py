@@ -5,9 +5,11 @@ construction, the figures of the report, expert consistency by loops, and the co
 import itertools
 import json
 import math
+import re
 import shutil
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 
 import pytest
@@ -20,11 +22,15 @@ import data
 import eval_routing
 import train
 from moe import GPT, MoEConfig, Routes, upcycle
+from support import pictures
 from support.checkpoints import save_model
+from support.consistency import expert_consistency
 from support.errors import UserError
+from support.generation import generate
+from support.verdict import describe, doubts
 
 SMALL = dict(vocab_size=257, context=24, n_layer=2, n_head=2, n_embd=16, moe_every=1)
-PICTURES = ("ranks", "robustness", "top1", "load")
+PICTURES = ("ranks", "robustness", "top1", "load", "tokens")
 
 
 def seeded(seed):
@@ -150,7 +156,8 @@ def test_text_scores_are_those_of_plain_forwards(sizes):
     assert scored.values.std() > 1e-3  # the routes do differ
     routing = model(tokens[None, :-1]).routing
     assert torch.equal(scored.experts, routing.experts[0, :20]) and scored.weight == 20
-    torch.testing.assert_close(scored.top1, routing.logits[0, :20].softmax(-1).max(-1).values.detach())
+    torch.testing.assert_close(scored.router_log_probs, routing.logits[0, :20].log_softmax(-1).detach())
+    assert torch.equal(scored.tokens, tokens[:20])
     for batch_size in (1, 7, 108):
         other = eval_routing.score_text(model, (tokens, mask), routes, batch_size)
         torch.testing.assert_close(other.values, scored.values, atol=1e-6, rtol=0)
@@ -163,7 +170,7 @@ def test_a_freshly_upcycled_model_is_indifferent(top_k):
     scored = [
         eval_routing.score_text(model, random_window(seed=s), eval_routing.draw_routes(model, 24, s)) for s in range(3)
     ]
-    result = eval_routing.figures(scored, model.config, text=True)
+    result = eval_routing.figures(scored, text=True)
     assert result["tied_routes"] == [99] * 3 and result["better_routes"] == [0] * 3
     assert result["mrr"] == pytest.approx(eval_routing.CHANCE_MRR) and result["hit1"] == pytest.approx(0.01)
     assert result["perturbed_score"] == pytest.approx(result["original_score"], rel=1e-5)
@@ -175,7 +182,7 @@ def test_a_router_that_is_right_or_wrong_by_construction(chosen):
     model = settled_model(chosen, writes=[97, 98])
     window, routes = (torch.full((25,), 97), torch.ones(24, dtype=torch.bool)), eval_routing.draw_routes(model, 24, 0)
     scored = eval_routing.score_text(model, window, routes)
-    result = eval_routing.figures([scored], model.config, text=True)
+    result = eval_routing.figures([scored], text=True)
     moved = sum(bool((routes.forced[r] & (routes.experts[r, ..., 0] != chosen)).any()) for r in range(1, 100))
     assert moved > 80
     better = moved if chosen == 1 else 0
@@ -194,7 +201,7 @@ def test_task_scores_follow_the_routes_of_prompt_end_and_answer():
     tokenizer, prompt = data.load_tokenizer("bytes"), [ord(c) for c in "9+9="]
     samples = eval_routing.Samples(data.get_dataset("addition"), tokenizer, [], 3)
     example = data.Example("9+9=", "111", ("111", "211"))
-    routes = eval_routing.draw_routes(model, len(prompt) + 3, 4)
+    routes = eval_routing.draw_routes(model, len(prompt) + 3, 4, first=len(prompt) - 1)
     scored = eval_routing.score_task(model, example, prompt, routes, samples)
     for r in range(len(routes.forced)):
         worked = [int(routes.experts[r, t, 0, 0]) if routes.forced[r, t, 0] else 0 for t in range(7)]
@@ -202,12 +209,41 @@ def test_task_scores_follow_the_routes_of_prompt_end_and_answer():
         assert scored.values[r] == float(answer in ("111", "211"))
     assert scored.values[0] == 1 and 0 < scored.values[1:].mean() < 1
     assert scored.experts.tolist() == [[[0]]] * 6  # the last token written is never read
+    assert scored.tokens.tolist() == [*prompt, ord("1"), ord("1")]
+    assert scored.router_log_probs.shape == (6, 1, 2)
     for batch_size in (1, 50):
         other = eval_routing.score_task(model, example, prompt, routes, samples, batch_size)
         assert torch.equal(other.values, scored.values)
     ends = settled_model(0, writes=[tokenizer.end, ord("2")])  # the original writes nothing but the end token
     scored = eval_routing.score_task(ends, example, prompt, routes, samples)
-    assert scored.experts.shape == (4, 1, 1) and scored.top1.shape == (4, 1)  # others write more
+    assert scored.experts.shape == (4, 1, 1) and scored.router_log_probs.shape == (4, 1, 2)  # others write more
+    assert scored.tokens.tolist() == prompt
+
+
+def test_perturbed_routes_and_the_prompt_do_not_meet(runs, tmp_path, monkeypatch):
+    """Where the command scores a task, no decision at a position is replaced that predicts a token of the prompt."""
+    score, seen = eval_routing.score_task, []
+
+    def spy(model, example, prompt, routes, *more):
+        seen.append((len(prompt), routes.forced))
+        rows = [prompt] * len(routes.forced)
+        rollout = generate(model, rows, max_new_tokens=4, end_token=256, temperature=0, routes=routes)
+        before = rollout.experts[:, : len(prompt) - 1]
+        assert (before == before[:1]).all()  # nothing that comes before the answer differs between the routes
+        assert not (rollout.experts[:, len(prompt) - 1] == rollout.experts[:1, len(prompt) - 1]).all()
+        return score(model, example, prompt, routes, *more)
+
+    monkeypatch.setattr(eval_routing, "score_task", spy)
+    evaluate("task", "--samples", "3", "--out", tmp_path)
+    assert len(seen) == 3
+    for P, forced in seen:
+        assert not forced[:, : P - 1].any()  # position P - 1 predicts the first token of the answer
+        share = forced[:, P - 1 :].double().mean((1, 2))
+        assert share[0] == 0 and (share[100:] == 1).all()
+        for alpha, first in ((0.25, 1), (0.5, 34), (0.75, 67)):
+            assert abs(share[first : first + 33].mean() - alpha) < 0.12
+    whole = eval_routing.draw_routes(random_model(), 24, 0)
+    assert whole.forced[100:].all()  # a text has no prompt
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -215,16 +251,19 @@ def test_task_scores_follow_the_routes_of_prompt_end_and_answer():
 # ---------------------------------------------------------------------------------------------------------------------
 
 
+def made_up(value, weight, seed, n_expert=4, top_k=2, layers=2):
+    """A sample of `weight` tokens with routers of their own, their experts the likeliest ones."""
+    log_probs = (3 * torch.randn(weight, layers, n_expert, generator=seeded(seed))).log_softmax(-1)
+    experts = log_probs.topk(top_k).indices
+    return eval_routing.Scored(value, weight, torch.zeros(weight, dtype=torch.long), experts, log_probs)
+
+
 def test_figures_by_the_book():
-    config = MoEConfig(**SMALL, n_expert=4, top_k=2)
     alphas, S = eval_routing.route_alphas().tolist(), 5
     values = -3 + torch.rand(S, len(alphas), generator=seeded(0), dtype=torch.float64)
-    weights, scored = [24, 24, 24, 24, 7], []
-    for s in range(S):
-        experts = torch.rand(weights[s], 2, 4, generator=seeded(s)).topk(2).indices
-        top1 = 0.5 + 0.5 * torch.rand(weights[s], 2, generator=seeded(10 + s))
-        scored.append(eval_routing.Scored(values[s], weights[s], experts, top1))
-    result = eval_routing.figures(scored, config, text=True)
+    weights = [24, 24, 24, 24, 7]
+    scored = [made_up(values[s], weights[s], s) for s in range(S)]
+    result = eval_routing.figures(scored, text=True)
 
     def perplexity(columns):
         total = sum(weights[s] * sum(-values[s, r].item() for r in columns) / len(columns) for s in range(S))
@@ -237,47 +276,137 @@ def test_figures_by_the_book():
         assert score == pytest.approx(perplexity([r for r, a in enumerate(alphas) if a == float(alpha)]))
     assert result["robustness"]["0"] == result["original_score"]
     assert result["original_scores"] == pytest.approx([math.exp(-v) for v in values[:, 0].tolist()])
+    best = [max(values[s, r].item() for r in range(1, 100)) for s in range(S)]
+    expected = math.exp(-sum(w * b for w, b in zip(weights, best, strict=True)) / sum(weights))
+    assert result["best_of_99_score"] == pytest.approx(expected) and expected < result["perturbed_score"]
 
     ranks = [1 + sum(values[s, r].item() > values[s, 0].item() for r in range(1, 100)) for s in range(S)]
     assert result["mrr"] == pytest.approx(sum(1 / r for r in ranks) / S)
     assert result["hit1"] == pytest.approx(sum(r == 1 for r in ranks) / S)
 
-    load, bins, above, count = [[0] * 4 for _ in range(2)], [0] * 20, 0, 0
+
+def test_the_pictures_title_and_its_points_are_one_score():
+    """The whole is the mean of its samples, in the arithmetic that the score is defined in."""
+    values = -3 + torch.rand(4, 108, generator=seeded(1), dtype=torch.float64)
+    weights = [24, 24, 9, 1]
+    scored = [made_up(values[s], weights[s], s) for s in range(4)]
+    for text in (True, False):
+        result = eval_routing.figures(scored, text=text)
+        for name in ("original", "perturbed"):
+            points = result[f"{name}_scores"]
+            if text:
+                points = [math.log(p) for p in points]
+            mean = sum(w * p for w, p in zip(weights, points, strict=True)) / sum(weights)
+            assert result[f"{name}_score"] == pytest.approx(math.exp(mean) if text else mean, rel=1e-12)
+
+
+def test_the_routers_figures_by_loops():
+    weights = [24, 24, 7]
+    scored = [made_up(torch.zeros(108, dtype=torch.float64), weights[s], s) for s in range(3)]
+    result = eval_routing.figures(scored, text=True)
+    load, bins, above, count, entropy = [[0] * 4 for _ in range(2)], [0] * 20, 0, 0, [0.0, 0.0]
     for s in scored:
         for t, layer in itertools.product(range(s.weight), range(2)):
-            p = s.top1[t, layer].item()
-            bins[min(int(p * 20), 19)] += 1
-            above, count = above + (p > 0.9), count + 1
+            p = s.router_log_probs[t, layer].exp().tolist()
+            bins[min(int(max(p) * 20), 19)] += 1
+            above, count = above + (max(p) > 0.9), count + 1
+            entropy[layer] -= sum(x * math.log(x) for x in p) / sum(weights)
             for k in range(2):
                 load[layer][s.experts[t, layer, k]] += 1
+    load = [[n / sum(row) for n in row] for row in load]
     assert result["top1_histogram"] == pytest.approx([b / count for b in bins])
     assert result["top1_above_0.9"] == pytest.approx(above / count) and result["routing_decisions"] == count
+    assert 0 < above < count
     for layer in range(2):
-        assert result["expert_load"][layer] == pytest.approx([n / sum(load[layer]) for n in load[layer]])
+        assert result["expert_load"][layer] == pytest.approx(load[layer])
+    assert result["router_entropy_by_layer"] == pytest.approx(entropy, rel=1e-4)
+    assert result["router_entropy"] == pytest.approx(sum(entropy) / 2, rel=1e-4)
+    relative = [h / math.log(4) for h in entropy]
+    assert result["relative_router_entropy_by_layer"] == pytest.approx(relative, rel=1e-4)
+    assert result["relative_router_entropy"] == pytest.approx(sum(relative) / 2, rel=1e-4)
+    assert result["max_vio_by_layer"] == pytest.approx([4 * max(row) - 1 for row in load], rel=1e-4)
+    assert result["dead_experts"] == 0 and result["top_k"] == 2
 
 
 def test_task_scores_are_plain_means():
     values = torch.rand(3, 108, generator=seeded(0), dtype=torch.float64)
-    scored = [eval_routing.Scored(v, 1, torch.zeros(2, 1, 1, dtype=torch.long), torch.ones(2, 1)) for v in values]
-    result = eval_routing.figures(scored, MoEConfig(**SMALL, n_expert=4), text=False)
+    sure = torch.tensor([0.0, -200.0, -200.0, -200.0]).expand(2, 1, 4)
+    zeros = torch.zeros(2, 1, 1, dtype=torch.long)
+    scored = [eval_routing.Scored(v, 1, zeros[:, 0, 0], zeros, sure) for v in values]
+    result = eval_routing.figures(scored, text=False)
     assert result["original_score"] == pytest.approx(sum(v[0].item() for v in values) / 3)
     assert result["perturbed_score"] == pytest.approx(sum(v[r].item() for v in values for r in range(1, 100)) / 297)
+    assert result["best_of_99_score"] == pytest.approx(sum(v[1:100].max().item() for v in values) / 3)
     assert result["perturbed_scores"] == pytest.approx([sum(v[1:100].tolist()) / 99 for v in values])
     assert result["top1_histogram"] == [0.0] * 19 + [1.0]  # a probability of exactly 1 is in the last bin
+    assert result["dead_experts"] == 3 and result["max_vio"] == 3.0
 
 
 def test_scores_that_are_no_numbers_are_refused():
-    experts = torch.zeros(1, 1, 1, dtype=torch.long)
-    scored = eval_routing.Scored(torch.full((108,), math.nan), 1, experts, torch.ones(1, 1))
     with pytest.raises(UserError, match="not finite"):
-        eval_routing.figures([scored], MoEConfig(**SMALL), text=True)
+        eval_routing.figures([made_up(torch.full((108,), math.nan), 1, 0)], text=True)
+
+
+def sample_with_load(shares, top_k=1):
+    """1,000 tokens of one layer, a share of them at each expert (top_k 2: expert 0 beside it)."""
+    chosen = torch.cat([torch.full((round(1000 * share),), e) for e, share in enumerate(shares)])
+    experts = chosen[:, None, None]
+    if top_k == 2:
+        experts = torch.cat([torch.zeros_like(experts), experts], -1)
+    value = -2 + torch.rand(108, generator=seeded(0), dtype=torch.float64)
+    log_probs = torch.zeros(1000, 1, len(shares)).log_softmax(-1)
+    return eval_routing.Scored(value, 1000, chosen, experts, log_probs)
+
+
+@pytest.mark.parametrize(
+    "shares, top_k, collapsed",
+    [
+        ([0.96, 0.02, 0.02], 1, True),
+        ([0.94, 0.03, 0.03], 1, False),
+        ([0, 0.92, 0.04, 0.04], 2, True),  # experts 0 and 1 have 0.96 of the slots
+        ([0, 0.88, 0.06, 0.06], 2, False),
+    ],
+)
+def test_a_collapsed_layer_is_told(shares, top_k, collapsed):
+    result = eval_routing.figures([sample_with_load(shares, top_k)], text=True)
+    assert result["collapsed_layers"] == ([0] if collapsed else [])
+    told = doubts({**result, "step": 5, "score": "perplexity"}, 257)
+    assert len(told) == collapsed and all("collapsed: in MoE layer 0 more than 95%" in doubt for doubt in told)
+
+
+@pytest.mark.parametrize(
+    "change, says",
+    [
+        ({"step": 0}, "untrained: this checkpoint is that of step 0"),
+        ({"original_score": 140.0}, "untrained: the perplexity is above half of the vocabulary's 257 tokens"),
+        ({"original_score": 140.0, "score": "accuracy"}, None),
+        ({"tied_routes": [99]}, "all routes tied"),
+        ({"tied_routes": [98]}, None),
+        ({}, None),
+    ],
+)
+def test_an_untrained_model_is_told(change, says):
+    result = eval_routing.figures([sample_with_load([0.5, 0.5])], text=True)
+    told = doubts({**result, "step": 5, "score": "perplexity", **change}, 257)
+    assert [doubt.startswith(says) for doubt in told] == [True] * (says is not None)
+
+
+def test_mrr_is_never_printed_alone():
+    result = eval_routing.figures([sample_with_load([0.97, 0.03, 0])], text=True)
+    result |= {"step": 3, "score": "perplexity", "dataset": "pydocs", "split": "test"}
+    result["warnings"] = doubts(result, 257)
+    text = describe(result)
+    for name in ("mrr", "hit1", "original", "perturbed", "best of 99", "load", "entropy", "top-1 > 0.9", "warning:"):
+        assert any(line.startswith(name) for line in text.splitlines())
+    assert "0.9700 of a layer's slots" in text and "1 of 3 experts dead" in text and "1.00 of log E" in text
+    assert f"max_vio {3 * 0.97 - 1:.2f}" in text and f"{math.log(3):.4f} nats" in text
 
 
 @pytest.mark.parametrize("top_k", [1, 2])
 def test_expert_consistency_by_loops(top_k):
     first, second, tokenizer = random_model(0, top_k=top_k), random_model(9, top_k=top_k), data.load_tokenizer("bytes")
     rows = [random_window(length, seed)[0].tolist() for seed, length in enumerate([23, 4, 11, 23] * 6)]
-    share, tokens = eval_routing.expert_consistency(first, second, rows, tokenizer)
+    share, tokens = expert_consistency(first, second, rows, tokenizer)
     count, kept = [[0] * 4 for _ in range(2)], [[0] * 4 for _ in range(2)]
     for row in rows:
         used = [m(torch.tensor([row])).routing.experts[0].tolist() for m in (first, second)]  # [T][L][K]
@@ -290,7 +419,7 @@ def test_expert_consistency_by_loops(top_k):
         if count[layer][j]:
             assert share[layer, j].item() == pytest.approx(kept[layer][j] / count[layer][j])
     assert 0 < sum(map(sum, kept)) < sum(map(sum, count))
-    same, _ = eval_routing.expert_consistency(first, first, rows, tokenizer)
+    same, _ = expert_consistency(first, first, rows, tokenizer)
     assert (same[tokens > 0] == 1).all()
 
 
@@ -341,12 +470,13 @@ def test_text_run_from_the_command_line(runs, tmp_path):
         [sys.executable, program, "text", "--samples", "2", "--device", "cpu"], cwd=runs, capture_output=True, text=True
     )
     assert done.returncode == 0, done.stderr
-    assert "mrr" in done.stdout and "0.0519" in done.stdout
+    assert "mrr" in done.stdout and "0.0519" in done.stdout and "\x1b[" not in done.stdout
     result = json.loads((runs / "text" / "routing.json").read_text())
     check_folder(runs / "text", result)
     contract = (
         "mrr hit1 chance_mrr chance_hit1 samples original_score perturbed_score robustness top1_histogram "
-        "top1_above_0.9 expert_load dataset split step seed score"
+        "top1_above_0.9 expert_load dataset split step seed score best_of_99_score router_entropy "
+        "router_entropy_by_layer relative_router_entropy max_vio dead_experts warnings"
     )
     assert set(contract.split()) <= set(result)
     assert (result["samples"], result["score"], result["step"], result["split"]) == (2, "perplexity", 4, "test")
@@ -366,6 +496,52 @@ def test_task_run(runs):
     text = evaluate("task", "--samples", "1", "--dataset", "pydocs", "--out", "elsewhere")
     assert text["score"] == "perplexity" and text["dataset"] == "pydocs"
     assert (runs / "elsewhere" / "routing.json").is_file()
+
+
+def test_results_are_written_before_anything_is_drawn(runs, tmp_path, monkeypatch):
+    def fail(*args):
+        raise RuntimeError("no picture today")
+
+    for name in ("draw_routing", "show_tokens"):
+        with monkeypatch.context() as patch:
+            patch.setattr(eval_routing, name, fail)
+            with pytest.raises(RuntimeError, match="no picture today"):
+                evaluate("small", "--samples", "2", "--out", tmp_path / name)
+        assert json.loads((tmp_path / name / "routing.json").read_text())["samples"] == 2
+
+
+@pytest.mark.parametrize("name", ["lr$_$wd", r"a\$b$\$x^{$", "{0} %s 漢字\n"])
+def test_names_are_never_read_as_mathematics(runs, tmp_path, monkeypatch, name):
+    shutil.copytree(runs / "small", runs / name, dirs_exist_ok=True)
+    titles, save = [], pictures.save
+
+    def spy(figure, path):
+        titles.extend(t for axis in figure.axes for t in (axis.title, figure._suptitle) if t and t.get_text())
+        save(figure, path)
+
+    monkeypatch.setattr(pictures, "save", spy)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        result = evaluate(name, "--samples", "2", "--compare", name, "--out", tmp_path)
+    check_folder(tmp_path, result, (*PICTURES, "consistency"))
+    shown = name.replace("\n", "")
+    for title in titles:
+        text, mathematics = title._preprocess_math(title.get_text())
+        assert not mathematics
+    assert sum(shown in title._preprocess_math(title.get_text())[0] for title in titles) >= 5
+
+
+def test_the_tokens_in_the_terminal(runs, tmp_path, capsys):
+    tokens, config = random_window()[0], json.loads((runs / "small" / "config.json").read_text())
+    assert eval_routing.main(["small", "--samples", "2", "--show-tokens", "--out", str(tmp_path)]) == 0
+    out = capsys.readouterr().out
+    assert out.startswith("layer 0\n") and "layer 1\n" in out and out.count("\x1b[30;48;2;") > 2 * 24
+    model, _, _ = eval_routing.load_run("small")
+    samples = eval_routing.load_samples(eval_routing.parse(["small"]), model, config)
+    words = samples.tokenizer.decode([samples.items[0][0][0].item()])  # the first token of the first sample
+    first = re.search(r"\x1b\[30;48;2;[\d;]+m(.*?)\x1b", out).group(1)
+    assert first == words.replace("\n", "↵") and len(tokens) == 25
+    assert "mrr" in out.rsplit("\x1b[0m", 1)[1]
 
 
 def test_seeds_and_samples(runs, tmp_path):
