@@ -100,7 +100,7 @@ def add_options(parser, title: str, options: dict[str, Option], aliases: dict[st
         if o.type is bool:
             group.add_argument(*flags, action="store_true", dest=o.name, help=text)
             continue
-        plain = {int: number(int, high=10**6), float: number(float), str: str}[o.type]
+        plain = {int: number(int, low=1, high=10**6), float: number(float), str: str}[o.type]
         kind = one_of(o.name.replace("_", " "), o.choices) if o.choices else plain
         shown = "" if o.default is None else f" (default {o.default})"
         group.add_argument(*flags, type=kind, default=o.default, dest=o.name, help=text + shown)
