@@ -3,7 +3,7 @@
     pip install mutmut==3.8.1                      # beside tests/requirements.txt; nothing else needs it
     python bench/mutants.py                        # erl.py erpo.py rais.py baselines.py: 25 minutes of one core
     python bench/mutants.py moe.py                 # routing, gates, capacity, router losses and upcycling
-    python bench/mutants.py rais.py --work DIR     # a second call with the same DIR tries again what survived or changed
+    python bench/mutants.py rais.py --work DIR     # a second call with DIR tries survivors again
 
 Prints every mutant that no test kills, and ends with status 1 unless docs/mutants.md lists it with the reason why it
 changes nothing. Works on a copy: the repository stays as it is.
