@@ -23,7 +23,7 @@ from typing import Literal, NamedTuple
 
 import torch
 
-NOISE = 4  # see `rounding`
+ROUNDING_UNITS = 4  # see `rounding`
 
 
 def random_routes(batch, length, layers, num_experts, top_k, alpha, *, generator=None, device=None):
@@ -73,7 +73,7 @@ def erl_loss(router_log_probs, old_router_log_probs, advantages, perturbed, *, c
                                         renormalised gate, which is 0 outside the top-K); the gradient flows here
     old_router_log_probs  [B, T, L, K]  the same, recorded when the perturbed forward was drawn; no gradient
     advantages            [B, T]        of the token that position t predicts; no gradient
-    perturbed             [B, T, L]     bool, the set S: replaced decisions at unpadded positions that predict a token
+    perturbed             [B, T, L]     bool, the set S: replaced decisions at positions whose prediction counts
     clip_eps                            0.2 in the paper, at least 0
 
     With one optimiser step a draw the ratio is 1 and the clip idle: inner epochs call this again on the same routes.
@@ -126,11 +126,19 @@ def erl_loss(router_log_probs, old_router_log_probs, advantages, perturbed, *, c
     return loss, metrics
 
 
+class Pass(NamedTuple):
+    """What a caller's forward returns: of the original pass over B rows, or of the perturbed ones over m * B."""
+
+    log_probs: torch.Tensor  # [.., T] of the token that position t predicts; read without gradient
+    router_log_probs: torch.Tensor  # [.., T, L, E], the routers' full softmax; the RL loss's gradient enters here
+    loss: torch.Tensor | None  # 0-d: L_o of the original pass; the LM loss of the perturbed ones, read by wpl alone
+
+
 class Paths(NamedTuple):
     """m perturbed passes over B rows, and how they fared against the original one. Rows are m copies of the batch."""
 
-    original: tuple  # forward(None) as it was returned
-    perturbed: tuple  # forward(routes), likewise: for the first inner epoch, when nothing has been updated yet
+    original: Pass
+    perturbed: Pass  # for the first inner epoch, when nothing has been updated yet
     experts: torch.Tensor  # int64 [m * B, T, L, K], the random experts
     S: torch.Tensor  # bool [m * B, T, L], the decisions that use them
     advantages: torch.Tensor  # [m * B, T], of the token that position t predicts
@@ -154,11 +162,8 @@ def explore(
                      (experts int64 [m*B, T, L, K], S bool [m*B, T, L]) for m copies of them, one after the other:
                      where S is true the experts are used with weight 1/K each (eq. 9), elsewhere the router decides.
                      The passes must differ in their routes alone: no dropout, the same jitter or none.
-                     -> log_probs [.., T]               of the token that position t predicts; read without gradient
-                        router_log_probs [.., T, L, E]  log of the routers' full softmax; the RL loss's gradient goes
-                                                        as far as the caller lets it
-                        lm_loss                         0-d: L_o of the original pass (LM, balance and z loss); the
-                                                        LM loss of the perturbed ones, which only wpl reads (or None)
+                     -> log_probs, router_log_probs, loss as in `Pass`. L_o is the LM, balance and z loss. The RL loss's
+                     gradient goes through router_log_probs as far as the caller lets it.
     mask             bool [B, T], predictions that count: not padding, and of a task the answer alone
     top_k            K
     alpha            share of routing decisions that are replaced (the paper: 0.6 for text, 0.7 for tasks)
@@ -173,21 +178,24 @@ def explore(
     """
     if n_perturb < 1:
         raise ValueError(f"n_perturb must be at least 1, got {n_perturb}")
-    original = forward(None)
-    before, (B, T, L, E) = original[0].detach(), original[1].shape
+    original = Pass(*forward(None))
+    original_log_probs, (B, T, L, E) = original.log_probs.detach(), original.router_log_probs.shape
     _check_shape("mask", mask, (B, T))
     if mask.dtype != torch.bool:
         raise ValueError(f"mask must be torch.bool, got {mask.dtype}")
     experts, replaced = random_routes(n_perturb * B, T, L, E, top_k, alpha, generator=generator)  # eq. 6-9
-    S = (replaced & mask.cpu().repeat(n_perturb, 1).unsqueeze(-1)).to(before.device)  # [m * B, T, L]
-    experts = experts.to(before.device)
-    perturbed = forward((experts, S))
-    before, after = before.repeat(n_perturb, 1), perturbed[0].detach()  # [m * B, T]
-    after = torch.where((after - before).abs() <= rounding(before, dtype), before, after)
-    A = erl_advantage(after, before, advantage)  # eq. 10-11
-    # Layers at position t decide for the token predicted there; where none was replaced the value is never read.
-    old_router_log_probs = perturbed[1].detach().gather(-1, experts)
-    return Paths(original, perturbed, experts, S, A, old_router_log_probs)
+    S = (replaced & mask.cpu().repeat(n_perturb, 1).unsqueeze(-1)).to(original_log_probs.device)  # [m * B, T, L]
+    experts = experts.to(original_log_probs.device)
+    perturbed = Pass(*forward((experts, S)))
+    # All layers at position t answer for the token predicted there; where no decision is in S, A is never read.
+    A = _gain(perturbed.log_probs.detach(), original_log_probs.repeat(n_perturb, 1), advantage, dtype)  # [m * B, T]
+    return Paths(original, perturbed, experts, S, A, perturbed.router_log_probs.detach().gather(-1, experts))
+
+
+def _gain(perturbed_log_probs, original_log_probs, advantage, dtype):
+    """eq. 10-11 with gains within rounding made none."""
+    equal = (perturbed_log_probs - original_log_probs).abs() <= rounding(original_log_probs, dtype)
+    return erl_advantage(torch.where(equal, original_log_probs, perturbed_log_probs), original_log_probs, advantage)
 
 
 def erl_objective(
@@ -211,14 +219,14 @@ def erl_objective(
     if inner_epochs < 1:
         raise ValueError(f"inner_epochs must be at least 1, got {inner_epochs}")
     for epoch in range(inner_epochs):
-        _, router_log_probs, lm_loss = forward((paths.experts, paths.S)) if epoch else paths.perturbed
-        log_probs = router_log_probs.gather(-1, paths.experts)  # [m * B, T, L, K]
+        again = Pass(*forward((paths.experts, paths.S))) if epoch else paths.perturbed
+        log_probs = again.router_log_probs.gather(-1, paths.experts)  # [m * B, T, L, K]
         loss, metrics = erl_loss(log_probs, paths.old_router_log_probs, paths.advantages, paths.S, clip_eps=clip_eps)
         if wpl:
-            metrics["perturbed_lm_loss"] = lm_loss.detach()
+            metrics["perturbed_lm_loss"] = again.loss.detach()
         if epoch == 0:
-            L_p = loss + lm_loss if wpl else loss  # eq. 17, 15
-            loss = paths.original[2] + delta * L_p  # eq. 16
+            L_p = loss + again.loss if wpl else loss  # eq. 17, eq. 15
+            loss = paths.original.loss + delta * L_p  # eq. 16
         else:
             loss = delta * loss
         yield loss, metrics
@@ -229,11 +237,11 @@ def rounding(log_probs, dtype=torch.float32):
 
     Two routes that compute the same in another order (experts that are copies of each other, as in a freshly upcycled
     model; batches of other sizes) differ by rounding, and a sign would make +1 and -1 of it. Decision: the bound is
-    NOISE units in the last place of the log-probability, or of 4 nats where it is nearer to 0, since it is a
+    ROUNDING_UNITS units in the last place of the log-probability, or of 4 nats where it is nearer to 0, since it is a
     difference of logits, which are larger. With copies of one expert at most 0.9 such units were measured in float32
     and 0.5 in bfloat16 (tests/test_erl.py).
     """
-    return NOISE * torch.finfo(dtype).eps * log_probs.abs().clamp(min=4)
+    return ROUNDING_UNITS * torch.finfo(dtype).eps * log_probs.abs().clamp(min=4)
 
 
 def _at_least_float32(x):

@@ -209,7 +209,7 @@ class Experts(nn.Module):
 
 
 class MoE(nn.Module):
-    """Router, E experts of which a token passes K, and shared experts that every token passes (ERL section 2.1)."""
+    """Router, E experts of which a token passes K, and shared experts that every token passes (ERL sections 2.1, 4.2)."""
 
     def __init__(self, config: MoEConfig):
         super().__init__()
@@ -230,8 +230,8 @@ class MoE(nn.Module):
         noise [B, T, D]: factors near 1 on the router's input (Switch's jitter), or None. cache: see GPT.stem.
         """
         config = self.config
-        seen = x if noise is None else x * noise
-        logits = self.router_logits(seen)  # [B, T, E]
+        router_input = x if noise is None else x * noise
+        logits = self.router_logits(router_input)  # [B, T, E]
         experts, weights = choose_experts(logits, config, routes)  # [B, T, K]
         if config.expert_capacity:
             used = None if cache is None else cache.used
@@ -244,12 +244,12 @@ class MoE(nn.Module):
         for shared in self.shared:
             out = out + shared(flat)
         forced = torch.zeros_like(experts[..., 0], dtype=torch.bool) if routes is None else routes.forced
-        return out.view_as(x), Routing(logits, experts, forced, seen)
+        return out.view_as(x), Routing(logits, experts, forced, router_input)
 
 
 # ----------------------------------------------------------------------------------------------------- the output head
 
-COLDEST = 1e-4  # lower temperatures count as this one: float32 has no digits left for such log-probabilities
+MIN_TEMPERATURE = 1e-4  # lower temperatures count as this one: float32 has no digits left for such log-probabilities
 
 
 def lm_loss(features: Tensor, weight: Tensor, targets: Tensor, mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
@@ -271,7 +271,7 @@ def token_log_probs(features: Tensor, weight: Tensor, targets: Tensor, temperatu
     features [..., D], weight [V, D], targets int64 [...] -> [...], float32 (float64 stays float64).
     """
     logits = F.linear(features, weight)  # [..., V]
-    logits = logits.to(torch.promote_types(logits.dtype, torch.float32)) / max(temperature, COLDEST)
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32)) / max(temperature, MIN_TEMPERATURE)
     return logits.log_softmax(-1).gather(-1, targets[..., None]).squeeze(-1)
 
 
@@ -369,7 +369,7 @@ class GPT(nn.Module):
         positions = torch.arange(T, device=tokens.device) if cache is None else cache.positions
         x = self.wte(tokens) + self.wpe(positions)
         caches = [None] * len(self.blocks) if cache is None else cache.layers
-        first = self.first_router
+        first = self.first_moe_block
         for block, layer_cache in zip(self.blocks[:first], caches[:first], strict=True):
             x, _ = block(x, cache=layer_cache)
         return self.blocks[first].attend(x, caches[first]) if first < len(self.blocks) else x
@@ -389,11 +389,13 @@ class GPT(nn.Module):
             )
         caches = [None] * len(self.blocks) if cache is None else cache.layers
         layers = []  # the Routing of each
-        for i in range(self.first_router, len(self.blocks)):
+        for i in range(self.first_moe_block, len(self.blocks)):
             block, layer = self.blocks[i], len(layers)
             layer_routes = routes.of_layer(layer) if routes is not None and block.has_experts else None
             layer_noise = noise[layer] if noise is not None and block.has_experts else None
-            run = block.feed_forward if i == self.first_router else block  # `stem` has done the first one's attention
+            run = (
+                block.feed_forward if i == self.first_moe_block else block
+            )  # `stem` has done the first one's attention
             x, routing = run(x, layer_routes, layer_noise, caches[i])
             if routing is not None:
                 layers.append(routing)
@@ -429,7 +431,7 @@ class GPT(nn.Module):
         return Output(None, self.lm_loss(features, targets, mask)[0], balance, z, load, routing)
 
     @property
-    def first_router(self) -> int:
+    def first_moe_block(self) -> int:
         """The first block with experts (n_layer where there is none)."""
         return self.config.moe_blocks[0] if self.config.moe_blocks else self.config.n_layer
 

@@ -6,8 +6,9 @@
 
 A run has two phases. First `--pretrain-steps` of next-token prediction: of a dense model, which is then upcycled into
 experts (dense, lm, erl), or of the MoE itself on reference answers (all others). Then `--steps` of the algorithm.
-Read `train_text` and `train_answers`, then `run` for the order of events. Flags and their defaults, a learning rate's
-too, are in support/command_line.py; what a step writes down, and when, in support/run_folder.py.
+Read `train_text` and `train_answers`, then `run` for the order of events. Flags and their defaults, a peak
+learning rate's too, are in support/command_line.py, its schedule in support/optimizer.py; what a step writes down, and
+what a resumed run reads, in support/run_folder.py.
 
 One process: for more machines see recipes/.
 """
@@ -61,7 +62,7 @@ EXPLORE, OBJECTIVE = options_of(explore), options_of(erl_objective)
 OPTIONS = {"erl": EXPLORE | OBJECTIVE} | {name: options_of(loss) for name, loss in METHODS.items()}
 
 
-def chosen(options, args) -> dict:
+def option_values(options, args) -> dict:
     """The values of some options of a loss."""
     return {name: getattr(args, name) for name in options}
 
@@ -93,40 +94,42 @@ def erl_losses(model: GPT, batch: Batch, args, step: int):
     All passes share what lies before the first router, and the noise on the routers' input if there is any: they
     differ in their routes alone.
     """
-    tokens, m, prefix, original_metrics = batch.tokens, args.n_perturb, [], {}
+    tokens, m, shared, original_metrics = batch.tokens, args.n_perturb, None, {}
     noise = jitter(model, batch, args, step)
 
     def forward(routes):
-        hidden = prefix.pop() if prefix else model.stem(tokens[:, :-1])  # [B, T, D]; an inner epoch computes it anew
+        nonlocal shared  # what lies before the first router: the original pass leaves it to the first perturbed one
+        hidden = model.stem(tokens[:, :-1]) if shared is None else shared  # [B, T, D]
+        shared = hidden if routes is None else None  # a later inner epoch has other weights
         if routes is None:
             features, routing = model.branch(hidden, noise=noise)
             loss, metrics, log_probs = original_loss(model, features, routing, batch, args)
             original_metrics.update(metrics)
-            prefix.append(hidden)
             return log_probs, routing.logits.detach().log_softmax(-1), loss
         # Apart from the original, not in one batch with it: the backward then leaves out what follows the last router
         # of the perturbed passes, which nothing but their LM loss needs.
         repeated = None if noise is None else [n.repeat(m, 1, 1) for n in noise]
         with torch.set_grad_enabled(args.erl_grad == "all" or args.wpl):
-            features, routing = model.branch(hidden.repeat(m, 1, 1), Routes(*routes), noise=repeated)
+            routes_1_over_k = Routes(*routes, uniform=True)  # weight 1/K each (eq. 9)
+            features, routing = model.branch(hidden.repeat(m, 1, 1), routes_1_over_k, noise=repeated)
         # "router": the routers are asked again about what they saw, and the gradient stops there.
         logits = model.route_again(routing.inputs) if args.erl_grad == "router" else routing.logits
         log_probs, lm_loss = perturbed_log_probs(model, features, batch, routes[1], args)
         return log_probs, logits.log_softmax(-1), lm_loss
 
     dtype, generator = getattr(torch, args.dtype), rng(args.seed, "routes", step)
-    paths = explore(forward, batch.mask, args.top_k, dtype=dtype, generator=generator, **chosen(EXPLORE, args))
-    for loss, metrics in erl_objective(forward, paths, **chosen(OBJECTIVE, args)):
+    paths = explore(forward, batch.mask, args.top_k, dtype=dtype, generator=generator, **option_values(EXPLORE, args))
+    for loss, metrics in erl_objective(forward, paths, **option_values(OBJECTIVE, args)):
         yield loss, original_metrics | metrics
 
 
 def original_loss(model: GPT, features, routing, batch: Batch, args):
-    """L_o (ERL eq. 15): LM loss, and the balance and z losses over every token that is not padding.
+    """L_o (ERL section 3.3): LM loss, and the balance and z losses over every token that is not padding.
 
     -> L_o, metrics, log p [B, T] of the next token without gradient, 0 where the prediction does not count.
     """
     mask, device = batch.mask, features.device
-    lm_loss, picked = model.lm_loss(*at(mask, features, batch.tokens[:, 1:]))
+    lm_loss, picked = model.lm_loss(*select_positions(mask, features, batch.tokens[:, 1:]))
     log_probs = picked.new_zeros(mask.shape).masked_scatter(mask.to(device), picked)
     metrics = {"loss": lm_loss.detach()}
     if not routing.logits.shape[2]:
@@ -151,15 +154,15 @@ def perturbed_log_probs(model: GPT, features, batch: Batch, S, args):
     targets = batch.tokens[:, 1:].repeat(args.n_perturb, 1)
     if args.wpl:
         mask = batch.mask.repeat(args.n_perturb, 1)
-        lm_loss, picked = model.lm_loss(*at(mask, features, targets))
+        lm_loss, picked = model.lm_loss(*select_positions(mask, features, targets))
     else:
         mask, lm_loss = S.any(-1), None
         with torch.no_grad():
-            picked = model.token_log_probs(*at(mask, features, targets))
+            picked = model.token_log_probs(*select_positions(mask, features, targets))
     return picked.new_zeros(mask.shape).masked_scatter(mask.to(features.device), picked), lm_loss
 
 
-def at(mask: Tensor, features: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+def select_positions(mask: Tensor, features: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
     """Features [n, D] and targets [n] of the n positions where mask [B, T] is True: what the head is asked about.
 
     Over 50,257 words the head is most of a small model's work, and prompts and padding are most of a task's rows. Where
@@ -188,7 +191,7 @@ class Policy(NamedTuple):
     log_probs: Tensor  # [B, T], 0 outside the response
     experts: Tensor  # [B, T, L, K]
     expert_log_probs: Tensor  # [B, T, L, K], log P of `experts`
-    old_expert_log_probs: Tensor  # [B, T, L, K], log P of the experts that the rollout used
+    log_probs_at_old_experts: Tensor  # [B, T, L, K], log P (of this policy) of the experts that the rollout used
     router_logits: Tensor | None = None  # [B, T, L, E]; a rollout keeps none
 
 
@@ -224,17 +227,17 @@ def train_answers(model: GPT, task: Task, args, run: Run):
 def minibatches(rewards: Tensor, args):
     """Rows of each minibatch, whole groups of them, and their share of the minibatch.
 
-    The rows of a silent group (equal rewards: nothing to prefer) add exactly 0 to a loss that is a mean over rows, so
+    The rows of a group of equal rewards (nothing to prefer) add exactly 0 to a loss that is a mean over rows, so
     they get no forward; a minibatch of nothing else gets no update.
     """
-    silent = silent_groups(rewards, args.group_size).repeat_interleave(args.group_size)  # [B]
+    equal = zero_variance_groups(rewards, args.group_size).repeat_interleave(args.group_size)  # [B]
     for rows in torch.arange(len(rewards), device=rewards.device).chunk(args.minibatches):
-        learned = rows[~silent[rows]]
+        learned = rows[~equal[rows]]
         if len(learned):
             yield learned, len(learned) / len(rows)
 
 
-def silent_groups(rewards: Tensor, group_size: int) -> Tensor:
+def zero_variance_groups(rewards: Tensor, group_size: int) -> Tensor:
     groups = rewards.view(-1, group_size)
     return groups.amax(1) == groups.amin(1)
 
@@ -248,14 +251,13 @@ def policy_forward(model: GPT, rollout: Rollout, args) -> tuple[Policy, Tensor |
     if args.replay == "routing":  # the experts of the rollout, weighted by the router of today
         routes = Routes(rollout.experts, torch.ones_like(rollout.experts[..., 0], dtype=torch.bool), uniform=False)
     features, routing = model.branch(model.stem(rollout.tokens[:, :-1]), routes)
-    picked = model.token_log_probs(*at(mask, features, rollout.tokens[:, 1:]), args.temperature)
+    picked = model.token_log_probs(*select_positions(mask, features, rollout.tokens[:, 1:]), args.temperature)
     log_probs = picked.new_zeros(mask.shape).masked_scatter(mask, picked)
-    at_old_experts = routing.expert_log_probs(rollout.experts)
     aux_loss = 0.0
     if args.answer_balance_coef:
-        lengths = mask.shape[1] - mask.flip(1).int().argmax(1, keepdim=True)  # prompt and response
-        routed = torch.arange(mask.shape[1], device=mask.device) < lengths
+        routed = mask.flip(1).cumsum(1).flip(1) > 0  # prompt and response: up to the last response token
         aux_loss = args.answer_balance_coef * router_losses(routing.logits, routing.experts, routed)[0].sum()
+    at_old_experts = routing.expert_log_probs(rollout.experts)
     policy = Policy(log_probs, routing.experts, routing.expert_log_probs(), at_old_experts, routing.logits)
     return policy, aux_loss
 
@@ -272,13 +274,13 @@ def loss_inputs(new: Policy, old: Policy, rewards, advantages, response_mask, co
         "old_experts": old.experts,
         "expert_probs": new.expert_log_probs.exp(),
         "old_expert_probs": old.expert_log_probs.exp(),
-        "router_log_probs": new.old_expert_log_probs,  # both at the experts that the OLD policy used
-        "old_router_log_probs": old.old_expert_log_probs,
+        "router_log_probs": new.log_probs_at_old_experts,  # both at the experts that the OLD policy used
+        "old_router_log_probs": old.log_probs_at_old_experts,
         "num_experts": config.n_expert,
         "group_size": args.group_size,
     }
     wanted = inspect.signature(METHODS[args.algo]).parameters
-    return {name: given[name] for name in wanted if name in given} | chosen(OPTIONS[args.algo], args)
+    return {name: given[name] for name in wanted if name in given} | option_values(OPTIONS[args.algo], args)
 
 
 def recorded_again(model: GPT, rollout: Rollout, args) -> Rollout:
@@ -295,7 +297,7 @@ def rollout_metrics(rollout: Rollout, rewards: Tensor, group_size: int) -> dict:
         "reward_std": rewards.std(),
         "accuracy": (rewards >= 1).float().mean(),
         "response_length": lengths.mean(),
-        "silent_groups": silent_groups(rewards, group_size).float().mean(),
+        "silent_groups": zero_variance_groups(rewards, group_size).float().mean(),
         "entropy": (rollout.entropies.sum(1) / lengths.clamp(min=1)).mean(),
     }
 
@@ -304,7 +306,9 @@ def moved_routes(new: Policy, rollout: Rollout) -> dict:
     """How far the updated router is from the one that wrote the responses: agreement, gamma, entropy, load ..."""
     mask = rollout.response_mask
     old, experts = rollout.expert_log_probs, {"experts": new.experts, "old_experts": rollout.experts}
-    return routing_report(new.router_logits, old, mask, **experts)
+    report = routing_report(new.router_logits, old, mask, **experts)
+    # gamma against the rollout; RAIS's own metrics of that name are against the policy that its ratio compares with
+    return {name.replace("gamma", "rollout_gamma").replace("floor", "rollout_floor"): x for name, x in report.items()}
 
 
 def mean_metrics(updates: list[dict]) -> dict:
@@ -380,12 +384,12 @@ def parse(argv: list[str]):
 
 
 def check_options(args):
-    """Let the losses themselves refuse options, before any work is done: they are called on two rows of nothing."""
-    zeros, one = torch.zeros(2, 1, 1, 1), torch.zeros(2, 1, 1, 1, dtype=torch.long)
+    """Let the losses themselves refuse options, before any work is done: they are called on a few zeros."""
     if args.algo in METHODS:
-        policy, rows = Policy(zeros[:, :, 0, 0], one, zeros, zeros), torch.zeros(2)
-        inputs = loss_inputs(policy, policy, rows, rows, torch.ones(2, 1, dtype=torch.bool), MoEConfig(), args)
-        plainly(lambda: METHODS[args.algo](**inputs | {"group_size": 2} if "group_size" in inputs else inputs))
+        rows, zeros = torch.zeros(args.group_size), torch.zeros(args.group_size, 1, 1, 1)
+        policy, mask = Policy(zeros[:, :, 0, 0], zeros.long(), zeros, zeros), zeros[:, :, 0, 0] == 0
+        inputs = loss_inputs(policy, policy, rows, rows, mask, MoEConfig(), args)
+        plainly(lambda: METHODS[args.algo](**inputs))
     elif args.algo == "erl":
 
         def forward(routes):
@@ -393,8 +397,8 @@ def check_options(args):
             return torch.zeros(rows, 1), torch.zeros(rows, 1, 1, 1, requires_grad=True), torch.zeros(())
 
         mask = torch.ones(2, 1, dtype=torch.bool)
-        paths = plainly(lambda: explore(forward, mask, 1, **chosen(EXPLORE, args)))
-        plainly(lambda: next(erl_objective(forward, paths, **chosen(OBJECTIVE, args))))
+        paths = plainly(lambda: explore(forward, mask, 1, **option_values(EXPLORE, args)))
+        plainly(lambda: next(erl_objective(forward, paths, **option_values(OBJECTIVE, args))))
 
 
 def demo() -> int:

@@ -418,8 +418,8 @@ def naive_erl_losses(model: GPT, batch, args, step: int):
         return log_probs, logits.log_softmax(-1), None
 
     generator = rng(args.seed, "routes", step)
-    paths = explore(forward, batch.mask, args.top_k, generator=generator, **train.chosen(train.EXPLORE, args))
-    for loss, metrics in erl_objective(forward, paths, **train.chosen(train.OBJECTIVE, args)):
+    paths = explore(forward, batch.mask, args.top_k, generator=generator, **train.option_values(train.EXPLORE, args))
+    for loss, metrics in erl_objective(forward, paths, **train.option_values(train.OBJECTIVE, args)):
         yield loss, metrics | {"loss": paths.original[2].detach()}
 
 

@@ -13,11 +13,11 @@ from support.errors import UserError
 from support.initial import look_at
 
 TEXT = ("dense", "lm", "erl")  # algorithms that learn from the text, or the reference answers, of the data set
+# --preset paper: what the papers state, for their sizes of model. ERL table 7 (text: batch 4, tasks: 8; alpha and delta
+# are the defaults already); ERPO section 5.1 (batches of 128 prompts in 4 minibatches, 8 responses a prompt).
+PAPER_TEXT = {"lr": 1e-5, "weight_decay": 0.1, "epochs": 15.0, "n_perturb": 3, "clip_eps": 0.2}
+PAPER_ANSWERS = {"prompts_per_step": 128, "minibatches": 4, "group_size": 8}
 # Flags that an option of a loss had before: still understood.
-# --preset paper: what ERL's table 7 says of lm and erl, and ERPO's section 5.1 of the methods on answers; batch sizes,
-# alpha and delta are the defaults already. Flags that are given win.
-PAPER_TEXT = {"lr": 1e-5, "weight_decay": 0.1, "epochs": 15.0, "erl_grad": "all", "n_perturb": 3, "clip_eps": 0.2}
-PAPER_ANSWERS = {"minibatches": 4, "group_size": 8, "temperature": 1.0, "top_p": 1.0}
 ALIASES = {"alpha": "entropy_alpha", "base": "shift_base", "floor": "shift_floor"}
 # What a resumed run may be given anew: it changes where and how fast a run goes, not what it computes.
 FREE_ON_RESUME = {"resume", "out", "data_dir", "device", "compile"}
@@ -178,17 +178,22 @@ def _fill(args, given: set[str], generative: bool):
     size, vocabulary = look_at(args.init)
     args.model = size if size in SIZES else args.model
     text, short, started = spec.kind == "text", spec.problems is not None, size is not None
-    published = started and args.model == "gpt2"  # weights of GPT-2's size that were trained before
+    gpt2_sized = started and args.model == "gpt2"  # trained weights of GPT-2's size
     if args.preset == "paper":
-        paper = PAPER_ANSWERS if generative else PAPER_TEXT if args.algo != "dense" else {}
+        paper = PAPER_ANSWERS if generative else PAPER_TEXT | {"batch_size": 4 if spec.kind == "text" else 8}
         kept = given | ({"epochs"} if args.steps else set())
         vars(args).update({name: v for name, v in paper.items() if hasattr(args, name) and name not in kept})
     if args.algo == "erl" and not text:  # ERL table 7
         defaults = {"alpha": 0.7, "delta": 2.0}
         vars(args).update({name: value for name, value in defaults.items() if name not in given})
-    # ERL table 7: batch 4 of 1,024 tokens for text, 8 for tasks, learning rate 1e-5 on published weights; models that
-    # start from scratch are small and want more
-    lr = 1e-5 if published else 1e-4 if generative else 1e-3 if args.algo == "dense" and not started else 3e-4
+    if gpt2_sized:
+        lr = 1e-5  # ERL table 7
+    elif generative:
+        lr = 1e-4
+    elif args.algo == "dense" and not started:
+        lr = 1e-3  # a small model from random weights
+    else:
+        lr = 3e-4  # an upcycled small model, which its first phase has trained
     defaults = {
         "tokenizer": "gpt2" if vocabulary == 50257 else "bytes" if vocabulary == 257 else spec.tokenizer,
         "top_k": 2 if generative else 1,

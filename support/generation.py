@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from moe import COLDEST, GPT, Routes
+from moe import GPT, MIN_TEMPERATURE, Routes
 
 
 class Rollout(NamedTuple):
@@ -130,7 +130,7 @@ def _invert_long_cdf(weights: Tensor, u: Tensor, run: int = 256) -> Tensor:
 def _next_token(logits: Tensor, temperature: float, top_p: float, generator) -> tuple[Tensor, Tensor, Tensor]:
     """A token of each row, its log-probability, and the entropy it was drawn from. logits [B, V] -> three [B]."""
     if temperature not in (0, 1):
-        logits = logits / max(temperature, COLDEST)
+        logits = logits / max(temperature, MIN_TEMPERATURE)
     probs = logits.softmax(-1)
     log_norm = logits.amax(-1) - probs.amax(-1).log()  # logsumexp, in the two cheapest passes over the words
     new = _draw(probs, top_p, generator) if temperature else logits.argmax(-1)

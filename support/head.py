@@ -143,5 +143,5 @@ def token_log_probs(features: Tensor, weight: Tensor, targets: Tensor, temperatu
     """Arguments and result of `moe.token_log_probs`."""
     if weight.shape[0] <= SMALL_VOCABULARY:
         return moe.token_log_probs(features, weight, targets, temperature)
-    temperature = max(temperature, moe.COLDEST)
+    temperature = max(temperature, moe.MIN_TEMPERATURE)
     return _TokenLogProbs.apply(features.flatten(0, -2), weight, targets.flatten(), temperature).view(targets.shape)

@@ -4,14 +4,16 @@ import torch
 
 
 def learning_rate(step: int, steps: int, peak: float) -> float:
-    """Linear schedule (ERL table 7): up over the first twentieth (at most 100 steps), then down to 0."""
+    """Linear down to 0 (ERL table 7). Decision: before that up over the first twentieth, at most 100 steps."""
     warmup = min(100, max(1, steps // 20))
     return peak * ((step + 1) / warmup if step < warmup else (steps - step) / max(1, steps - warmup))
 
 
 def make_optimizer(model, weight_decay: float, router_factor: float = 1.0):
-    """AdamW (ERL table 7: betas 0.9, 0.999); matrices decay, biases and norms do not. A group's `factor` scales its
-    learning rate: that of the routers may differ."""
+    """AdamW with ERL table 7's betas (0.9, 0.999) and weight decay. Decision: matrices decay, biases and norms do not.
+
+    A group's `factor` scales its learning rate: that of the routers may differ.
+    """
     named = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
     routers = [p for n, p in named if n.endswith("router.weight")]
     others = [p for n, p in named if p.ndim <= 1 or ".b_" in n]

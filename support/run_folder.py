@@ -1,7 +1,7 @@
 """A run and its folder: the order of steps, updates, evaluations, checkpoints, and what is written down of them.
 
 config.json  metrics.jsonl  summary.json  curves.png
-checkpoint/  model.safetensors, state.pt: the last state, from which --resume goes on to the same bytes
+checkpoint/  model.safetensors, state.pt: the last state
 best/        model.safetensors: the weights with the best validation score since the algorithm began
 """
 
@@ -142,7 +142,7 @@ class Run:
         """The next phase: its model, its peak learning rate and an optimizer of its own."""
         self.phase, self.model, self.task, self.peak = phase, model, task, peak
         self.first = 0 if phase == "supervised" else self.phases["supervised"]
-        self.last = self.first + self.phases[phase]
+        self.end = self.first + self.phases[phase]
         self.optimizer = make_optimizer(model, self.args.weight_decay, self.args.router_lr_factor)
         self.routers = [p for n, p in model.named_parameters() if n.endswith("router.weight")]
         if self.step > self.first:  # resumed within the phase
@@ -153,13 +153,13 @@ class Run:
 
     def steps(self):
         """The steps of this phase that are still to do, counted from its beginning."""
-        while self.step < self.last:
+        while self.step < self.end:
             if self.phase != "supervised" and self.step == self.first:
                 self._evaluate_before()
             elif self.step and self.step % self.args.eval_every == 0:
                 # after the checkpoint of this step: a run that is interrupted here evaluates when it goes on
                 self._evaluate_on_the_way()
-            rate = learning_rate(self.step - self.first, self.last - self.first, self.peak)
+            rate = learning_rate(self.step - self.first, self.end - self.first, self.peak)
             for group in self.optimizer.param_groups:
                 group["lr"] = rate * group["factor"]
             yield self.step - self.first
@@ -169,12 +169,12 @@ class Run:
         self.optimizer.zero_grad(set_to_none=True)
         loss.backward()
         limit = self.args.clip_grad or math.inf
-        routers = torch.nn.utils.get_total_norm([p.grad for p in self.routers if p.grad is not None])
+        router_norm = torch.nn.utils.get_total_norm([p.grad for p in self.routers if p.grad is not None])
         norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), limit)
         self.optimizer.step()
         self.state["updates"] += 1
         self.state["clipped"] = self.state["clipped"] + (norm.detach() > limit)  # a tensor: no wait for the device
-        return {"grad_norm": norm.detach(), "router_grad_norm": routers.detach()}
+        return {"grad_norm": norm.detach(), "router_grad_norm": router_norm.detach()}
 
     def after(self, metrics: dict, tokens: int, every: int = LOG_EVERY, more=dict):
         """A step is done: write it down (each `every` steps; `more` gives what is only computed for that), save, stop

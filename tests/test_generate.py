@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from test_checkpoints import gpt2  # noqa: F401 (a fixture)
 from test_moe import make, random_routes, rng
 
-from moe import COLDEST, Routes
+from moe import MIN_TEMPERATURE, Routes
 from support import generation
 from support.checkpoints import load_gpt2
 from support.fast import speed_up
@@ -251,7 +251,7 @@ def test_temperatures_near_zero_are_the_coldest(temperature):
     model = small(8)
     cold, coldest = (
         generate(model, PROMPTS, max_new_tokens=8, end_token=END, temperature=t, generator=rng())
-        for t in (temperature, COLDEST)
+        for t in (temperature, MIN_TEMPERATURE)
     )
     assert all(torch.equal(a, b) for a, b in zip(cold, coldest, strict=True))
     assert cold.log_probs.isfinite().all() and cold.entropies.isfinite().all()

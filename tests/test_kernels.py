@@ -257,8 +257,8 @@ def test_blocked_head_keeps_each_operands_dtype(small_blocks):
 @pytest.mark.parametrize("temperature", [1e-38, 1e-45, 0.0])
 def test_fast_temperatures_near_zero_are_the_coldest(temperature, small_blocks):
     features, weight, targets, _ = head_case(1)
-    expected = head.token_log_probs(features, weight, targets, moe.COLDEST)
+    expected = head.token_log_probs(features, weight, targets, moe.MIN_TEMPERATURE)
     assert torch.equal(head.token_log_probs(features, weight, targets, temperature), expected)
     plain = moe.token_log_probs(features, weight, targets, temperature)
-    torch.testing.assert_close(expected, plain, atol=1e-6 / moe.COLDEST, rtol=1e-5)
+    torch.testing.assert_close(expected, plain, atol=1e-6 / moe.MIN_TEMPERATURE, rtol=1e-5)
     assert all(g.isfinite().all() for g in gradients(expected.sum(), (features, weight)))

@@ -25,8 +25,8 @@ from torch.func import functional_call
 
 import moe
 from moe import (
-    COLDEST,
     GPT,
+    MIN_TEMPERATURE,
     MoE,
     MoEConfig,
     Routes,
@@ -692,7 +692,7 @@ def test_token_log_probs_equal_log_softmax(temperature):
 def test_temperatures_near_zero_are_the_coldest(temperature):
     """And not 0/0 or infinity."""
     features, weight, targets, _ = head_case(1, V=50)
-    expected = token_log_probs(features, weight, targets, COLDEST)
+    expected = token_log_probs(features, weight, targets, MIN_TEMPERATURE)
     assert torch.equal(token_log_probs(features, weight, targets, temperature), expected)
     assert expected.isfinite().all()
     assert all(g.isfinite().all() for g in gradients(expected.sum(), (features, weight)))

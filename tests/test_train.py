@@ -448,7 +448,7 @@ def test_later_minibatches_see_an_older_policy(algo, micro, monkeypatch):
     for i, ((new, old, *_), rows) in enumerate(zip(run.losses, run.asked, strict=True)):
         mask = rows.response_mask
         gap = (new.log_probs - old.log_probs)[mask].abs().max()
-        shift = (new.old_expert_log_probs - old.old_expert_log_probs)[mask].abs().max()
+        shift = (new.log_probs_at_old_experts - old.log_probs_at_old_experts)[mask].abs().max()
         assert (gap == 0 and shift == 0) if i == 0 else (gap > 1e-4 and shift > 1e-4)
         torch.testing.assert_close(old.log_probs[mask], rows.log_probs[mask])  # what was recorded while sampling
     assert report["ratio_std"] > 0
@@ -462,7 +462,7 @@ def test_router_shift_compares_the_same_experts(micro, monkeypatch):
     run.step()
     rows = run.asked[0]._replace(experts=(run.asked[0].experts + 1) % 8)
     new, _ = train.policy_forward(run.model, rows, run.args)
-    assert not torch.equal(new.expert_log_probs, new.old_expert_log_probs)
+    assert not torch.equal(new.expert_log_probs, new.log_probs_at_old_experts)
     old = train.Policy(*(t.detach() for t in new))
     _, metrics = loss_of(run.args, new, old, run.losses[0][2], rows.response_mask, run.model.config)
     assert metrics["gamma_min"] == 1.0
@@ -588,7 +588,7 @@ def test_replayed_experts_do_not_change(micro, monkeypatch):
             same = torch.equal(new.experts, rows.experts)
             assert same or replay == "none"
             torch.testing.assert_close(  # the router is free to move, only its choice is not
-                new.expert_log_probs, new.old_expert_log_probs if replay == "routing" else new.expert_log_probs
+                new.expert_log_probs, new.log_probs_at_old_experts if replay == "routing" else new.expert_log_probs
             )
         monkeypatch.undo()
         monkeypatch.setitem(SIZES, "tiny", MICRO)
