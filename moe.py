@@ -209,7 +209,7 @@ class Experts(nn.Module):
 
 
 class MoE(nn.Module):
-    """Router, E experts of which a token passes K, and shared experts that every token passes (ERL sections 2.1, 4.2)."""
+    """Router, E experts of which a token passes K, and shared experts for all tokens (ERL sections 2.1, 4.2)."""
 
     def __init__(self, config: MoEConfig):
         super().__init__()
