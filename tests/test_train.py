@@ -276,7 +276,7 @@ def test_copies_of_one_expert_are_neither_better_nor_worse(top_k, erl_grad, dtyp
 
     for length in (4, 8, 64):
         assert advantages(length).abs().max() == 0
-    monkeypatch.setattr("erl.NOISE", 0)
+    monkeypatch.setattr("erl.ROUNDING_UNITS", 0)
     if (top_k, dtype) == (2, "float32"):  # with 1/2 + 1/2 for P_i + P_j: the rounding is there
         assert advantages(64).abs().max() == 1
 
