@@ -10,7 +10,7 @@ import data
 from moe import SIZES
 from support.arguments import Option, Parser, add_options, number, one_of, read_config, saved_arguments
 from support.errors import UserError
-from support.initial import look_at
+from support.initial import locate, look_at
 
 TEXT = ("dense", "lm", "erl")  # algorithms that learn from the text, or the reference answers, of the data set
 # Flags that an option of a loss had before: still understood.
@@ -114,11 +114,11 @@ def parse(argv: list[str], description: str, options: dict[str, dict[str, Option
     first.add_argument("--resume", action="store_true")
     seen, _ = first.parse_known_args(argv)
     saved = read_config(seen.out) if seen.resume and seen.out else {}
-    algo = seen.algo or saved.get("algo")
+    algo = saved.get("algo", seen.algo)
     p = parser(description, algo if isinstance(algo, str) else None, options)
     args, unknown = p.parse_known_args(argv)
     if unknown:
-        raise UserError(_unknown(unknown[0], args.algo, options))
+        raise UserError(_unknown(unknown[0], algo, options))
     given = _given(p, argv)
     if args.resume:
         if not args.out:
@@ -171,7 +171,7 @@ def _fill(args, given: set[str], generative: bool):
     size, vocabulary = look_at(args.init)
     args.model = size if size in SIZES else args.model
     text, short, started = spec.kind == "text", spec.problems is not None, size is not None
-    published = started and args.model == "gpt2"  # weights of GPT-2's size that were trained before
+    published = size == "gpt2" or locate(args.init)[0] == "gpt2"  # GPT-2's weights, or what was made from them
     if args.algo == "erl" and not text:  # ERL table 7
         defaults = {"alpha": 0.7, "delta": 2.0}
         vars(args).update({name: value for name, value in defaults.items() if name not in given})
