@@ -89,14 +89,31 @@ def load_gpt2(source: str = "openai-community/gpt2") -> GPT:
 
     try:
         folder = source if os.path.isdir(source) else _folder_of_hub(source)
-        with open(os.path.join(folder, "config.json")) as file:
-            theirs = dict(json.load(file))
+        theirs = _read_table(folder)
         weights = load_file(os.path.join(folder, "model.safetensors"))
     except Exception as error:  # the hub's errors have no common base; each means that there are no weights
         raise ValueError(
             f"GPT-2's weights could not be had from {source!r} ({type(error).__name__}): give --init a folder with "
             "config.json and model.safetensors, or a network and HF_ENDPOINT that reach the hub"
         ) from error
+    return _fill_from_gpt2(_empty_model(_gpt2_config(theirs, source), weights), weights, source)
+
+
+def read_gpt2_config(folder: str) -> MoEConfig:
+    """The sizes in a folder of GPT-2's weights. ValueError where config.json is no GPT-2's."""
+    try:
+        theirs = _read_table(folder)
+    except (OSError, ValueError, TypeError, RecursionError) as error:
+        raise ValueError(f"{folder}/config.json is not readable ({type(error).__name__})") from error
+    return _gpt2_config(theirs, folder)
+
+
+def _read_table(folder: str) -> dict:
+    with open(os.path.join(folder, "config.json")) as file:
+        return dict(json.load(file))
+
+
+def _gpt2_config(theirs: dict, source: str) -> MoEConfig:
     expected = dict(
         model_type="gpt2",
         activation_function="gelu_new",
@@ -108,8 +125,7 @@ def load_gpt2(source: str = "openai-community/gpt2") -> GPT:
         if theirs.get(key, value if key != "model_type" else None) != value:
             raise ValueError(f"{source!r} has {key} {theirs.get(key)!r}, not {value!r}: only GPT-2 can be loaded")
     sizes = dict(vocab_size="vocab_size", context="n_positions", n_layer="n_layer", n_head="n_head", n_embd="n_embd")
-    config = MoEConfig(n_expert=1, **{ours: theirs.get(key) for ours, key in sizes.items()})
-    return _fill_from_gpt2(_empty_model(config, weights), weights, source)
+    return MoEConfig(n_expert=1, **{ours: theirs.get(key) for ours, key in sizes.items()})
 
 
 def _folder_of_hub(source: str) -> str:

@@ -10,7 +10,7 @@ import data
 from moe import SIZES
 from support.arguments import Option, Parser, add_options, number, one_of, read_config, saved_arguments
 from support.errors import UserError
-from support.initial import look_at
+from support.initial import locate, look_at
 
 TEXT = ("dense", "lm", "erl")  # algorithms that learn from the text, or the reference answers, of the data set
 # --preset paper: what the papers state, for their sizes of model. ERL table 7 (text: batch 4, tasks: 8; alpha and delta
@@ -121,11 +121,11 @@ def parse(argv: list[str], description: str, options: dict[str, dict[str, Option
     first.add_argument("--resume", action="store_true")
     seen, _ = first.parse_known_args(argv)
     saved = read_config(seen.out) if seen.resume and seen.out else {}
-    algo = seen.algo or saved.get("algo")
+    algo = saved.get("algo", seen.algo)
     p = parser(description, algo if isinstance(algo, str) else None, options)
     args, unknown = p.parse_known_args(argv)
     if unknown:
-        raise UserError(_unknown(unknown[0], args.algo, options))
+        raise UserError(_unknown(unknown[0], algo, options))
     given = _given(p, argv)
     if args.resume:
         if not args.out:
@@ -178,7 +178,7 @@ def _fill(args, given: set[str], generative: bool):
     size, vocabulary = look_at(args.init)
     args.model = size if size in SIZES else args.model
     text, short, started = spec.kind == "text", spec.problems is not None, size is not None
-    gpt2_sized = started and args.model == "gpt2"  # trained weights of GPT-2's size
+    trained_before = size == "gpt2" or locate(args.init)[0] == "gpt2"  # GPT-2's weights, or what was made from them
     if args.preset == "paper":
         paper = PAPER_ANSWERS if generative else PAPER_TEXT | {"batch_size": 4 if spec.kind == "text" else 8}
         kept = given | ({"epochs"} if args.steps else set())
@@ -186,7 +186,7 @@ def _fill(args, given: set[str], generative: bool):
     if args.algo == "erl" and not text:  # ERL table 7
         defaults = {"alpha": 0.7, "delta": 2.0}
         vars(args).update({name: value for name, value in defaults.items() if name not in given})
-    if gpt2_sized:
+    if trained_before:
         lr = 1e-5  # ERL table 7
     elif generative:
         lr = 1e-4

@@ -4,7 +4,7 @@ import os
 from dataclasses import asdict, replace
 
 from moe import GPT, SIZES, MoEConfig
-from support.checkpoints import load_gpt2, load_model, read_config
+from support.checkpoints import load_gpt2, load_model, read_config, read_gpt2_config
 from support.errors import UserError, plainly
 from support.run_folder import find_checkpoint, is_finite
 from support.tasks import rng
@@ -36,9 +36,9 @@ def look_at(source: str) -> tuple[str | None, int | None]:
     kind, where = locate(source)
     if kind == "scratch":
         return None, None
-    if kind == "gpt2":
+    if where == "gpt2":
         return "gpt2", 50257
-    config = plainly(read_config, where)
+    config = plainly(read_gpt2_config if kind == "gpt2" else read_config, where)
     return size_of(config), config.vocab_size
 
 

@@ -7,6 +7,7 @@ import math
 import os
 import shlex
 import shutil
+import signal
 import struct
 import subprocess
 import sys
@@ -15,22 +16,25 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from training import rows_of, summary_of
 
 import data
 import eval_routing
-import moe
 import train
 from moe import SIZES
+from support import command_line, errors, run_folder
+from support.checkpoints import load_model, save_model
+from support.run_folder import find_checkpoint, load_state
 
 ROOT = Path(__file__).parents[1]
 REAL = ROOT / ".." / "shared" / "data"
 needs_real = pytest.mark.skipif(not REAL.is_dir(), reason="../shared/data (the real data sets) is not there")
 MICRO = dict(n_layer=4, n_head=2, n_embd=32, context=48)
-ALGORITHMS = train.SUPERVISED + train.GENERATIVE
+ALGORITHMS = command_line.TEXT + tuple(train.METHODS)
 # As little as a run can do: both phases, and an evaluation, a checkpoint and minibatches in each.
 LITTLE = (
     "--steps 2 --pretrain-steps 2 --batch-size 2 --prompts-per-step 2 --group-size 2 --minibatches 2 "
-    "--eval-samples 2 --max-new-tokens 4"
+    "--eval-samples 2 --test-samples 2 --max-new-tokens 4"
 )
 METRICS = {
     "pydocs": ["perplexity", "bits_per_byte"],
@@ -58,11 +62,7 @@ def here(monkeypatch, tmp_path):
 def run(flags, out="r", little=LITTLE):
     """train.py in this process; a flag given twice counts as given last. -> summary.json"""
     assert train.main([*shlex.split(little), *shlex.split(flags), "--out", out]) == 0
-    return json.loads(Path(out, "summary.json").read_text())
-
-
-def rows_of(out="r"):
-    return [json.loads(line) for line in Path(out, "metrics.jsonl").read_text().splitlines()]
+    return summary_of(out)
 
 
 def command(program, flags, cwd, **env):
@@ -84,10 +84,19 @@ def png_size(path):
 
 def check_folder(algo, dataset, out="r", steps=4):
     """What SPEC promises of a run folder."""
-    summary = json.loads(Path(out, "summary.json").read_text())
+    summary, config = summary_of(out), json.loads(Path(out, "config.json").read_text())
     for name in METRICS[dataset]:
-        assert math.isfinite(summary[name]) and math.isfinite(summary[f"validation_{name}"])
+        if name == "bits_per_byte" and config["test_samples"]:  # of the whole split alone
+            assert name not in summary
+            continue
+        assert math.isfinite(summary[name]) and math.isfinite(summary[f"best_{name}"])
+        assert math.isfinite(summary.get(f"validation_{name}", math.nan)) or name == "bits_per_byte"
         assert 0 <= summary[name] <= 1 or dataset in ("pydocs", "wikitext2")
+    begun = config["pretrain_steps"]
+    assert begun < summary["best_step"] <= steps
+    assert summary["test_samples"] > 0 and summary["validation_samples"] > 0
+    best, _ = load_model(str(Path(out, "best", "model.safetensors")))
+    assert best.count_parameters()[0] == summary["parameters"]
     assert summary["algo"] == algo and summary["dataset"] == dataset and summary["seed"] == 0
     assert summary["steps"] == steps
     assert summary["seconds"] > 0 and summary["tokens_per_second"] > 0
@@ -96,7 +105,6 @@ def check_folder(algo, dataset, out="r", steps=4):
     weights = load_file(Path(out, "checkpoint", "model.safetensors"))
     assert sum(w.numel() for w in weights.values()) == summary["parameters"]
     assert all(w.isfinite().all() for w in weights.values())
-    config = json.loads(Path(out, "config.json").read_text())
     assert config["algo"] == algo and config["dataset"] == dataset and config["seed"] == 0
     rows = rows_of(out)
     assert all(isinstance(row["step"], int) and row["phase"] in ("supervised", algo, "evaluation") for row in rows)
@@ -107,7 +115,7 @@ def check_folder(algo, dataset, out="r", steps=4):
     width, height = png_size(Path(out, "curves.png"))
     assert 300 <= width <= 10_000 and 200 <= height <= 2_000
     left = {p.name for p in Path(out).iterdir()} - {".lock"}
-    assert left == {"checkpoint", "config.json", "curves.png", "metrics.jsonl", "summary.json"}
+    assert left == {"best", "checkpoint", "config.json", "curves.png", "metrics.jsonl", "summary.json"}
     return summary
 
 
@@ -120,12 +128,13 @@ def test_every_algorithm_on_every_set_that_needs_no_files(algo, dataset, here):
     run(f"--algo {algo} --dataset {dataset}")
     check_folder(algo, dataset)
     last = [row for row in rows_of() if row["phase"] == algo][-1]
-    if algo != "dense" and algo in train.SUPERVISED:
+    if algo != "dense" and algo in command_line.TEXT:
         assert 0 <= last["load_min"] <= 1 / 8 <= last["load_max"] <= 1
     if algo == "erl":
         assert last["ratio_mean"] == 1.0 and last["clip_share"] == 0.0
         assert last["perturbed_share"] > 0 and last["advantage_positive"] + last["advantage_negative"] <= 1
-    if algo in train.GENERATIVE:
+    if algo in train.METHODS:
+        assert ("ratio_neg_log_later" in last) == (last["updates"] > 1)
         assert {"reward_mean", "reward_std", "accuracy", "response_length", "silent_groups", "entropy"} <= set(last)
         assert 1 <= last["response_length"] <= 4
 
@@ -188,6 +197,10 @@ def test_real_data(dataset, algo, slices, here, monkeypatch):
         "--algo erl --gate prob",
         "--algo erl --n-shared-expert 1",
         "--algo erl --expert-capacity 4",
+        "--algo erl --gate straight",
+        "--algo erl --jitter 0.01 --balance-coef 0 --z-coef 0 --clip-grad 0",
+        "--algo erl --freeze-router",
+        "--algo erl --inner-epochs 2 --router-lr-factor 3",
         "--algo erl --moe-every 1 --n-expert 3",
         "--algo erl --dataset addition --wpl",
         "--algo lm --gate prob --top-k 2 --n-shared-expert 1",
@@ -195,6 +208,8 @@ def test_real_data(dataset, algo, slices, here, monkeypatch):
         "--algo erpo --replay routing --entropy-reward absolute",
         "--algo erpo --entropy-reward none",
         "--algo erpo --entropy-alpha 1",
+        "--algo erpo --answer-balance-coef 0.01 --freeze-router",
+        "--algo cispo --replay routing",
         "--algo rais --shift-base gspo",
         "--algo rais --shift-base grpo --shift-floor 0.5 --replay routing",
         "--algo gspo --expert-capacity 4",
@@ -207,7 +222,7 @@ def test_real_data(dataset, algo, slices, here, monkeypatch):
     ],
 )
 def test_variants(flags, here):
-    if "--dataset" not in flags and flags.split()[1] in train.GENERATIVE:
+    if "--dataset" not in flags and flags.split()[1] in train.METHODS:
         flags += " --dataset addition"
     run(flags)
     args = train.parse(shlex.split(f"{LITTLE} {flags}"))
@@ -222,7 +237,7 @@ def test_wpl_and_log_advantages_do_something(here):
     for i, flags in enumerate(("", "--wpl", "--advantage log", "--alpha 0.1", "--delta 5")):
         run(f"--algo erl --pretrain-steps 0 --steps 3 --lr 0.01 {flags}", f"r{i}")
         (row,) = [row for row in rows_of(f"r{i}") if row["phase"] == "erl"]
-        norms[flags] = row["grad_norm"]
+        norms[flags] = row["router_grad_norm"]
         assert ("perturbed_lm_loss" in row) == (flags == "--wpl")
     assert len(set(norms.values())) == 5
 
@@ -276,7 +291,7 @@ def test_the_seed_decides_everything(here):
 
 
 def test_init_from_a_run_and_from_its_file(here):
-    dense = run("--algo dense", "dense")
+    dense = run("--algo dense --eval-samples 0", "dense")
     loss = [row["loss"] for row in rows_of("dense") if row["phase"] == "evaluation"][-2]  # validation, whole
     for source in ("dense", "dense/checkpoint/model.safetensors"):
         shutil.rmtree("r", ignore_errors=True)
@@ -319,11 +334,11 @@ def test_the_commands(tmp_path):
     """Train on the whole embedded text, then rank the routes; nothing is patched here."""
     done = command("train.py", f"--algo erl --dataset pydocs {LITTLE} --out r", tmp_path)
     assert done.returncode == 0, done.stderr
-    assert json.loads(done.stderr.splitlines()[0])["algo"] == "erl"  # the settings, defaults filled in, come first
+    assert done.stderr.startswith("erl on pydocs: 2 supervised steps, then 2 steps at learning rate 0.0003, seed 0")
     assert "2,705,024 parameters, 861,056 active" in done.stderr
     summary = check_folder("erl", "pydocs", tmp_path / "r")
     assert 50 < summary["perplexity"] < 500  # four steps from a uniform guess over 257
-    assert summary["bits_per_byte"] == pytest.approx(math.log2(summary["perplexity"]), rel=0.01)
+    assert summary["test_samples"] == 2 and ", 2 windows) after 4 steps" in done.stdout
     done = command("eval_routing.py", "r --samples 1 --compare r", tmp_path)
     assert done.returncode == 0, done.stderr
     routing = json.loads((tmp_path / "r" / "routing.json").read_text())
@@ -346,19 +361,46 @@ def test_the_commands(tmp_path):
     assert pictures and all(min(png_size(p)) > 100 for p in pictures)
 
 
+@pytest.mark.skipif(os.name != "posix", reason="signals")
+@pytest.mark.parametrize("moment", ["torch", "torch.nn", "tqdm"])
+def test_ctrl_c_in_the_first_seconds_is_no_traceback(moment, tmp_path):
+    """While PyTorch and the rest are imported: Python says which module it has just read."""
+    process = subprocess.Popen(
+        [sys.executable, "-X", "importtime", str(ROOT / "train.py"), "--algo", "lm", "--out", "r"],
+        cwd=tmp_path,
+        text=True,
+        stderr=subprocess.PIPE,
+    )
+    try:
+        begun = any(moment in line.split("|")[-1] for line in process.stderr)
+        process.send_signal(signal.SIGINT)
+        err = process.stderr.read()
+    finally:
+        process.wait(timeout=300)
+    assert begun and process.returncode == 130 and "Traceback" not in err and not (tmp_path / "r").exists()
+
+
+def test_nobody_reads_the_last_line(tmp_path):
+    """`train.py ... | head -0`, and stdout closed from the start: the run is whole, and says nothing of it."""
+    flags = f"{sys.executable} {ROOT / 'train.py'} --algo lm --dataset addition {LITTLE} --model tiny --out"
+    for out, rest in (("piped", "| true; exit ${PIPESTATUS[0]}"), ("closed", ">&-"), ("full", ">/dev/full")):
+        done = subprocess.run(
+            ["bash", "-c", f"{flags} {out} {rest}"],
+            cwd=tmp_path,
+            capture_output=True,
+            text=True,
+            timeout=900,
+            env=os.environ | {"OMP_NUM_THREADS": "1"},
+        )
+        assert done.returncode == 0, (out, done.stderr)
+        assert "rror" not in done.stderr and "Traceback" not in done.stderr
+        assert summary_of(tmp_path / out)["steps"] == 4
+
+
 def test_a_folder_of_its_own_choice(here):
     for i in (1, 2):
         assert train.main(shlex.split(f"--algo lm --dataset addition {LITTLE}")) == 0
         check_folder("lm", "addition", f"runs/lm-addition-seed0-{i}")
-
-
-def test_help_names_every_flag(capsys):
-    with pytest.raises(SystemExit) as stop:
-        train.main(["--help"])
-    out, err = capsys.readouterr()
-    assert stop.value.code == 0 and not err
-    for flag in ("--algo", "--dataset", "--data-dir", "--init", "--erl-grad", "--replay", "--shift-base", "--resume"):
-        assert flag in out
 
 
 def test_the_demo(here, monkeypatch, capsys):
@@ -419,8 +461,8 @@ def refused(flags, folder, capsys):
         ("--algo erl --n-expert 1", "--n-expert 1 leaves nothing"),
         ("--algo erl --top-k 0", "--top-k: must be at least 1"),
         ("--algo lm --moe-every 5", "moe_every 5 leaves none"),
-        ("--algo erl --alpha 1.1", "--alpha: must be at least 0 and at most 1"),
-        ("--algo erl --alpha -0.1", "--alpha"),
+        ("--algo erl --alpha 1.1", "alpha must lie within [0, 1]"),
+        ("--algo erl --alpha -0.1", "alpha must lie within [0, 1]"),
         ("--algo erl --alpha nan", "--alpha"),
         ("--algo erl --batch-size 0", "--batch-size: must be at least 1"),
         ("--algo erl --batch-size -4", "--batch-size"),
@@ -440,7 +482,7 @@ def refused(flags, folder, capsys):
         ("--algo grpo --group-size 1", "--group-size: must be at least 2"),
         ("--algo grpo --top-p 0", "--top-p"),
         ("--algo grpo --temperature 0", "--temperature: must be above 0"),
-        ("--algo rais --shift-floor 2", "--shift-floor"),
+        ("--algo rais --shift-floor 2", "floor must lie within [0, 1]"),
         ("--algo grpo --prompts-per-step 6 --minibatches 4", "not divisible by --minibatches"),
         ("--algo erpo --entropy-reward some", "unknown entropy reward"),
         ("--algo rais --shift-base ppo", "unknown base"),
@@ -448,7 +490,7 @@ def refused(flags, folder, capsys):
         ("--algo erl --init nowhere", "there is no run, checkpoint file or GPT-2 folder"),
         ("--algo erl --dataset samsum --tokenizer bytes --data-dir nowhere", "nowhere/samsum/train.jsonl is missing"),
         ("--resume", "--resume needs --out"),
-        ("--resume --out nowhere", "holds no run to resume"),
+        ("--resume --out nowhere", "holds no run"),
     ],
 )
 def test_mistakes_in_the_flags(flags, says, here, capsys):
@@ -531,7 +573,8 @@ def test_a_run_folder_in_use(runs, capsys):
     Path("notes.txt").write_text("mine")
     assert "cannot write the run folder notes.txt" in refused(f"{flags} --out notes.txt", runs, capsys)
     assert "cannot write the run folder" in refused(f"{flags} --out notes.txt/r", runs, capsys)
-    with train.locked("lm"):  # another process trains there
+    with open("lm/.lock", "w") as lock:  # another process trains there
+        run_folder.lock_file(lock, "lm")
         assert "is in use by another process" in refused("--resume --out lm", runs, capsys)
 
 
@@ -588,7 +631,7 @@ def test_another_vocabulary(runs, capsys, monkeypatch):
 def test_a_loss_that_diverges_ends_the_run(here, capsys):
     assert train.main(shlex.split(f"--algo dense --dataset addition {LITTLE} --steps 40 --lr 1e18 --out r")) == 2
     last = capsys.readouterr().err.splitlines()[-1]
-    folder = train.find_checkpoint("r")
+    folder = find_checkpoint("r")
     assert "lower --lr" in last and ("r keeps the last checkpoint" if folder else "nothing was saved") in last
     assert not Path("r/summary.json").exists()
     if folder:
@@ -657,31 +700,6 @@ def test_resume_with_the_checkpoint_of_another_run(runs, capsys):
         shutil.move("kept", f"{out}/checkpoint")
 
 
-def spoil_state(**changes):
-    path = Path("lm/checkpoint/state.pt")
-    state = torch.load(path, weights_only=True) | changes
-    torch.save({k: v for k, v in state.items() if v is not None}, path)
-
-
-@pytest.mark.parametrize(
-    "changes",
-    [
-        {"step": 500},
-        {"step": "x"},
-        {"optimizer": None},
-        {"metrics_bytes": None},
-        {"optimizer": {"state": {}, "param_groups": []}},
-    ],
-)
-def test_resume_with_a_state_that_makes_no_sense(changes, runs, capsys):
-    run("--algo lm --dataset addition", "longer", LITTLE + " --steps 4")
-    shutil.rmtree("lm")
-    shutil.move("longer", "lm")
-    spoil_state(**({"step": 3} | changes))
-    assert train.main(shlex.split("--resume --out lm")) == 2
-    assert capsys.readouterr().err.splitlines()[-1].startswith("train.py: ")
-
-
 def test_resume_needs_the_checkpoint_and_not_what_the_run_began_with(runs):
     run("--algo lm --dataset addition --init dense", "next")
     before = Path("next/summary.json").read_text()
@@ -704,7 +722,7 @@ def test_a_full_disk_leaves_the_last_checkpoint(runs, capsys, monkeypatch):
     assert train.main(shlex.split(f"--algo lm --dataset addition {LITTLE} --checkpoint-every 1 --out r")) == 2
     last = capsys.readouterr().err.splitlines()[-1]
     assert "the checkpoint of step 3 could not be written" in last and "--resume" in last
-    assert train.load_checkpoint(train.find_checkpoint("r"))[1]["step"] == 2 and not Path("r/checkpoint.tmp").exists()
+    assert load_state(find_checkpoint("r"))["step"] == 2 and not Path("r/checkpoint.tmp").exists()
     assert train.main(shlex.split("--resume --out r")) == 0
 
 
@@ -720,10 +738,10 @@ def test_weights_that_are_not_finite_give_no_score(flags, here, capsys):
 
 def test_spoilt_weights_are_no_beginning(runs, capsys):
     path = Path("dense/checkpoint/model.safetensors")
-    model, _ = moe.load_model(str(path))
+    model, _ = load_model(str(path))
     with torch.no_grad():
         model.wte.weight[3] = float("nan")
-    moe.save_model(model, str(path))
+    save_model(model, str(path))
     says = refused(f"--algo lm --dataset addition {LITTLE} --init dense --out r", runs, capsys)
     assert "--init dense holds weights that are not finite" in says
 
@@ -734,10 +752,10 @@ def test_a_model_from_elsewhere_brings_its_own_size(runs, monkeypatch):
 
 
 def test_what_the_user_hears_of_the_machine():
-    assert train.users_mistake(PermissionError(13, "Permission denied", "r/.lock")) == "r/.lock: Permission denied"
-    assert "--batch-size" in train.users_mistake(RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried"))
-    assert "--batch-size" in train.users_mistake(torch.OutOfMemoryError("CUDA out of memory"))
-    assert train.users_mistake(RuntimeError("shape mismatch")) is None  # the program's fault: a traceback
+    assert errors.sentence(PermissionError(13, "Permission denied", "r/.lock")) == "r/.lock: Permission denied"
+    assert "--batch-size" in errors.sentence(RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried"))
+    assert "--batch-size" in errors.sentence(torch.OutOfMemoryError("CUDA out of memory"))
+    assert errors.sentence(RuntimeError("shape mismatch")) is None  # the program's fault: a traceback
 
 
 # ------------------------------------------------------------------------------------------------------- compare_runs
