@@ -307,8 +307,8 @@ def show_tokens(scored: list[Scored], tokenizer, path: str) -> str:
     """Which tokens go where: a picture, and the same for a terminal."""
     words = [tokenizer.decode([token]) for s in scored for token in s.tokens.tolist()]
     experts, num_experts = torch.cat([s.experts for s in scored]), scored[0].router_log_probs.shape[-1]
-    first = len(scored[0].tokens)  # a window of a text fills the picture; of short examples it takes several
-    return tokens_by_expert(words, experts, num_experts, path, shown=min(first, 300) if first >= 100 else 300)
+    ends = set((torch.tensor([len(s.tokens) for s in scored]).cumsum(0) - 1).tolist())
+    return tokens_by_expert(words, experts, num_experts, path, shown=300, ends=ends)
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -1,5 +1,6 @@
 """What routing.json says, in words: its figures as lines for a terminal, and why they may mean little."""
 
+TIED = 0.99  # more ties than this share of the perturbed routes, and ranks are all but chance
 COLLAPSED = 0.95  # a layer whose K busiest experts get more than this share of its slots has collapsed
 
 
@@ -17,18 +18,22 @@ def doubts(result: dict, vocab_size: int) -> list[str]:
         found.append("untrained: this checkpoint is that of step 0")
     elif result["score"] == "perplexity" and result["original_score"] > vocab_size / 2:
         found.append(f"untrained: the perplexity is above half of the vocabulary's {vocab_size} tokens")
-    if min(result["tied_routes"]) == result["routes"] - 1:
+    if (tied := tied_share(result)) > TIED:
         found.append(
-            "all routes tied (experts that are copies of one another, or a task that is never solved): "
-            "MRR and Hit@1 are chance by construction"
+            f"{tied:.2%} of the routes are tied with the original (experts that are copies of one another, or a task "
+            "that is never solved): MRR and Hit@1 are chance by construction"
         )
     return found
+
+
+def tied_share(result: dict) -> float:
+    """Of the perturbed routes, those that score as the original does."""
+    return sum(result["tied_routes"]) / ((result["routes"] - 1) * result["samples"])
 
 
 def describe(result: dict) -> str:
     """The figures as lines for a terminal; MRR never without what it hides."""
     original, perturbed, best = (result[f"{n}_score"] for n in ("original", "perturbed", "best_of_99"))
-    tied = sum(result["tied_routes"]) / ((result["routes"] - 1) * result["samples"])
     experts, layers = len(result["expert_load"][0]), len(result["expert_load"])
     largest = max(map(max, result["expert_load"]))
     lines = [f"{result['samples']} samples of {result['dataset']} {result['split']}, score: {result['score']}"]
@@ -40,7 +45,7 @@ def describe(result: dict) -> str:
         f"{'perturbed':14}{perturbed:10.4f} over {result['routes'] - 1} routes a sample",
         f"{'best of 99':14}{best:10.4f} along each sample's best perturbed route",
         "robustness    " + "  ".join(f"{a}: {s:.4f}" for a, s in result["robustness"].items()),
-        f"{'tied':14}{tied:10.4f} of the perturbed routes score as the original does",
+        f"{'tied':14}{tied_share(result):10.4f} of the perturbed routes score as the original does",
         f"{'load':14}{largest:10.4f} of a layer's slots at its busiest expert (even: {1 / experts:.4f}); max_vio "
         f"{result['max_vio']:.2f}, {result['dead_experts']} of {layers * experts} experts dead",
         f"{'entropy':14}{result['router_entropy']:10.4f} nats, {result['relative_router_entropy']:.2f} of log E; by "

@@ -13,12 +13,15 @@ from torch import Tensor
 WIDTH, FONT_SIZE = 100, 9  # characters in a line, points
 
 
-def tokens_by_expert(tokens, experts: Tensor, num_experts: int, path=None, *, layers=None, shown=150, most=6) -> str:
+def tokens_by_expert(
+    tokens, experts: Tensor, num_experts: int, path=None, *, layers=None, shown=150, most=6, ends=()
+) -> str:
     """-> the coloured text for a terminal, a part for every layer; and as a picture in `path`, if one is given.
 
     tokens   T strings, as the tokenizer decodes them one by one
     experts  int64 [T, L], or [T, L, K], whose first expert of a token is its colour and all of them are counted
     layers   those to show (None: all); shown: tokens of the text (the counts are of all T); most: tokens an expert
+    ends     indices of tokens that end a text: a gap follows them
 
     Counts read 12/40: of 40 times that the token stands in the text this expert got it 12 times.
     ValueError: experts of another length or shape.
@@ -29,7 +32,7 @@ def tokens_by_expert(tokens, experts: Tensor, num_experts: int, path=None, *, la
     tokens, lines = [visible(token) for token in tokens], []
     for layer in range(experts.shape[1]) if layers is None else layers:
         chosen = experts[:, layer].tolist()
-        lines += [[(f"layer {layer}", None)], *wrap(tokens[:shown], [k[0] for k in chosen[:shown]]), []]
+        lines += [[(f"layer {layer}", None)], *wrap(tokens[:shown], [k[0] for k in chosen[:shown]], ends), []]
         for expert, share, frequent in frequent_tokens(tokens, chosen, num_experts, most):
             counts = "  ".join(f"{t if t.strip() else '␣' * len(t)} {count}/{total}" for t, count, total in frequent)
             lines.append([(f" {expert:3} ", expert), (f" {share:5.1%}  {counts}"[: WIDTH - 5], None)])
@@ -64,15 +67,18 @@ def columns(text: str) -> int:
     return sum(2 if unicodedata.east_asian_width(c) in "WF" else 0 if unicodedata.combining(c) else 1 for c in text)
 
 
-def wrap(tokens, experts) -> list[list]:
-    """Lines of (token, expert), none wider than WIDTH."""
+def wrap(tokens, experts, ends=()) -> list[list]:
+    """Lines of (token, expert), none wider than WIDTH; a gap without an expert behind the indices in `ends`."""
     lines, room = [], 0
-    for token, expert in zip(tokens, experts, strict=True):
+    for i, (token, expert) in enumerate(zip(tokens, experts, strict=True)):
         if columns(token) > room:
             lines.append([])
             room = WIDTH
         lines[-1].append((token, expert))
         room -= columns(token)
+        if i in ends and room:
+            lines[-1].append((" ", None))
+            room -= 1
     return lines
 
 

@@ -380,7 +380,7 @@ def test_a_collapsed_layer_is_told(shares, top_k, collapsed):
         ({"step": 0}, "untrained: this checkpoint is that of step 0"),
         ({"original_score": 140.0}, "untrained: the perplexity is above half of the vocabulary's 257 tokens"),
         ({"original_score": 140.0, "score": "accuracy"}, None),
-        ({"tied_routes": [99]}, "all routes tied"),
+        ({"tied_routes": [99]}, "100.00% of the routes are tied"),
         ({"tied_routes": [98]}, None),
         ({}, None),
     ],

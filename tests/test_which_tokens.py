@@ -50,6 +50,15 @@ def test_lines_are_no_wider_than_the_page_and_nothing_is_lost():
     assert [t for t, _ in pieces(text, 5)[:-5]] == [visible(w) for w in words]
 
 
+def test_a_gap_follows_the_end_of_a_text():
+    text = tokens_by_expert(WORDS, EXPERTS, 3, layers=[0], ends={1, 6})
+    gaps = re.sub(r"\x1b\[30;48[^m]*m(.*?)\x1b\[0m", r"<\1>", text).split("\n")[1]
+    assert gaps == "<The>< cat> < sat>< on>< the>< mat><↵> < cat>"
+    words = ["x" * 50] * 4  # where a line is full, its end is gap enough
+    text = tokens_by_expert(words, torch.zeros(4, 1, dtype=torch.long), 1, ends={1})
+    assert re.sub(r"\x1b\[[\d;]*m", "", text).split("\n")[1:3] == ["x" * 100] * 2
+
+
 def test_the_picture_has_as_much_of_a_colour_as_its_expert_has_letters(tmp_path):
     words = ["    "] * 60  # no ink, only the background
     experts = torch.tensor([[0]] * 30 + [[1]] * 20 + [[2]] * 10)
