@@ -1,0 +1,469 @@
+"""The experiments of PLAN.md and their arms, and the variants of a method that only an experiment needs.
+
+A variant replaces one named function of train.py (or adds a loss to train.METHODS) in its own process: `Arm.setup` is
+called before train.parse and says which. Everything else of a run is train.py as it stands.
+"""
+
+from collections.abc import Callable
+from typing import Literal, NamedTuple
+
+import torch
+
+import data
+import train
+from baselines import gmpo_loss, grpo_loss
+from erl import explore
+from erpo import erpo_loss
+from moe import Routes
+from rais import CLIP_RANGES, rais_loss, router_shift
+from support.arguments import options_of
+from support.tasks import rng
+
+# ---------------------------------------------------------------------------------------------------------------------
+# ERL: controls replace train.explore
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def explore_then(change: Callable):
+    """A setup: what `explore` found is passed through change(paths, generator)."""
+
+    def variant(forward, mask, top_k, *, generator=None, **options):
+        return change(explore(forward, mask, top_k, generator=generator, **options), generator)
+
+    def setup():
+        train.explore = variant
+
+    return setup
+
+
+def random_expert(paths, generator):
+    """The decisions and advantages stay; what they are credited to are other experts, drawn anew: of all E, so that
+    with one chance in E it is the expert that worked."""
+    scores = torch.rand(*paths.experts.shape[:3], paths.original[1].shape[-1], generator=generator)
+    experts = scores.topk(paths.experts.shape[3]).indices.to(paths.experts.device)  # [m * B, T, L, K]
+    return paths._replace(experts=experts, old_router_log_probs=paths.perturbed[1].detach().gather(-1, experts))
+
+
+def centred(paths, generator):
+    """Advantages less their mean over the m passes at the same position: no position is better or worse as such."""
+    A = paths.advantages.unflatten(0, (-1, len(paths.original[0])))  # [m, B, T]
+    return paths._replace(advantages=(A - A.mean(0)).flatten(0, 1))
+
+
+def shuffled(paths, generator):
+    """The same advantages in random places."""
+    A, counts = paths.advantages.clone(), paths.S.any(-1)
+    A[counts] = A[counts][torch.randperm(int(counts.sum()), generator=generator)]
+    return paths._replace(advantages=A)
+
+
+def mean_alone(paths, generator):
+    """The mean of the step's advantages everywhere."""
+    counts = paths.S.any(-1)
+    mean = paths.advantages[counts].mean() if counts.any() else 0.0
+    return paths._replace(advantages=torch.full_like(paths.advantages, mean))
+
+
+def sharpening(strength: float):
+    """A setup: plain LM training with `strength` times the routers' mean entropy added to the loss, ERL's suspected
+    side effect alone. Replaces train.original_loss."""
+    plain = train.original_loss
+
+    def variant(model, features, routing, batch, args):
+        loss, metrics, log_probs = plain(model, features, routing, batch, args)
+        if routing.logits.shape[2]:
+            log_p = routing.logits.log_softmax(-1)
+            entropy = -(log_p.exp() * log_p).sum(-1)[batch.routed].mean()
+            loss = loss + strength * entropy
+        return loss, metrics, log_probs
+
+    def setup():
+        train.original_loss = variant
+
+    return setup
+
+
+def as_published():
+    """ERL as the public code of its first author does it, as far as reading it tells: the advantage is about the
+    probability of the token that a position reads, not of the one that it predicts (there of the tokens that its own
+    forward has seen); each pass has dropout of its own (here 0.1 on what enters the first router's layer); one map of
+    perturbed positions holds for all rows and layers. Replaces train.explore, train.erl_losses, train.original_loss
+    and train.perturbed_log_probs. Its experts drawn from the router are not in it."""
+    plain_losses, plain_loss, plain_log_probs = train.erl_losses, train.original_loss, train.perturbed_log_probs
+
+    def of_tokens_read(model, features, batch):
+        with torch.no_grad():
+            return model.token_log_probs(features, batch.tokens[:, :-1].repeat(len(features) // len(batch.mask), 1))
+
+    def original_loss(model, features, routing, batch, args):
+        loss, metrics, _ = plain_loss(model, features, routing, batch, args)
+        return loss, metrics, of_tokens_read(model, features, batch)
+
+    def perturbed_log_probs(model, features, batch, S, args):
+        return of_tokens_read(model, features, batch), plain_log_probs(model, features, batch, S, args)[1]
+
+    def losses(model, batch, args, step):
+        branch, generator = model.branch, rng(args.seed, "dropout", step)
+
+        def with_dropout(hidden, *rest, **named):
+            keep = torch.rand(hidden.shape, generator=generator).to(hidden.device) >= 0.1
+            return branch(hidden * keep / 0.9, *rest, **named)
+
+        model.branch = with_dropout
+        try:
+            yield from plain_losses(model, batch, args, step)
+        finally:
+            model.branch = branch
+
+    def one_map(forward, mask, top_k, *, alpha, generator=None, **options):
+        def forward_on_one_map(routes):
+            if routes is not None:
+                places = (torch.rand(routes[1].shape[1], generator=generator) < alpha).to(routes[1].device)  # [T]
+                routes[1].copy_(places[None, :, None].expand_as(routes[1]))  # S of `explore` too: the same tensor
+            return forward(routes)
+
+        return explore(forward_on_one_map, mask, top_k, alpha=alpha, generator=generator, **options)
+
+    train.explore, train.erl_losses = one_map, losses
+    train.original_loss, train.perturbed_log_probs = original_loss, perturbed_log_probs
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# ERL: kinds of starts
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def little_text():
+    """The training text cut to 32 kB. Replaces data.load_text."""
+    plain = data.load_text
+
+    def load_text(name, split, *rest, **named):
+        text = plain(name, split, *rest, **named)
+        return text._replace(tokens=text.tokens[: 32 * 1024]) if split == "train" else text
+
+    data.load_text = load_text
+
+
+DOMAINS = 8
+
+
+def ciphers(vocabulary: int) -> torch.Tensor:
+    """[DOMAINS, vocabulary] permutations of the 256 bytes: one text in eight alphabets. The first is the text."""
+    table = torch.arange(vocabulary).repeat(DOMAINS, 1)
+    for domain in range(1, DOMAINS):
+        table[domain, :256] = torch.randperm(256, generator=rng("cipher", domain))
+    return table
+
+
+def domains_of(rows: int, step: int) -> torch.Tensor:
+    """[rows] of a step's batch: in turn."""
+    return (step * rows + torch.arange(rows)) % DOMAINS
+
+
+def eight_domains():
+    """Training rows are written in the eight alphabets in turn, and so are the windows of the held-out texts (the
+    last target of a window is the first byte of the next one, so 1 of 256 predictions is hopeless, for every arm).
+    Replaces data.load_text and train.load_task."""
+    plain_text, plain_task = data.load_text, train.load_task
+
+    def load_text(name, split, tokenizer, **named):
+        text = plain_text(name, split, tokenizer, **named)
+        if split == "train":
+            return text
+        tokens = torch.from_numpy(text.tokens.astype("int64"))
+        domain = torch.arange(len(tokens)) // 256 % DOMAINS
+        return text._replace(tokens=ciphers(tokenizer.vocab_size)[domain, tokens].numpy())
+
+    def load_task(args, context, generative):
+        task = plain_task(args, context, generative)
+        table, plain = ciphers(task.tokenizer.vocab_size), task.batch
+
+        def batch(step):
+            drawn = plain(step)
+            domain = domains_of(len(drawn.tokens), step)
+            return drawn._replace(tokens=table[domain[:, None], drawn.tokens])
+
+        batch.per_epoch = plain.per_epoch
+        return task._replace(batch=batch)
+
+    data.load_text, train.load_task = load_text, load_task
+
+
+def one_expert_a_domain():
+    """The start of erl-domains: a MoE whose expert e of every layer sees alphabet e alone. Replaces train.lm_losses."""
+    eight_domains()
+
+    def lm_losses(model, batch, args, step):
+        c, (B, T) = model.config, batch.mask.shape
+        domain = domains_of(B, step).to(batch.tokens.device).view(-1, 1, 1, 1)
+        experts = domain.expand(B, T, len(c.moe_blocks), c.top_k)
+        routes = Routes(experts, torch.ones_like(experts[..., 0], dtype=torch.bool))
+        features, routing = model.branch(model.stem(batch.tokens[:, :-1]), routes)
+        yield train.original_loss(model, features, routing, batch, args)[:2]
+
+    train.lm_losses = lm_losses
+
+
+def new_routers():
+    """The arms of erl-domains: the start's routers are drawn anew. Replaces train.initial_model."""
+    eight_domains()
+    plain = train.initial_model
+
+    def initial_model(args, tokenizer, dense_first):
+        model, target = plain(args, tokenizer, dense_first)
+        for name, p in model.named_parameters():
+            if name.endswith("router.weight"):
+                torch.nn.init.normal_(p, std=0.1, generator=rng(args.seed, "new routers", name))
+        return model, target
+
+    train.initial_model = initial_model
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Generated answers: losses that are entries of train.METHODS
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def method(name: str, loss: Callable):
+    """A setup: --algo NAME."""
+
+    def setup():
+        train.METHODS[name], train.OPTIONS[name] = loss, options_of(loss)
+
+    return setup
+
+
+def no_update(log_probs, response_mask):
+    """The start, evaluated as the arms are."""
+    return 0 * log_probs.masked_fill(~response_mask, 0).sum(), {"ratio_neg_log": log_probs.new_zeros(())}
+
+
+def positive_only(
+    log_probs, old_log_probs, advantages, response_mask, *, clip_low: float = 0.2, clip_high: float = 0.28
+):
+    """GRPO on the responses that were better than their group alone."""
+    clip = {"clip_low": clip_low, "clip_high": clip_high}
+    return grpo_loss(log_probs, old_log_probs, advantages.clamp(min=0), response_mask, **clip)
+
+
+def yoked(log_probs, old_log_probs, advantages, response_mask, router_log_probs, old_router_log_probs):
+    """GMPO with every token's gamma replaced by the mean gamma of this very update: the size of the shift without
+    knowing where."""
+    gamma = router_shift(router_log_probs, old_router_log_probs)
+    mean = gamma[response_mask].mean() if response_mask.any() else gamma.new_ones(())
+    loss, metrics = gmpo_loss(log_probs, old_log_probs - mean.log(), advantages, response_mask)
+    return loss, metrics | {"gamma_mean": mean}
+
+
+def gamma_shuffled(log_probs, old_log_probs, advantages, response_mask, router_log_probs, old_router_log_probs):
+    """RAIS with the update's gammas given to random tokens of it."""
+    gamma = router_shift(router_log_probs, old_router_log_probs)
+    values = gamma[response_mask]
+    order = torch.randperm(len(values), generator=rng("gammas", len(values), float(log_probs.detach().sum())))
+    gamma = gamma.masked_scatter(response_mask, values[order.to(values.device)])
+    loss, metrics = gmpo_loss(log_probs, old_log_probs - gamma.log(), advantages, response_mask)
+    return loss, metrics | {"gamma_mean": values.mean()}
+
+
+def with_gradient(log_probs, old_log_probs, advantages, response_mask, router_log_probs, old_router_log_probs):
+    """RAIS without its stop-gradient: GMPO on log w + log gamma, gamma with a gradient."""
+    shift = (router_log_probs - old_router_log_probs).abs().mean((2, 3)).masked_fill(~response_mask, 0)  # [B, T]
+    gamma = (-shift).exp().clamp(min=0.8)
+    loss, metrics = gmpo_loss(log_probs + gamma.log(), old_log_probs, advantages, response_mask)
+    return loss, metrics | {"gamma_mean": gamma.detach()[response_mask].mean()}
+
+
+def rais_over(base: str):
+    """RAIS over another base, its options those of rais_loss."""
+
+    def loss(
+        log_probs,
+        old_log_probs,
+        advantages,
+        response_mask,
+        router_log_probs,
+        old_router_log_probs,
+        *,
+        floor: float = 0.8,
+        layers: Literal["mean", "sum"] = "mean",
+    ):
+        low, high = CLIP_RANGES[base]
+        options = {"base": base, "clip_low": low, "clip_high": high, "floor": floor, "layers": layers}
+        given = (log_probs, old_log_probs, advantages, response_mask, router_log_probs, old_router_log_probs)
+        return rais_loss(*given, **options)
+
+    return loss
+
+
+def erpo_permuted(
+    log_probs,
+    old_log_probs,
+    rewards,
+    response_mask,
+    experts,
+    old_experts,
+    expert_probs,
+    old_expert_probs,
+    *,
+    num_experts: int,
+    group_size: int,
+):
+    """ERPO whose clusters have the sizes of the real ones and no meaning: within each row and layer the tokens change
+    places, old and new policy alike."""
+    B, T, L, K = experts.shape
+    generator = rng("permuted", float(log_probs.detach().sum()))
+    scores = torch.rand(B, T, L, generator=generator).to(experts.device)
+    # Response positions in their order, and in a random order; padding stays behind them, where it is.
+    place = torch.arange(T, device=experts.device).view(1, T, 1).expand(B, T, L)
+    outside = ~response_mask[:, :, None].expand(B, T, L)
+    there = torch.where(outside, T + place, place).argsort(1)
+    other = torch.where(outside, T + place, scores).argsort(1)
+    source = torch.empty_like(there).scatter_(1, there, other)[..., None].expand(B, T, L, K)
+    moved = [x.gather(1, source) for x in (experts, old_experts, expert_probs, old_expert_probs)]
+    sizes = {"num_experts": num_experts, "group_size": group_size}
+    return erpo_loss(log_probs, old_log_probs, rewards, response_mask, *moved, **sizes)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The experiments
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+class Arm(NamedTuple):
+    flags: str  # of train.py, beside those of the experiment
+    about: str
+    setup: Callable | None = None
+    tier: int = 1  # 0: a primary contrast needs it; then 1, then 2, where time is short
+
+
+class Experiment(NamedTuple):
+    about: str
+    common: str  # flags of every run
+    start: str  # flags of the run that all arms of a start begin from
+    then: str  # flags of every arm
+    arms: dict[str, Arm]
+    start_setup: Callable | None = None
+    arm_setup: Callable | None = None  # before the arm's own
+    minutes: tuple[float, float] = (1.0, 1.0)  # of one core: the start's run, an arm
+
+
+SHARPENING = (0.01, 0.03, 0.1, 0.3)
+ERL_ARMS = {
+    "lm": Arm("--algo lm", "MoE", tier=0),
+    "erl": Arm("--algo erl", "ERL, gradient through the whole network (eq. 14)", tier=0),
+    "erl-expert-random": Arm("--algo erl", "ERL that credits random experts", explore_then(random_expert), 0),
+    "erl-router": Arm("--algo erl --erl-grad router", "ERL, gradient to the routers alone"),
+    "erl-centred": Arm("--algo erl", "ERL, advantages centred within each position", explore_then(centred)),
+    "erl-shuffled": Arm("--algo erl", "ERL, advantages shuffled", explore_then(shuffled)),
+    "erl-mean": Arm("--algo erl", "ERL, the mean advantage alone", explore_then(mean_alone)),
+    **{f"sharpen-{s:g}": Arm("--algo lm", f"MoE + {s:g} x router entropy", sharpening(s)) for s in SHARPENING},
+    "erl-wpl": Arm("--algo erl --wpl", "ERL with the perturbed passes' LM loss (wPL)", tier=2),
+    "erl-published": Arm("--algo erl", "ERL as published", as_published, 2),
+    "lm-straight": Arm("--algo lm --gate straight", "MoE, gate with a gradient", tier=2),
+    "lm-plain": Arm("--algo lm --balance-coef 0 --z-coef 0", "MoE without balance and z loss", tier=2),
+    "erl-plain": Arm("--algo erl --balance-coef 0 --z-coef 0", "ERL without balance and z loss", tier=2),
+    "erl-no-clip": Arm("--algo erl --clip-grad 0", "ERL without a limit on the gradient", tier=2),
+}
+
+
+REPLAY, FROZEN = "--replay routing", "--freeze-router"
+ANSWER_ARMS = {
+    "none": Arm("--algo none", "no update", method("none", no_update), 0),
+    "positive": Arm("--algo positive", "GRPO, positive advantages alone", method("positive", positive_only)),
+    "grpo": Arm("--algo grpo", "GRPO"),
+    "gspo": Arm("--algo gspo", "GSPO", tier=0),
+    "gmpo": Arm("--algo gmpo", "GMPO", tier=0),
+    "cispo": Arm("--algo cispo", "CISPO"),
+    "erpo": Arm("--algo erpo", "ERPO", tier=0),
+    "erpo-none": Arm("--algo erpo --entropy-reward none", "ERPO without entropy reward"),
+    "erpo-absolute": Arm("--algo erpo --entropy-reward absolute", "ERPO, absolute entropy"),
+    "erpo-permuted": Arm(
+        "--algo erpo-permuted", "ERPO, clusters without meaning", method("erpo-permuted", erpo_permuted)
+    ),
+    "rais": Arm("--algo rais", "RAIS over GMPO", tier=0),
+    "rais-yoked": Arm("--algo rais-yoked", "GMPO, the update's mean gamma", method("rais-yoked", yoked), 0),
+    "rais-shuffled": Arm("--algo rais-shuffled", "RAIS, gammas shuffled", method("rais-shuffled", gamma_shuffled)),
+    "rais-gradient": Arm(
+        "--algo rais-gradient", "RAIS, gradient through gamma", method("rais-gradient", with_gradient)
+    ),
+    "rais-grpo": Arm("--algo rais-grpo", "RAIS over GRPO", method("rais-grpo", rais_over("grpo"))),
+    "rais-gspo": Arm("--algo rais-gspo", "RAIS over GSPO", method("rais-gspo", rais_over("gspo"))),
+    "rais-no-floor": Arm("--algo rais --floor 0", "RAIS without a floor", tier=2),
+    "rais-sum": Arm("--algo rais --layers sum", "RAIS, layers multiplied", tier=2),
+    "gmpo-replay": Arm(f"--algo gmpo {REPLAY}", "GMPO, routes replayed", tier=2),
+    "gmpo-frozen": Arm(f"--algo gmpo {FROZEN}", "GMPO, router frozen", tier=2),
+    **{
+        f"gmpo-balance{name}": Arm(
+            f"--algo gmpo --answer-balance-coef 1e-3 {flags}", f"GMPO, 1e-3 balance{about}", tier=2
+        )
+        for name, flags, about in (
+            ("", "", ""),
+            ("-replay", REPLAY, ", routes replayed"),
+            ("-frozen", FROZEN, ", router frozen"),
+        )
+    },
+    # 16 prompts a batch in 4 minibatches is the arms' setting. More updates on a batch (staleness), and fresh batches
+    # of a minibatch's size (the same number and size of updates, none of them stale).
+    **{
+        f"{algo}-{m}-of-a-batch": Arm(f"--algo {algo} --minibatches {m}", f"{algo}, {m} updates a batch", tier=2)
+        for algo in ("gmpo", "rais", "grpo")
+        for m in (1, 16)
+    },
+    **{
+        f"{algo}-64-of-a-batch": Arm(
+            f"--algo {algo} --prompts-per-step 64 --minibatches 64 --steps 10",
+            f"{algo}, 64 updates a batch of 64",
+            tier=2,
+        )
+        for algo in ("gmpo", "rais", "grpo")
+    },
+    **{
+        f"{algo}-fresh": Arm(
+            f"--algo {algo} --prompts-per-step 4 --minibatches 1 --steps 160",
+            f"{algo}, fresh batches of 4 prompts",
+            tier=2,
+        )
+        for algo in ("gmpo", "rais", "grpo")
+    },
+}
+
+TEXT = "--dataset pydocs --batch-size 4 --eval-samples 40"
+EXPERIMENTS = {
+    "erl-text": Experiment(
+        "a tiny dense byte model of the embedded text, upcycled; all arms from the same model",
+        TEXT,
+        "--algo dense --steps 400 --eval-every 400",
+        "--steps 120 --eval-every 40 --checkpoint-every 120",
+        ERL_ARMS,
+        minutes=(1.7, 1.3),
+    ),
+    "erl-overfit": Experiment(
+        "the same on 32 kB of it, long enough to overfit",
+        TEXT,
+        "--algo dense --steps 500 --eval-every 500",
+        "--steps 120 --eval-every 40 --checkpoint-every 120",
+        ERL_ARMS,
+        little_text,
+        little_text,
+        minutes=(1.4, 1.3),
+    ),
+    "erl-domains": Experiment(
+        "positive control: each expert was trained on one of eight alphabets, then the routers are drawn anew",
+        TEXT,
+        "--algo lm --pretrain-steps 0 --lr 1e-3 --steps 600 --eval-every 600",
+        "--steps 120 --eval-every 40 --checkpoint-every 120",
+        ERL_ARMS,
+        one_expert_a_domain,
+        new_routers,
+        minutes=(2.5, 1.3),
+    ),
+    "answers": Experiment(
+        "sums of two numbers of eight digits, worked out in writing; all arms from the same supervised model",
+        "--dataset written-addition --top-k 2 --test-samples 500 --eval-samples 100 --prompts-per-step 16",
+        "--algo none --pretrain-steps 600 --steps 1",
+        "--pretrain-steps 0 --steps 40 --eval-every 20 --minibatches 4",
+        ANSWER_ARMS,
+        method("none", no_update),
+        minutes=(10.0, 10.0),
+    ),
+}

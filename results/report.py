@@ -1,0 +1,253 @@
+"""Tables and pictures of the experiments, from results/runs/*.json alone: docs/findings.md, results/erl.png.
+
+`write()` replaces what stands between the two marks of docs/findings.md; the words around them are a person's.
+"""
+
+import math
+import pathlib
+import statistics
+
+from matplotlib.figure import Figure
+
+from results.arms import EXPERIMENTS
+from results.verdict import FIRST_START, RUNS, Contrast, above_line, differences, estimate, read_runs, verdicts
+
+ROOT = pathlib.Path(__file__).parent.parent
+FINDINGS = ROOT / "docs" / "findings.md"
+MARKS = ("<!-- from here: python results/reproduce.py report -->", "<!-- to here -->")
+CHANCE_MRR = sum(1 / r for r in range(1, 101)) / 100
+# Figures of the ERL tables: name in the JSON, heading, digits
+COLUMNS = (
+    ("best_perplexity", "best perplexity", 3),
+    ("perplexity", "last", 3),
+    ("mrr", "MRR", 3),
+    ("hit1", "Hit@1", 3),
+    ("original_score", "own route", 3),
+    ("perturbed_score", "99 others", 3),
+    ("best_of_99_score", "best of 99", 3),
+    ("router_entropy", "entropy", 3),
+    ("load_max", "largest load", 3),
+    ("top1_above_0.9", "above 0.9", 3),
+)
+
+
+def row(*cells) -> str:
+    return "| " + " | ".join(str(c) for c in cells) + " |"
+
+
+def heading(*cells) -> list[str]:
+    return [row(*cells), row(*["---"] * len(cells))]
+
+
+def values_of(runs, experiment: str, arm: str, figure: str, first: int) -> list[float]:
+    return [
+        r["figures"][figure]
+        for (e, a, start), r in sorted(runs.items())
+        if (e, a) == (experiment, arm) and start >= first and figure in r.get("figures", {})
+    ]
+
+
+def shown(values: list[float], digits: int) -> str:
+    """Mean and standard deviation over starts."""
+    if not values:
+        return "-"
+    spread = f" ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 else ""
+    return f"{statistics.fmean(values):.{digits}f}{spread}"
+
+
+def interval(values: list[float], margin: float = 1.0, scale: float = 1.0, digits: int = 3) -> str:
+    found = estimate(values, margin)
+    if found is None:
+        return "-"
+    mean, low, high = (scale * x for x in (found.mean, found.low, found.high))
+    return f"{mean:+.{digits}f} [{low:+.{digits}f}, {high:+.{digits}f}]"
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Tables
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def claims(runs) -> list[str]:
+    lines = heading("claim", "ours", "difference, 95 % interval", "control", "starts", "verdict", "command")
+    for found in verdicts(runs):
+        c: Contrast = found["contrast"]
+        ours = " against ".join(
+            shown(values_of(runs, c.experiment, arm, c.figure, FIRST_START), 3) for arm in (c.arm, c.control)
+        )
+        values = differences(runs, c)
+        scale, unit = (100, " %") if c.lower_is_better else (1, "")
+        difference = interval(values, c.margin, scale) + unit if len(values) > 1 else "-"
+        command = f"`python results/reproduce.py {c.experiment} --starts 100-109 --tier 0`"
+        verdict = f"**{found['verdict']}** ({found['why']}; margin {scale * c.margin:g}{unit})"
+        name = f"`{c.name}`: {c.figure.replace('_', ' ')}, {c.claim}"
+        lines.append(row(name, ours, difference, f"`{c.control}`", len(values), verdict, command))
+    return lines
+
+
+def erl_tables(runs, experiment: str, first: int) -> list[str]:
+    arms = [a for a in EXPERIMENTS[experiment].arms if values_of(runs, experiment, a, "mrr", first)]
+    lines = heading("arm", "starts", *(name for _, name, _ in COLUMNS))
+    for arm in arms:
+        cells = [shown(values_of(runs, experiment, arm, key, first), digits) for key, _, digits in COLUMNS]
+        lines.append(row(f"`{arm}`", len(values_of(runs, experiment, arm, "mrr", first)), *cells))
+    lines += [
+        "",
+        "Paired within the start, 95 % intervals, unadjusted (exploratory, but for the primary contrasts; positive "
+        "is lower perplexity, larger MRR):",
+        "",
+    ]
+    lines += heading(
+        "arm", "perplexity against `lm`, %", "MRR less that of `lm`", "`erl`'s MRR less its own", "above the line"
+    )
+    for arm in arms:
+        if arm == "lm":
+            continue
+        perplexity = Contrast("", "", experiment, arm, "lm", "best_perplexity", 1, 1, True)
+        mrr, behind = (Contrast("", "", experiment, a, b, "mrr", 1, 1) for a, b in ((arm, "lm"), ("erl", arm)))
+        line = "on it" if arm.startswith("sharpen") else interval(above_line(runs, experiment, arm, first))
+        cells = (
+            interval(differences(runs, perplexity, first), scale=100, digits=2),
+            interval(differences(runs, mrr, first)),
+            interval(differences(runs, behind, first)) if arm != "erl" else "-",
+            line,
+        )
+        lines.append(row(f"`{arm}`", *cells))
+    return lines
+
+
+def answer_tables(runs, first: int) -> list[str]:
+    columns = (
+        ("accuracy", "accuracy"),
+        ("before_accuracy", "before"),
+        ("mean_clip_share", "clip share"),
+        ("mean_ratio_neg_log_later", "mean -log ratio"),
+        ("mean_gamma_mean", "gamma"),
+        ("mean_agreement", "routes kept"),
+        ("spread_grad_norm", "spread of gradient norm"),
+        ("dropped_share", "pairs without ratio"),
+    )
+    lines = heading("arm", "starts", *(name for _, name in columns))
+    for arm in EXPERIMENTS["answers"].arms:
+        if ran := values_of(runs, "answers", arm, "accuracy", first):
+            cells = [shown(values_of(runs, "answers", arm, key, first), 3) for key, _ in columns]
+            lines.append(row(f"`{arm}`", len(ran), *cells))
+    sizes = values_of(runs, "answers", "start", "median_cluster", first)
+    return lines + ["", f"Median cluster of the starting models: {shown(sizes, 1)} tokens."]
+
+
+def not_run(runs) -> list[str]:
+    lines = heading("experiment", "arms with 10 confirmatory starts", "with fewer", "with none", "command that goes on")
+    for name, e in EXPERIMENTS.items():
+        count = {arm: len({s for n, a, s in runs if (n, a) == (name, arm) and s >= FIRST_START}) for arm in e.arms}
+        cells = (
+            ", ".join(f"`{a}`" for a, n in count.items() if n >= 10),
+            ", ".join(f"`{a}` ({n})" for a, n in count.items() if 0 < n < 10),
+            ", ".join(f"`{a}`" for a, n in count.items() if not n),
+        )
+        command = f"`python results/reproduce.py {name} --starts 100-109 --jobs 2 --minutes 600`"
+        lines.append(row(f"`{name}`", *(c or "-" for c in cells), command))
+    failed = [f"`{e}/{a}-{s}`: {r['failed']}" for (e, a, s), r in sorted(runs.items()) if "failed" in r]
+    return lines + (["", "Runs that broke off: " + "; ".join(failed)] if failed else [])
+
+
+def generated(runs) -> str:
+    parts = ["## Claims", *claims(runs)]
+    for name, e in EXPERIMENTS.items():
+        for first, which in ((FIRST_START, "confirmatory starts"), (0, "tuning starts, which decide nothing")):
+            some = {k: r for k, r in runs.items() if k[0] == name and (k[2] >= FIRST_START) == (first > 0)}
+            if any(k[1] != "start" for k in some):
+                parts += [f"## `{name}`: {which}", e.about.capitalize() + "."]
+                parts += [erl_table_words(some)] if name != "answers" else []
+                parts += erl_tables(some, name, first) if name != "answers" else answer_tables(some, first)
+    parts += ["## What has not run", *not_run(runs)]
+    text = []
+    for part in parts:  # a blank line between paragraphs, none within a table
+        text += ["", part] if not part.startswith("|") or not text or not text[-1].startswith("|") else [part]
+    return "\n".join(text).strip() + "\n"
+
+
+def erl_table_words(runs) -> str:
+    windows = {r["figures"].get("windows") for r in runs.values() if "windows" in r.get("figures", {})}
+    return (
+        f"Mean ± standard deviation over starts. Ranks, entropy, load over {', '.join(map(str, sorted(windows)))} "
+        f"windows of the test split along 100 routes; chance is MRR {CHANCE_MRR:.3f}, Hit@1 0.010; entropy in nats, at "
+        f"most {math.log(8):.3f}; even load 0.125."
+    )
+
+
+def write(findings=FINDINGS, picture=ROOT / "results" / "erl.png", folder=RUNS):
+    runs = read_runs(folder)
+    before, after = findings.read_text().split(MARKS[0])[0], findings.read_text().split(MARKS[1])[1]
+    findings.write_text(before + MARKS[0] + "\n\n" + generated(runs) + "\n" + MARKS[1] + after)
+    experiments = [n for n in EXPERIMENTS if any(k[0] == n and "mrr" in r.get("figures", {}) for k, r in runs.items())]
+    if experiments:
+        draw(runs, experiments, picture)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The picture
+# ---------------------------------------------------------------------------------------------------------------------
+
+COLOURS = {
+    "lm": "black",
+    "erl": "tab:red",
+    "erl-expert-random": "tab:blue",
+    "erl-centred": "tab:purple",
+    "erl-shuffled": "tab:cyan",
+    "erl-mean": "tab:olive",
+    "erl-router": "tab:orange",
+    "erl-wpl": "tab:pink",
+    "erl-published": "tab:brown",
+    "sharpen": "tab:gray",
+}
+
+
+def draw(runs, experiments: list[str], path):
+    """MRR against router entropy, a dot a run; below it what the run cost or gained in perplexity."""
+    figure = Figure(figsize=(6.4 * len(experiments) + 2.6, 8), layout="constrained")
+    axes = figure.subplots(2, len(experiments), sharex="col", squeeze=False, height_ratios=(3, 2))
+    labels = {}
+    for column, experiment in enumerate(experiments):
+        mine = {
+            (a, s): r["figures"] for (e, a, s), r in runs.items() if e == experiment and "mrr" in r.get("figures", {})
+        }
+        confirmatory = any(s >= FIRST_START for _, s in mine)
+        mine = {k: f for k, f in mine.items() if (k[1] >= FIRST_START) == confirmatory}
+        top, bottom = axes[:, column]
+        draw_column(mine, top, bottom, labels)
+        starts = sorted({s for _, s in mine})
+        kind = "confirmatory" if confirmatory else "tuning"
+        top.set_title(f"{experiment}: {len(starts)} {kind} starts ({starts[0]}-{starts[-1]})")
+        bottom.set_xlabel(f"router entropy [nats] (all experts alike: {math.log(8):.2f}); sharper to the right")
+        top.invert_xaxis()
+    axes[0, 0].set_ylabel("MRR of the router's own route among 100")
+    axes[1, 0].set_ylabel("perplexity against MoE\nof the same start [%] (lower is better)")
+    figure.legend(labels.values(), labels.keys(), loc="outside right upper", title="a dot is a run")
+    figure.suptitle(
+        "Does ERL find better experts, or does it sharpen the router? Above the grey line: better than sharpening"
+    )
+    figure.savefig(path, dpi=110)
+
+
+def draw_column(figures: dict, top, bottom, labels: dict):
+    for arm in [*COLOURS, *sorted({a for a, _ in figures} - set(COLOURS))]:
+        dots = [(f, s) for (a, s), f in figures.items() if (a.startswith("sharpen") if arm == "sharpen" else a == arm)]
+        if not dots or arm.startswith("sharpen-"):
+            continue
+        about = {"sharpen": "MoE + entropy penalty\n(sharpening alone)", "lm": "MoE"}.get(arm, arm)
+        colour, marker = COLOURS.get(arm), "x" if arm == "sharpen" else "o"
+        entropy = [f["router_entropy"] for f, _ in dots]
+        labels[about] = top.scatter(entropy, [f["mrr"] for f, _ in dots], s=34, color=colour, marker=marker, alpha=0.8)
+        changes = [(f["router_entropy"], f["best_perplexity"], figures.get(("lm", s))) for f, s in dots]
+        changes = [(h, 100 * (p / base["best_perplexity"] - 1)) for h, p, base in changes if base]
+        bottom.scatter(*zip(*changes, strict=True), s=34, color=colour, marker=marker, alpha=0.8) if changes else None
+    line = {}  # arm -> its mean point
+    for arm in {a for a, _ in figures if a == "lm" or a.startswith("sharpen-")}:
+        ran = [f for (a, _), f in figures.items() if a == arm]
+        line[arm] = tuple(statistics.fmean(f[k] for f in ran) for k in ("router_entropy", "mrr"))
+    labels["its line (means over starts)"] = top.plot(
+        *zip(*sorted(line.values()), strict=True), color="tab:gray", lw=2
+    )[0]
+    labels["chance"] = top.axhline(CHANCE_MRR, color="black", ls=":", lw=1)
+    bottom.axhline(0, color="black", lw=1)
