@@ -638,9 +638,10 @@ def test_jitter_is_asked_for_and_touches_the_router_alone():
     assert all(torch.equal(a, b) for a, b in zip(noise, model.jitter(tokens.shape, 0.01, rng()), strict=True))
     plain, jittered = model(tokens), model(tokens, noise=noise)
     assert not torch.equal(plain.routing.logits, jittered.routing.logits)
-    router = model.blocks[1].mlp.router.weight  # of the only MoE block: it sees the same, and its router does not
+    router = model.blocks[1].mlp.router.weight  # of the only MoE block: what its router sees is recorded, noise and all
     torch.testing.assert_close(jittered.routing.logits[:, :, 0], (plain.routing.inputs[0] * noise[0]) @ router.T)
-    assert torch.equal(jittered.routing.inputs[0], plain.routing.inputs[0])
+    assert torch.equal(jittered.routing.inputs[0], plain.routing.inputs[0] * noise[0])
+    torch.testing.assert_close(model.route_again(jittered.routing.inputs), jittered.routing.logits)
     routes = random_routes(model, *tokens.shape, alpha=1.0)
     assert torch.equal(model(tokens, routes=routes).logits, model(tokens, routes=routes, noise=noise).logits)
     dense = make(n_expert=1, top_k=1)
