@@ -5,7 +5,7 @@
 
 MODEL is a hub id or folder of a Qwen2-MoE, Qwen3-MoE, OLMoE, Mixtral or GPT-OSS; a dense one is upcycled.
 Each sample is a window of a text, scored along its own route and along 99 perturbed ones (see eval_routing.py).
-Writes routing.json, its pictures, and which_tokens.png / .txt: the first sample coloured by expert.
+Writes routing.json and eval_routing.py's pictures, and routing_tokens.txt, the coloured text for a terminal.
 """
 
 import os
@@ -17,8 +17,9 @@ from tqdm import tqdm
 from erl import random_routes
 from eval_routing import Scored, figures, route_alphas, show_tokens
 from recipes.hf_routing import Routes, find_routers, next_token_log_probs
-from recipes.hf_text import load_model, load_windows
+from recipes.hf_text import HubTokenizer, load_model, load_windows
 from support.arguments import Parser, number, one_of
+from support.device import pick_device
 from support.errors import UserError
 from support.pictures import draw_routing
 from support.run_folder import write_json
@@ -68,16 +69,13 @@ class HubModel:
             log_probs, router_log_probs, experts = self.forward(tokens.expand(len(part), -1), here)
             values.append(log_probs.cpu().double().mean(1))
             if original is None:
-                original = experts[0].cpu(), router_log_probs[0].float().cpu()
-        return Scored(torch.cat(values), len(tokens) - 1, tokens[:-1], *original)
+                original = tokens[:-1], experts[0].cpu(), router_log_probs[0].cpu()
+        return Scored(torch.cat(values), len(tokens) - 1, *original)
 
 
 def run(args) -> dict:
-    model, tokenizer = load_model(args.model, args.seed)
-    if args.context > model.config.max_position_embeddings:
-        raise UserError(f"--context is at most {model.config.max_position_embeddings} in this model")
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    hub = HubModel(model.to(device))
+    model, tokenizer = load_model(args.model, args.seed, args.context)
+    hub = HubModel(model.to(pick_device("auto")))
     windows, text = load_windows(args.dataset, "test", tokenizer, args.context, args.data_dir, args.samples)
     os.makedirs(args.out, exist_ok=True)
     scored = []
@@ -86,11 +84,11 @@ def run(args) -> dict:
         scored.append(hub.score_text(window, routes, args.batch_size))
     names = {"run": args.model, "step": None, "dataset": text, "split": "test", "seed": args.seed}
     result = names | {"score": "perplexity"} | figures(scored, text=True)
-    result["warnings"] = doubts(result, len(tokenizer))
+    result["warnings"] = doubts(result, model.config.vocab_size)
     write_json(os.path.join(args.out, "routing.json"), result)
     draw_routing(result, args.out)
-    coloured = show_tokens(scored, tokenizer, os.path.join(args.out, "which_tokens.png"))
-    with open(os.path.join(args.out, "which_tokens.txt"), "w") as file:
+    coloured = show_tokens(scored, HubTokenizer(tokenizer), os.path.join(args.out, "routing_tokens.png"))
+    with open(os.path.join(args.out, "routing_tokens.txt"), "w") as file:
         file.write(coloured)
     return result
 
@@ -105,7 +103,7 @@ def main(argv=None) -> int:
     except KeyboardInterrupt:
         return 130
     print(describe(result))
-    print(f"routing.json, its pictures and which_tokens.png (for a terminal: .txt) are in {args.out}")
+    print(f"routing.json and the pictures are in {args.out}")
     return 0
 
 

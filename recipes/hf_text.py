@@ -12,10 +12,11 @@ from support.routing_report import routing_report
 from support.tasks import rng
 
 
-def load_model(source: str, seed: int = 0):
+def load_model(source: str, seed: int = 0, context: int = 1):
     """-> a mixture of experts in float32 and its tokenizer; a dense model is upcycled, its routers drawn from seed.
 
     In eval mode, which stays: dropout or router jitter between two passes would be taken for a gain of their routes.
+    UserError where there is no model, or one of fewer than `context` positions.
     """
     try:
         model, tokenizer = load_dense(source)
@@ -23,6 +24,8 @@ def load_model(source: str, seed: int = 0):
             model = upcycle(model, generator=rng(seed, "router"))
     except (ValueError, OSError) as error:
         raise UserError(f"no model from {source!r}: {str(error).splitlines()[0]}") from error
+    if context > model.config.max_position_embeddings:
+        raise UserError(f"--context is at most {model.config.max_position_embeddings} in this model")
     return model.eval(), tokenizer
 
 

