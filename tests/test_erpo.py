@@ -478,6 +478,8 @@ def test_the_rewards_may_be_whole_numbers():
     whole = with_gradient(inputs)[0]
     inputs["rewards"] = inputs["rewards"].double()
     assert whole == with_gradient(inputs)[0] != 0
+    inputs["rewards"] = inputs["rewards"].bool()
+    assert whole == with_gradient(inputs)[0]
 
 
 @settings(deadline=None, max_examples=20)
