@@ -1,7 +1,7 @@
 """recipes/verl_losses.py: our losses and verl's own, installed without its dependencies.
 
 pip install -r recipes/requirements-trl.txt && pip install --no-deps verl==0.9.1
-OMP_NUM_THREADS=1 python -m pytest recipes/tests/test_verl_losses.py
+OMP_NUM_THREADS=1 python -m pytest tests/recipes/test_verl_losses.py
 """
 
 import inspect

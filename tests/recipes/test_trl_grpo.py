@@ -1,7 +1,7 @@
 """recipes/trl_grpo.py: TRL's real trainers, a tiny random Qwen3-MoE, a CPU.
 
 pip install -r recipes/requirements-trl.txt pytest
-OMP_NUM_THREADS=1 python -m pytest recipes/tests/test_trl_grpo.py
+OMP_NUM_THREADS=1 python -m pytest tests/recipes/test_trl_grpo.py
 """
 
 import contextlib
