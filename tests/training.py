@@ -125,14 +125,14 @@ DRIVER = """
         os.kill(os.getpid(), signum)
 
     def at_step(n, signum=signal.SIGKILL):  # when a step is done, before its checkpoint
-        class Bar(run_folder.tqdm):
+        class Bar(run_folder.Progress):
             steps = 0
             def update(self, *args):
                 super().update(*args)
                 self.steps += 1
                 if self.steps == n:
                     kill(signum)
-        run_folder.tqdm = Bar
+        run_folder.Progress = Bar
 
     def after_checkpoint(n):
         real = run_folder.Run._save
