@@ -419,7 +419,7 @@ def test_routes_go_to_the_models_device():
 
 
 def test_a_gap_of_exactly_the_bound_is_rounding():
-    bound = 16 * torch.finfo(torch.float64).eps  # 4 units of a log-probability of -4
+    bound = 32 * torch.finfo(torch.float64).eps  # 8 units of a log-probability of -4
     for gap, A in ((bound, 0), (bound * 1.25, 1), (-bound * 1.25, -1)):
 
         def forward(routes, gap=gap):
@@ -516,13 +516,14 @@ def test_gains_within_rounding_are_none():
 def test_rounding_grows_with_the_log_probability(dtype):
     bound = rounding(torch.tensor([-100.0, -8.0, -4.0, -0.1, 0.0], dtype=torch.float64), dtype)
     eps = torch.finfo(dtype).eps
-    assert torch.allclose(bound, 4 * eps * torch.tensor([100, 8, 4, 4, 4], dtype=torch.float64))
+    assert torch.allclose(bound, 8 * eps * torch.tensor([100, 8, 4, 4, 4], dtype=torch.float64))
 
 
 @pytest.mark.parametrize(
     "options, word",
     [
         ({"n_perturb": 0}, "n_perturb"),
+        ({"rounding_units": -1.0}, "rounding_units"),
         ({"alpha": 1.5}, "alpha"),
         ({"advantage": "sign"}, "kind"),
         ({"mask": torch.ones(2, 4, dtype=torch.bool)}, "^mask"),

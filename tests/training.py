@@ -44,7 +44,16 @@ def make(seed=0, dtype=torch.float64, **changes) -> tuple[GPT, Batch]:
 
 def step_args(**changes) -> argparse.Namespace:
     """The arguments that a step on text reads."""
-    erl = dict(n_perturb=3, alpha=0.6, erl_grad="all", wpl=False, advantage="static", clip_eps=0.2, delta=0.7)
+    erl = dict(
+        n_perturb=3,
+        alpha=0.6,
+        erl_grad="all",
+        wpl=False,
+        advantage="static",
+        clip_eps=0.2,
+        delta=0.7,
+        rounding_units=8.0,
+    )
     common = dict(inner_epochs=1, top_k=1, balance_coef=1e-3, z_coef=1e-3, jitter=0.0, seed=0, dtype="float32")
     return argparse.Namespace(**erl | common | changes)
 
