@@ -1,9 +1,9 @@
 """What other processes cost a training step, for several ways in which OpenMP's threads may wait.
 
     python bench/threads.py                                       train.py's own setting beside one thread
-    python bench/threads.py --spin 300000 10000 1000 100 0        other values of GOMP_SPINCOUNT; "default": libgomp's
+    python bench/threads.py --spin 300000 10000 1000 100 0        other values of GOMP_SPINCOUNT (libgomp's: 300000)
 
-The step is that of `bench.py step`, 8 experts, V = 257; the figure its wall-clock time, the best of `--rounds` rounds
+The step is that of `bench.py step`, 8 experts, V = 257; the figure is wall-clock time, the best of `--rounds` rounds in
 which the settings take turns, alone and beside 1, 2, ... processes that compute all the time (--busy). "others" is the
 share of the machine that other processes took meanwhile: where it is not near 0 the machine was not idle, and the
 figures are too high. Linux only. Prints a table, writes results/threads.json.
@@ -40,9 +40,7 @@ class Worker:
 
     def __init__(self, threads: int, spin: str, out: str):
         environment = {k: v for k, v in os.environ.items() if k not in ("OMP_NUM_THREADS", "GOMP_SPINCOUNT")}
-        if spin == "default":
-            environment["OMP_WAIT_POLICY"] = ""  # not a policy: libgomp's own, and a setting that train.py leaves alone
-        elif spin != "own":
+        if spin != "own":
             environment["GOMP_SPINCOUNT"] = spin
         code = WORK.format(here=HERE, threads=threads, out=out)
         pipes = dict(stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
@@ -85,7 +83,7 @@ def measure(worker: Worker, busy: int, steps: int) -> tuple[float, float]:
 def main(argv: list[str] | None = None) -> dict:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--threads", type=int, default=os.cpu_count(), help="of a step; default: all")
-    parser.add_argument("--spin", nargs="*", default=["own"], help="GOMP_SPINCOUNT, own (train.py's) or default")
+    parser.add_argument("--spin", nargs="*", default=["own"], help="GOMP_SPINCOUNT, or own: train.py's")
     parser.add_argument("--busy", nargs="*", type=int, default=[0, 1, 2], help="numbers of other processes")
     parser.add_argument("--steps", type=int, default=10, help="of a measurement")
     parser.add_argument("--rounds", type=int, default=5)

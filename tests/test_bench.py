@@ -2,6 +2,9 @@
 
 import importlib.util
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -15,7 +18,7 @@ def load(name):
     return module
 
 
-bench, every_dataset = load("bench"), load("every_dataset")
+bench, every_dataset, threads = load("bench"), load("every_dataset"), load("threads")
 
 
 @pytest.mark.parametrize("name", list(bench.BENCHMARKS))
@@ -91,3 +94,44 @@ def test_every_algorithm_on_a_data_set(tmp_path, capsys):
     assert "9 runs, 9 failed" in capsys.readouterr().out
     runs = json.loads((tmp_path / "every-dataset.json").read_text())["runs"]
     assert all(r["status"] == 2 and r["error"].startswith("train.py: ") for r in runs)
+
+
+@pytest.mark.parametrize(
+    ("theirs", "spins"),
+    [({}, "2000"), ({"GOMP_SPINCOUNT": "5"}, "5"), ({"OMP_WAIT_POLICY": "ACTIVE"}, "None")],
+)
+def test_threads_sleep_soon_unless_the_user_says_otherwise(theirs, spins):
+    """Set before torch is imported, which reads it then."""
+    code = "import sys, os, train; print(os.environ.get('GOMP_SPINCOUNT'))"
+    environment = {k: v for k, v in os.environ.items() if k not in ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY")} | theirs
+    root = Path(__file__).parents[1]
+    done = subprocess.run([sys.executable, "-c", code], cwd=root, env=environment, stdout=subprocess.PIPE, text=True)
+    assert done.stdout.strip() == spins
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="it reads /proc")
+def test_threads_alone_and_beside_another_process(tmp_path):
+    flags = ["--threads", "2", "--busy", "0", "1", "--steps", "1", "--rounds", "1", "--out", str(tmp_path)]
+    rows = threads.main(flags)["rows"]
+    assert [(r["threads"], r["busy"]) for r in rows] == [(1, 0), (1, 1), (2, 0), (2, 1)]
+    assert all(0 < r["seconds"] == min(r["rounds"]) and r["others"] >= 0 for r in rows)
+    assert json.loads((tmp_path / "threads.json").read_text())["rows"] == json.loads(json.dumps(rows))
+
+
+def test_gpu_checks_hold_on_a_cpu_and_can_fail(monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "bench", bench)
+    check = load("gpu_check")
+    check.losses("cpu")
+    check.generation("cpu")
+    monkeypatch.setattr(
+        check, "CHECKS", [lambda device: None, lambda device: check.near(torch.ones(1), torch.zeros(1), "sum")]
+    )
+    assert check.main(["--device", "cpu"]) == 1
+    said = capsys.readouterr().out
+    assert said.count("ok ") == 1 and "FAILED" in said and "sum: " in said
+
+
+def test_on_gpu_refuses_what_it_does_not_know():
+    script = Path(__file__).parents[1] / "bench" / "on_gpu.sh"
+    done = subprocess.run(["bash", str(script), "--nonsense"], stderr=subprocess.PIPE, text=True)
+    assert done.returncode == 2 and "--nonsense" in done.stderr
