@@ -11,14 +11,14 @@ ROOT = Path(__file__).parents[1]
 # Lines a file may have. A reader should finish a loss in ten minutes, the model in half an hour, the loops in an
 # evening with the rest. Raise a number only with a reason, written behind it.
 BUDGET = {
-    "moe.py": 490,  # with docstrings and shapes on the line; 290 lines of it are code
+    "moe.py": 485,  # with docstrings and shapes on the line; 290 lines of it are code
     "erl.py": 260,  # the whole method: routes, advantage, loss, and the two functions that make it from a forward
-    "erpo.py": 260,
-    "rais.py": 190,
-    "baselines.py": 170,
-    "data.py": 720,  # a set is a row of a table, with its files, columns and rules
+    "erpo.py": 240,
+    "rais.py": 180,
+    "baselines.py": 165,
+    "data.py": 690,  # a set is a row of a table, with its files, columns and rules
     "train.py": 460,
-    "eval_routing.py": 400,
+    "eval_routing.py": 345,
     "support/*.py": 430,
     "recipes/*.py": 270,
 }
