@@ -25,7 +25,9 @@ ROOT = Path(__file__).resolve().parents[1]
 LOSSES = ["erl.py", "erpo.py", "rais.py", "baselines.py"]
 LOSS_TESTS = ["test_erl.py", "test_erpo.py", "test_rais.py", "test_baselines.py", "test_extremes.py"]
 PARTS_OF_MOE = ["choose_experts", "within_capacity", "router_losses", "upcycle"]
-ABOUT_SOURCES = "imports_only_torch or stands_alone"  # tests that read the files, which are mutated now
+ABOUT_SOURCES = (
+    "imports_only_torch or imports_torch_and or stands_alone"  # tests that read the files, which are mutated now
+)
 CONFIG = """[mutmut]
 source_paths=
     {sources}
