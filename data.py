@@ -124,7 +124,8 @@ def prepare(dataset: str, tokenizer: str, data_dir: str | None = None) -> Tokeni
             files = ", ".join(f"DIR/{file}" for file in dict.fromkeys(spec.files.values()))
             raise UserError(
                 f"neither {dataset} nor GPT-2's vocabulary is on this machine or could be fetched: --data-dir DIR "
-                f"reads {files} and the vocabulary in DIR/tiktoken-cache; --dataset pydocs needs neither"
+                f"reads {files} and the vocabulary in DIR/tiktoken-cache (or TIKTOKEN_CACHE_DIR names its folder, or "
+                "--tokenizer bytes needs none); --dataset pydocs needs neither"
             ) from error
         raise
 

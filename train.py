@@ -426,12 +426,12 @@ def demo() -> int:
         rows[name] = run(parse([*common, *flags, "--out", f"{out}/{name}"]))
         if name != "dense":
             rows[name] |= eval_routing.run(eval_routing.parse([f"{out}/{name}", "--samples", "20"]))
-    columns = ("perplexity", "original_score", "perturbed_score", "mrr", "relative_router_entropy", "top1_above_0.9")
-    heads = ("perplexity", "original", "perturbed", "MRR", "entropy", "top-1>0.9")
+    columns = "perplexity original_score perturbed_score mrr hit1 relative_router_entropy top1_above_0.9".split()
+    heads = ("perplexity", "original", "perturbed", "MRR", "Hit@1", "entropy", "top-1>0.9")
     print("\n" + " " * 12 + "".join(f"{head:>12}" for head in heads))
     for name, row in rows.items():
         print(f"{name:12}" + "".join(f"{row[c]:12.3f}" if c in row else f"{'-':>12}" for c in columns))
-    print(f"{'chance':12}{rows['ERL']['chance_mrr']:48.3f}")
+    print(f"{'chance':12}{rows['ERL']['chance_mrr']:48.3f}{rows['ERL']['chance_hit1']:12.3f}")
     print(
         f"perplexity: of the test split. original, perturbed: of {rows['ERL']['samples']} windows of it, along the "
         "router's route and along 99 random ones.\nMRR rises when the router's route gets better, and when the random "
