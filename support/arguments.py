@@ -124,6 +124,13 @@ def read_config(folder: str) -> dict:
     return saved
 
 
+def check_types(folder: str, saved: dict, wanted: dict):
+    """UserError unless each of some saved arguments is of its type: for programs that read no more than these."""
+    for name, kind in wanted.items():
+        if not isinstance(saved.get(name), kind):
+            raise UserError(f"{folder}/config.json was changed by hand: {name} cannot be {saved.get(name)!r}")
+
+
 def saved_arguments(parser: Parser, saved: dict, folder: str, may_lack: set[str]) -> dict:
     """A run's saved arguments, each read back through the type of its own flag; those in `may_lack` may be None."""
     values = {}
