@@ -13,12 +13,14 @@ division is the same on every machine, for every seed, and for a part of the set
 """
 
 import hashlib
+import io
 import json
 import os
 import platform
 import random
 import re
 import reprlib
+import zlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -41,7 +43,7 @@ from support.grading import (
 )
 
 SPLITS = ("train", "validation", "test")
-CACHE_VERSION = 1  # raise it when the same text and tokenizer give other tokens than before
+CACHE_VERSION = 2  # raise it when the same text and tokenizer give other tokens than before
 
 
 # ---------------------------------------------------------------------------------------------------- tokenizers
@@ -545,26 +547,26 @@ def load_text(
     made_of = f"{CACHE_VERSION} {tokenizer.name} {tokenizer.vocab_size} {hashlib.sha256(raw).hexdigest()}"
     key = hashlib.sha256(made_of.encode()).hexdigest()[:16]
     path = Path(cache_dir, f"{name}-{split}-{tokenizer.name}-{key}.npy")
-    if not _is_cached(path, tokenizer.end):
+    if not _is_cached(path):
         dtype = np.uint16 if tokenizer.vocab_size <= 2**16 else np.uint32
         aside = path.with_name(f"{path.name}.{os.getpid()}.tmp")  # a killed run leaves no half a cache behind
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            with open(aside, "wb") as file:
-                np.save(file, np.array([tokenizer.end, *tokenizer.encode(text)], dtype=dtype))
+            np.save(array := io.BytesIO(), np.array([tokenizer.end, *tokenizer.encode(text)], dtype=dtype))
+            aside.write_bytes(array.getvalue() + zlib.crc32(array.getvalue()).to_bytes(4, "big"))
             os.replace(aside, path)
         except OSError as error:
             raise UserError(f"the token cache {path} cannot be written: {error.strerror}") from None
     return TextSplit(np.lib.format.open_memmap(path, mode="r"), len(raw), variant)
 
 
-def _is_cached(path: Path, end: int) -> bool:
-    """Whether a whole array of tokens lies there; its name says which text and tokenizer it is of."""
+def _is_cached(path: Path) -> bool:
+    """Whether the array lies there as it was written: a checksum follows it. Its name says of which text it is."""
     try:
-        tokens = np.lib.format.open_memmap(path, mode="r")
-    except (OSError, ValueError):  # not there; cut short, something else
+        content = memoryview(path.read_bytes())
+    except OSError:
         return False
-    return tokens.ndim == 1 and tokens.dtype.kind == "u" and len(tokens) > 0 and tokens[0] == end
+    return len(content) > 4 and zlib.crc32(content[:-4]) == int.from_bytes(content[-4:], "big")
 
 
 def _pydocs(split: str) -> str:

@@ -236,7 +236,7 @@ def router_figures(scored: list[Scored]) -> dict:
 
 def parse(argv: list[str]) -> argparse.Namespace:
     p = Parser(description=__doc__.split("\n\n")[0], allow_abbrev=False)
-    add, count = p.add_argument, number(int, low=1)
+    add, count = p.add_argument, number(int, low=1, high=10**8)
     add("run", metavar="RUN", help="a run folder of train.py")
     add("--dataset", type=one_of("data set", tuple(data.DATASETS)), help="default: the one the run was trained on")
     add("--data-dir", help="read the set from files below this folder; default: as the run did")
@@ -244,7 +244,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
     add("--split", type=one_of("split", data.SPLITS), default="test")
     add("--batch-size", type=count, help="routes in one forward; default: fits the device")
     add("--device", type=one_of("device", ("auto", "cpu", "cuda", "mps")), default="auto")
-    add("--seed", type=number(int, low=0), default=0, help="draws the samples and the random routes")
+    add("--seed", type=number(int, low=0, high=10**8), default=0, help="draws the samples and the random routes")
     add("--show-tokens", action="store_true", help="print the first tokens in the colours of their experts")
     add("--compare", metavar="RUN2", help="a second run: which tokens stay with their experts?")
     add("--out", metavar="DIR", help="where routing.json and the pictures go; default: RUN")

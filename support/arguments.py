@@ -39,7 +39,7 @@ def number(kind, low=None, high=None, above=None):
         except ValueError:
             raise argparse.ArgumentTypeError(f"{text!r} is not {'a whole' if kind is int else 'a'} number") from None
         inside = (low is None or value >= low) and (high is None or value <= high) and (above is None or value > above)
-        if not (math.isfinite(value) and inside):
+        if not inside or kind is float and not math.isfinite(value):
             bounds = [f"above {above}"] * (above is not None) + [f"at least {low}"] * (low is not None)
             bounds += [f"at most {high}"] * (high is not None)
             raise argparse.ArgumentTypeError(f"must be {' and '.join(bounds) or 'finite'}, not {text}")
@@ -122,6 +122,13 @@ def read_config(folder: str) -> dict:
     if not isinstance(saved, dict):
         raise UserError(f"{path} is not that of a run of this program")
     return saved
+
+
+def check_types(folder: str, saved: dict, wanted: dict):
+    """UserError unless each of some saved arguments is of its type: for programs that read no more than these."""
+    for name, kind in wanted.items():
+        if not isinstance(saved.get(name), kind):
+            raise UserError(f"{folder}/config.json was changed by hand: {name} cannot be {saved.get(name)!r}")
 
 
 def saved_arguments(parser: Parser, saved: dict, folder: str, may_lack: set[str]) -> dict:

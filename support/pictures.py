@@ -13,7 +13,7 @@ import warnings
 from collections import defaultdict
 from typing import NamedTuple
 
-from support.arguments import Parser, read_config
+from support.arguments import Parser, check_types, read_config
 from support.errors import UserError, sentence
 from support.run_folder import read_metrics
 
@@ -70,6 +70,7 @@ class Curves(NamedTuple):
 
 def read_curves(folder: str) -> Curves:
     config, points = read_config(folder), defaultdict(dict)
+    check_types(folder, config, {"algo": str, "dataset": str, "n_expert": int, "pretrain_steps": int, "seed": int})
     for row in read_metrics(folder):
         evaluation = row["phase"] == "evaluation"
         for name, _, _ in PANELS:

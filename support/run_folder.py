@@ -14,6 +14,7 @@ import shutil
 import signal
 import sys
 import time
+import zipfile
 
 import torch
 from safetensors import SafetensorError
@@ -78,16 +79,24 @@ NEW_STATE = {
 
 
 def load_state(folder: str) -> dict:
-    """state.pt of a checkpoint, every entry of the type that it had."""
+    """state.pt of a checkpoint, every byte as it was written and every entry of the type that it had."""
     try:
-        state = torch.load(os.path.join(folder, "state.pt"), map_location="cpu", weights_only=True)
+        with zipfile.ZipFile(path := os.path.join(folder, "state.pt")) as file:
+            if file.testzip():  # torch.load does not look at the checksums
+                raise ValueError
+        state = torch.load(path, map_location="cpu", weights_only=True)
         if {k: type(v) for k, v in state.items()} != {k: type(v) for k, v in NEW_STATE.items()}:
             raise TypeError
-        if min(state["step"], state["metrics_bytes"]) < 0:
+        if min(state["step"], state["metrics_bytes"]) < 0 or not all(map(_is_score, state["before"].items())):
             raise ValueError
         return state
     except Exception as error:  # torch.load has no error type of its own for a broken file
         raise UserError(f"{folder}/state.pt is not a readable checkpoint of this program") from error
+
+
+def _is_score(item) -> bool:
+    name, value = item
+    return isinstance(name, str) and isinstance(value, int | float)
 
 
 def _is_row(row) -> bool:

@@ -7,7 +7,7 @@ import torch
 
 import data
 from moe import GPT
-from support.arguments import read_config
+from support.arguments import check_types, read_config
 from support.checkpoints import load_model
 from support.errors import UserError, plainly
 from support.evaluation import text_windows
@@ -18,6 +18,8 @@ from support.tasks import rng
 def load_run(folder: str) -> tuple[GPT, dict, dict]:
     """A run's model, its arguments (config.json) and the checkpoint's metadata."""
     config = read_config(folder)
+    wanted = {"dataset": str, "tokenizer": str, "data_dir": str | None, "max_new_tokens": int}
+    check_types(folder, config, wanted)
     checkpoint = find_checkpoint(folder)
     if checkpoint is None:
         raise UserError(f"{folder} has no checkpoint yet: wait for its first one, or continue it with --resume")
@@ -26,7 +28,10 @@ def load_run(folder: str) -> tuple[GPT, dict, dict]:
         raise UserError(f"{folder} is a dense model: it has no routes to rank")
     if not is_finite(model):
         raise UserError(f"{folder} holds weights that are not finite: this checkpoint is broken")
-    return model, {n: config.get(n) for n in ("dataset", "tokenizer", "data_dir", "max_new_tokens")}, metadata
+    if not 0 < config["max_new_tokens"] < model.config.context:
+        new, context = config["max_new_tokens"], model.config.context
+        raise UserError(f"{folder} is not one run: answers of {new} tokens do not fit into its context of {context}")
+    return model, {name: config.get(name) for name in wanted}, metadata
 
 
 class Samples(NamedTuple):
