@@ -362,6 +362,7 @@ ERL_ARMS = {
     "lm-straight": Arm("--algo lm --gate straight", "MoE, gate with a gradient", tier=2),
     "lm-plain": Arm("--algo lm --balance-coef 0 --z-coef 0", "MoE without balance and z loss", tier=2),
     "erl-plain": Arm("--algo erl --balance-coef 0 --z-coef 0", "ERL without balance and z loss", tier=2),
+    "erl-delta-0.1": Arm("--algo erl --delta 0.1", "ERL, a fifth of the paper's weight of the RL loss", tier=2),
     "erl-no-clip": Arm("--algo erl --clip-grad 0", "ERL without a limit on the gradient", tier=2),
 }
 

@@ -9,12 +9,13 @@ import statistics
 
 from matplotlib.figure import Figure
 
-from results.arms import EXPERIMENTS
+from results.arms import ERL_ARMS, EXPERIMENTS
 from results.verdict import FIRST_START, RUNS, Contrast, above_line, differences, estimate, read_runs, verdicts
 
 ROOT = pathlib.Path(__file__).parent.parent
 FINDINGS = ROOT / "docs" / "findings.md"
 MARKS = ("<!-- from here: python results/reproduce.py report -->", "<!-- to here -->")
+TAKEN_OVER = 0.85  # share of a layer's tokens at one expert
 CHANCE_MRR = sum(1 / r for r in range(1, 101)) / 100
 # Figures of the ERL tables: name in the JSON, heading, digits
 COLUMNS = (
@@ -113,6 +114,18 @@ def erl_tables(runs, experiment: str, first: int) -> list[str]:
             line,
         )
         lines.append(row(f"`{arm}`", *cells))
+    words = "Runs in which one expert took over a layer (exploratory; the bound was chosen after the runs):"
+    return [*lines, "", words, "", *by_load(runs, experiment, first)]
+
+
+def by_load(runs, experiment: str, first: int) -> list[str]:
+    """MRR of the runs in which some expert has taken over a layer, and of the others."""
+    lines = heading("arm", f"runs with a load above {TAKEN_OVER:g}", "their MRR", "other runs", "their MRR")
+    for arm in EXPERIMENTS[experiment].arms:
+        mrr, load = (values_of(runs, experiment, arm, k, first) for k in ("mrr", "load_max"))
+        parts = [[m for m, x in zip(mrr, load, strict=True) if (x > TAKEN_OVER) == over] for over in (True, False)]
+        cells = [c for part in parts for c in (len(part), f"{min(part):.3f} to {max(part):.3f}" if part else "-")]
+        lines += [row(f"`{arm}`", *cells)] if mrr else []
     return lines
 
 
@@ -162,8 +175,8 @@ def generated(runs) -> str:
                 parts += erl_tables(some, name, first) if name != "answers" else answer_tables(some, first)
     parts += ["## What has not run", *not_run(runs)]
     text = []
-    for part in parts:  # a blank line between paragraphs, none within a table
-        text += ["", part] if not part.startswith("|") or not text or not text[-1].startswith("|") else [part]
+    for part in filter(None, parts):  # a blank line between paragraphs, none within a table
+        text += [part] if part.startswith("|") and text and text[-1].startswith("|") else ["", part]
     return "\n".join(text).strip() + "\n"
 
 
@@ -205,7 +218,7 @@ COLOURS = {
 
 def draw(runs, experiments: list[str], path):
     """MRR against router entropy, a dot a run; below it what the run cost or gained in perplexity."""
-    figure = Figure(figsize=(6.4 * len(experiments) + 2.6, 8), layout="constrained")
+    figure = Figure(figsize=(max(8, 6.4 * len(experiments)), 9), layout="constrained")
     axes = figure.subplots(2, len(experiments), sharex="col", squeeze=False, height_ratios=(3, 2))
     labels = {}
     for column, experiment in enumerate(experiments):
@@ -223,9 +236,10 @@ def draw(runs, experiments: list[str], path):
         top.invert_xaxis()
     axes[0, 0].set_ylabel("MRR of the router's own route among 100")
     axes[1, 0].set_ylabel("perplexity against MoE\nof the same start [%] (lower is better)")
-    figure.legend(labels.values(), labels.keys(), loc="outside right upper", title="a dot is a run")
+    axes[0, 0].legend(labels.values(), labels.keys(), loc="upper left", title="a dot is a run", fontsize=9)
     figure.suptitle(
-        "Does ERL find better experts, or does it sharpen the router? Above the grey line: better than sharpening"
+        "Does ERL find better experts, or does its router only get sharper?\n"
+        "On the grey line: no more than sharpening gives. Where random experts are credited, no credit is learnt."
     )
     figure.savefig(path, dpi=110)
 
@@ -235,7 +249,7 @@ def draw_column(figures: dict, top, bottom, labels: dict):
         dots = [(f, s) for (a, s), f in figures.items() if (a.startswith("sharpen") if arm == "sharpen" else a == arm)]
         if not dots or arm.startswith("sharpen-"):
             continue
-        about = {"sharpen": "MoE + entropy penalty\n(sharpening alone)", "lm": "MoE"}.get(arm, arm)
+        about = "sharpening alone: MoE + entropy penalty" if arm == "sharpen" else ERL_ARMS[arm].about
         colour, marker = COLOURS.get(arm), "x" if arm == "sharpen" else "o"
         entropy = [f["router_entropy"] for f, _ in dots]
         labels[about] = top.scatter(entropy, [f["mrr"] for f, _ in dots], s=34, color=colour, marker=marker, alpha=0.8)
@@ -246,8 +260,8 @@ def draw_column(figures: dict, top, bottom, labels: dict):
     for arm in {a for a, _ in figures if a == "lm" or a.startswith("sharpen-")}:
         ran = [f for (a, _), f in figures.items() if a == arm]
         line[arm] = tuple(statistics.fmean(f[k] for f in ran) for k in ("router_entropy", "mrr"))
-    labels["its line (means over starts)"] = top.plot(
+    labels["its line, through means over starts"] = top.plot(
         *zip(*sorted(line.values()), strict=True), color="tab:gray", lw=2
     )[0]
-    labels["chance"] = top.axhline(CHANCE_MRR, color="black", ls=":", lw=1)
+    labels["chance (0.052)"] = top.axhline(CHANCE_MRR, color="black", ls=":", lw=1)
     bottom.axhline(0, color="black", lw=1)

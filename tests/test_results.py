@@ -396,7 +396,11 @@ def test_the_report_is_made_of_the_json_and_leaves_other_words_alone(tmp_path):
         ):
             noise = 1 + 0.002 * draw.gauss(0, 1)
             figures = {key: 1.0 for key, _, _ in report.COLUMNS} | {"windows": 60, "router_entropy": entropy}
-            figures |= {"mrr": mrr * noise, "best_perplexity": perplexity * noise}
+            figures |= {
+                "load_max": 0.9 if arm == "erl" else 0.3,
+                "mrr": mrr * noise,
+                "best_perplexity": perplexity * noise,
+            }
             path = tmp_path / "runs" / "erl-text" / f"{arm}-{start}.json"
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_text(json.dumps({"experiment": "erl-text", "arm": arm, "start": start, "figures": figures}))
@@ -409,4 +413,5 @@ def test_the_report_is_made_of_the_json_and_leaves_other_words_alone(tmp_path):
     claims = [line for line in text.splitlines() if line.startswith(("| `erl`: ", "| `credit`: ", "| `erpo`: "))]
     assert "**opposite**" in claims[0] and "-3.2" in claims[0] and "| 10 |" in claims[0]
     assert "**same direction**" in claims[1] and "**not decidable here** (0 of at least 10 starts ran" in claims[2]
+    assert "| `erl` | 10 | 0." in text and "| `lm` | 0 | - | 10 | 0." in text
     assert "| `answers` | - | - | `none`" in text and (tmp_path / "erl.png").stat().st_size > 10_000
