@@ -168,3 +168,7 @@ def _fill_from_gpt2(model: GPT, weights: dict[str, Tensor], source: str) -> GPT:
         state[name] = w.float().clone(memory_format=torch.contiguous_format)  # aligned, see load_model
     model.load_state_dict(state, assign=True)
     return model
+
+
+def is_finite(model) -> bool:
+    return all(bool(p.isfinite().all()) for p in model.parameters())

@@ -78,3 +78,14 @@ def evaluate(model, task: Task, name: str, args, final: bool = False) -> dict[st
     responses = respond(model, task, spec, held_out, args, rng(args.seed, "evaluation", name))
     asked = [e for e in held_out for _ in range(spec.samples_per_problem)]
     return data.score(task.spec, responses, asked) | {"samples": len(held_out)}
+
+
+def mean_scores(results: dict[str, dict]) -> dict:
+    """Scores of one test set as they are; of several their mean, the number of samples in all, and each set's own."""
+    sets = list(results.values())
+    if not sets:
+        return {}
+    scores = {k: sum(s[k] for s in sets) / len(sets) for k in sets[0]} | {"samples": sum(s["samples"] for s in sets)}
+    if len(sets) > 1:
+        scores |= {f"{k}_{name}": v for name, s in results.items() for k, v in s.items()}
+    return scores

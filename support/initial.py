@@ -4,9 +4,9 @@ import os
 from dataclasses import asdict, replace
 
 from moe import GPT, SIZES, MoEConfig
-from support.checkpoints import load_gpt2, load_model, read_config, read_gpt2_config
+from support.checkpoints import is_finite, load_gpt2, load_model, read_config, read_gpt2_config
 from support.errors import UserError, plainly
-from support.run_folder import find_checkpoint, is_finite
+from support.run_folder import find_checkpoint
 from support.tasks import rng
 
 EXPERT_FLAGS = ("n_expert", "top_k", "n_shared_expert", "moe_every", "gate", "expert_capacity")

@@ -20,9 +20,9 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor
 
-from support.checkpoints import load_model, save_model
+from support.checkpoints import is_finite, load_model, save_model
 from support.errors import UserError, plainly
-from support.evaluation import evaluate
+from support.evaluation import evaluate, mean_scores
 from support.optimizer import learning_rate, make_optimizer, restore
 from support.progress import Progress
 
@@ -392,21 +392,6 @@ class Run:
 def plain_numbers(metrics: dict) -> dict:
     """Tensors as numbers, those of more than one element as lists."""
     return {k: v.tolist() if isinstance(v, Tensor) else v for k, v in metrics.items()}
-
-
-def mean_scores(results: dict[str, dict]) -> dict:
-    """Scores of one test set as they are; of several their mean, the number of samples in all, and each set's own."""
-    sets = list(results.values())
-    if not sets:
-        return {}
-    scores = {k: sum(s[k] for s in sets) / len(sets) for k in sets[0]} | {"samples": sum(s["samples"] for s in sets)}
-    if len(sets) > 1:
-        scores |= {f"{k}_{name}": v for name, s in results.items() for k, v in s.items()}
-    return scores
-
-
-def is_finite(model) -> bool:
-    return all(bool(p.isfinite().all()) for p in model.parameters())
 
 
 def lock_file(file, out: str):

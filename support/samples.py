@@ -8,10 +8,10 @@ import torch
 import data
 from moe import GPT
 from support.arguments import check_types, read_config
-from support.checkpoints import load_model
+from support.checkpoints import is_finite, load_model
 from support.errors import UserError, plainly
 from support.evaluation import text_windows
-from support.run_folder import find_checkpoint, is_finite
+from support.run_folder import find_checkpoint
 from support.tasks import rng
 
 
