@@ -70,7 +70,6 @@ class Curves(NamedTuple):
 
 def read_curves(folder: str) -> Curves:
     config, points = read_config(folder), defaultdict(dict)
-    check_types(folder, config, {"algo": str, "dataset": str, "n_expert": int, "pretrain_steps": int, "seed": int})
     for row in read_metrics(folder):
         evaluation = row["phase"] == "evaluation"
         for name, _, _ in PANELS:
@@ -78,6 +77,7 @@ def read_curves(folder: str) -> Curves:
             wanted &= name != "loss" or row["phase"] in PREDICTION
             if wanted and isinstance(row.get(name), int | float):
                 points[name][row["step"]] = row[name]
+    check_types(folder, config, {"algo": str, "dataset": str, "n_expert": int, "pretrain_steps": int, "seed": int})
     if not any(points["clip_share"].values()):  # one update a draw: nothing to clip
         del points["clip_share"]
     return Curves(config, points)
