@@ -239,7 +239,9 @@ def draw(runs, experiments: list[str], path):
     axes[0, 0].legend(labels.values(), labels.keys(), loc="upper left", title="a dot is a run", fontsize=9)
     figure.suptitle(
         "Does ERL find better experts, or does its router only get sharper?\n"
-        "On the grey line: no more than sharpening gives. Where random experts are credited, no credit is learnt."
+        "On the grey line: no more than sharpening gives.\n"
+        "Blue: ERL with the credit given to random experts, so what it does is not learnt credit.",
+        fontsize=11,
     )
     figure.savefig(path, dpi=110)
 
