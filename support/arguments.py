@@ -1,7 +1,6 @@
 """Command lines: flags with bounds, and a loss function's keyword arguments as flags."""
 
 import argparse
-import difflib
 import inspect
 import json
 import math
@@ -10,7 +9,7 @@ import re
 import types
 import typing
 
-from support.errors import UserError
+from support.errors import UserError, nearest
 
 
 class Parser(argparse.ArgumentParser):
@@ -23,8 +22,7 @@ def one_of(kind: str, names):
 
     def check(value: str) -> str:
         if value not in names:
-            guess = difflib.get_close_matches(value, names, n=1, cutoff=0)[0]
-            raise argparse.ArgumentTypeError(f"unknown {kind} {value!r}: did you mean {guess}? ({', '.join(names)})")
+            raise argparse.ArgumentTypeError(str(nearest(kind, value, names)))
         return value
 
     return check

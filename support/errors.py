@@ -13,7 +13,7 @@ class UserError(Exception):
 def nearest(kind: str, name: str, known: Sequence[str]) -> UserError:
     """The error for a name that does not exist, with the nearest one that does."""
     guess = difflib.get_close_matches(str(name), known, n=1, cutoff=0)[0]
-    return UserError(f"unknown {kind} {name!r}: did you mean {guess!r}? There are {', '.join(known)}")
+    return UserError(f"unknown {kind} {name!r}: did you mean {guess}? There are {', '.join(known)}")
 
 
 def plainly(function, *args):
