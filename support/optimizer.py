@@ -36,10 +36,13 @@ def restore(optimizer, saved: dict):
     for ours, theirs in zip(groups, saved["param_groups"], strict=True):
         if ours["params"] != theirs["params"]:
             raise ValueError("it is of other parameters")
-    optimizer.load_state_dict({"state": saved["state"], "param_groups": groups})
-    parameters = {id(p) for group in optimizer.param_groups for p in group["params"]}
-    for parameter, state in optimizer.state.items():
-        shapes = {name: tuple(value.shape) for name, value in state.items()}
-        wanted = {"step": (), "exp_avg": tuple(parameter.shape), "exp_avg_sq": tuple(parameter.shape)}
-        if id(parameter) not in parameters or shapes != wanted:
+    parameters = dict(enumerate(p for group in optimizer.param_groups for p in group["params"]))
+    for index, moments in saved["state"].items():  # before torch takes them: it asks no questions
+        shape = tuple(parameters[index].shape)
+        if not isinstance(moments, dict) or {k: tuple(m.shape) for k, m in moments.items()} != {
+            "step": (),
+            "exp_avg": shape,
+            "exp_avg_sq": shape,
+        }:
             raise ValueError("its moments have other shapes")
+    optimizer.load_state_dict({"state": saved["state"], "param_groups": groups})
