@@ -210,10 +210,7 @@ class Run:
         self.stop_at_once = True  # all steps are saved: nothing to wait for
         self.seconds = time.perf_counter() - self.begun
         validation = self._evaluate_on_the_way()
-        tests = [name for name in self.task.held_out if name != "validation"]
-        results = {name: evaluate(self.model, self.task, name, self.args, final=True) for name in tests}
-        for name, scores in results.items():
-            self._log(step=self.step, phase="evaluation", split=name, **scores)
+        results = self._evaluate(self._tests(), final=True)
         summary = mean_scores(results) | {f"validation_{k}": v for k, v in validation.items()}
         summary["test_samples"] = summary.pop("samples")
         summary |= {f"before_{k}": v for k, v in self.state["before"].items()}
@@ -228,28 +225,34 @@ class Run:
 
     def result_line(self, summary: dict) -> str:
         """The run's last words: its scores, on what, and of how many samples."""
-        tests = [name for name in self.task.held_out if name != "validation"]
         scores = ", ".join(f"{k} {summary[k]:.4g}" for k in SCORES if k in summary)
         units = "windows" if self.task.spec.kind == "text" else "examples"
         return (
-            f"{self.out}: {scores} on {' and '.join(tests)} ({self.task.variant}, {summary['test_samples']} {units}) "
-            f"after {self.total} steps"
+            f"{self.out}: {scores} on {' and '.join(self._tests())} ({self.task.variant}, "
+            f"{summary['test_samples']} {units}) after {self.total} steps"
         )
 
     # ---- evaluation
 
+    def _tests(self) -> list[str]:
+        return [name for name in self.task.held_out if name != "validation"]
+
+    def _evaluate(self, names, final: bool = False) -> dict[str, dict]:
+        """Scores on held-out sets, written down once all of them are there."""
+        results = {name: evaluate(self.model, self.task, name, self.args, final) for name in names}
+        for name, scores in results.items():
+            self._log(step=self.step, phase="evaluation", split=name, **scores)
+        return results
+
     def _evaluate_before(self):
         """Where the algorithm begins: on tasks the test scores too, since the first phase decides most of them."""
         names = self.task.held_out if self.task.spec.kind == "task" else ("validation",)
-        results = {name: evaluate(self.model, self.task, name, self.args) for name in names}
-        for name, scores in results.items():
-            self._log(step=self.step, phase="evaluation", split=name, **scores)
+        results = self._evaluate(names)
         results.pop("validation")
         self.state["before"] = mean_scores(results)
 
     def _evaluate_on_the_way(self) -> dict:
-        scores = evaluate(self.model, self.task, "validation", self.args)
-        self._log(step=self.step, phase="evaluation", split="validation", **scores)
+        scores = self._evaluate(["validation"])["validation"]
         if self.phase != "supervised":
             self._keep_best(scores)
         return scores
@@ -259,7 +262,7 @@ class Run:
         score = -scores["perplexity"] if metric == "perplexity" else scores[metric]
         if score > self.state["best_score"]:
             self.state |= {"best_score": score, "best_step": self.step}
-            self._write_folder("best", lambda folder: self._write_model(folder))
+            self._write_folder("best", self._write_model)
 
     def _write_model(self, folder: str):
         save_model(self.model, os.path.join(folder, "model.safetensors"), step=self.step)
