@@ -480,10 +480,10 @@ def test_ctrl_c_and_sigterm_save_say_how_to_go_on_and_resume_to_the_same_bytes(t
 
     def in_last_evaluation():  # all steps are done and saved: there is nothing to wait for
         real = run_folder.evaluate
-        def evaluate(*args, final=False):
+        def evaluate(model, task, name, args, final):
             if final:
                 kill(signal.SIGINT)
-            return real(*args, final)
+            return real(model, task, name, args, final)
         run_folder.evaluate = evaluate
     assert run(flags + "last", in_last_evaluation) == 130
 
