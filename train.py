@@ -417,8 +417,8 @@ def demo() -> int:
     arms = {
         "dense": ("a dense model learns the text", ["--algo", "dense", "--steps", "300"]),
         "MoE": ("its layers copied into 8 experts, trained on", ["--algo", "lm", *start]),
-        "ERL": ("the same with ERL, its gradient through the whole network", ["--algo", "erl", *start]),
-        "ERL-router": ("the same, stopped at the router", ["--algo", "erl", "--erl-grad", "router", *start]),
+        "ERL": ("with ERL, gradient through the whole network", ["--algo", "erl", "--erl-grad", "all", *start]),
+        "ERL-router": ("with ERL, gradient to the routers alone, as is the default", ["--algo", "erl", *start]),
     }
     rows = {}
     for name, (story, flags) in arms.items():

@@ -545,7 +545,11 @@ def growth(args) -> list[Group]:
     if args.quick:
         small = {"n_expert": [2, 4], "context": [8, 16], "n_perturb": [1, 2], "V": [257, 500]}
         axes = {title: (axis, small[axis]) for title, (axis, _) in axes.items()}
-    kinds = {"LM": {}, "ERL all": {"algo": "erl"}, "ERL router": {"algo": "erl", "erl_grad": "router"}}
+    kinds = {
+        "LM": {},
+        "ERL all": {"algo": "erl", "erl_grad": "all"},
+        "ERL router": {"algo": "erl", "erl_grad": "router"},
+    }
 
     def arms(axis, values):
         for kind, options in kinds.items():

@@ -77,7 +77,7 @@ def training_steps(device):
     # advantage "log": the sign of a gain of nearly 0 may differ
     for algo, options in (
         ("lm", {}),
-        ("erl", {"advantage": "log"}),
+        ("erl", {"advantage": "log", "erl_grad": "all"}),
         ("erl", {"advantage": "log", "erl_grad": "router"}),
     ):
         results = []

@@ -348,22 +348,23 @@ class Experiment(NamedTuple):
 
 
 SHARPENING = (0.01, 0.03, 0.1, 0.3)
+ERL = "--algo erl --erl-grad all"  # as the paper writes it
 ERL_ARMS = {
     "lm": Arm("--algo lm", "MoE", tier=0),
-    "erl": Arm("--algo erl", "ERL, gradient through the whole network (eq. 14)", tier=0),
-    "erl-expert-random": Arm("--algo erl", "ERL that credits random experts", explore_then(random_expert), 0),
+    "erl": Arm(ERL, "ERL, gradient through the whole network (eq. 14)", tier=0),
+    "erl-expert-random": Arm(ERL, "ERL that credits random experts", explore_then(random_expert), 0),
     "erl-router": Arm("--algo erl --erl-grad router", "ERL, gradient to the routers alone"),
-    "erl-centred": Arm("--algo erl", "ERL, advantages centred within each position", explore_then(centred)),
-    "erl-shuffled": Arm("--algo erl", "ERL, advantages shuffled", explore_then(shuffled)),
-    "erl-mean": Arm("--algo erl", "ERL, the mean advantage alone", explore_then(mean_alone)),
+    "erl-centred": Arm(ERL, "ERL, advantages centred within each position", explore_then(centred)),
+    "erl-shuffled": Arm(ERL, "ERL, advantages shuffled", explore_then(shuffled)),
+    "erl-mean": Arm(ERL, "ERL, the mean advantage alone", explore_then(mean_alone)),
     **{f"sharpen-{s:g}": Arm("--algo lm", f"MoE + {s:g} x router entropy", sharpening(s)) for s in SHARPENING},
-    "erl-wpl": Arm("--algo erl --wpl", "ERL with the perturbed passes' LM loss (wPL)", tier=2),
-    "erl-published": Arm("--algo erl", "ERL as published", as_published, 2),
+    "erl-wpl": Arm(f"{ERL} --wpl", "ERL with the perturbed passes' LM loss (wPL)", tier=2),
+    "erl-published": Arm(ERL, "ERL as published", as_published, 2),
     "lm-straight": Arm("--algo lm --gate straight", "MoE, gate with a gradient", tier=2),
     "lm-plain": Arm("--algo lm --balance-coef 0 --z-coef 0", "MoE without balance and z loss", tier=2),
-    "erl-plain": Arm("--algo erl --balance-coef 0 --z-coef 0", "ERL without balance and z loss", tier=2),
-    "erl-delta-0.1": Arm("--algo erl --delta 0.1", "ERL, a fifth of the paper's weight of the RL loss", tier=2),
-    "erl-no-clip": Arm("--algo erl --clip-grad 0", "ERL without a limit on the gradient", tier=2),
+    "erl-plain": Arm(f"{ERL} --balance-coef 0 --z-coef 0", "ERL without balance and z loss", tier=2),
+    "erl-delta-0.1": Arm(f"{ERL} --delta 0.1", "ERL, a fifth of the paper's weight of the RL loss", tier=2),
+    "erl-no-clip": Arm(f"{ERL} --clip-grad 0", "ERL without a limit on the gradient", tier=2),
 }
 
 

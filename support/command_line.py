@@ -15,7 +15,7 @@ from support.initial import locate, look_at
 TEXT = ("dense", "lm", "erl")  # algorithms that learn from the text, or the reference answers, of the data set
 # --preset paper: what the papers state, for their sizes of model. ERL table 7 (text: batch 4, tasks: 8; alpha and delta
 # are the defaults already); ERPO section 5.1 (batches of 128 prompts in 4 minibatches, 8 responses a prompt).
-PAPER_TEXT = {"lr": 1e-5, "weight_decay": 0.1, "epochs": 15.0, "n_perturb": 3, "clip_eps": 0.2}
+PAPER_TEXT = {"lr": 1e-5, "weight_decay": 0.1, "epochs": 15.0, "n_perturb": 3, "clip_eps": 0.2, "erl_grad": "all"}
 PAPER_ANSWERS = {"prompts_per_step": 128, "minibatches": 4, "group_size": 8}
 # Flags that an option of a loss had before: still understood.
 ALIASES = {"alpha": "entropy_alpha", "base": "shift_base", "floor": "shift_floor"}
@@ -90,7 +90,9 @@ def _training_flags(g):
     g.add_argument("--z-coef", type=not_negative, default=1e-3, help="of Switch's router z loss on text")
     g.add_argument("--jitter", type=share, default=0.0, help="noise on the routers' input (lm, erl; Switch: 0.01)")
     gradients = one_of("gradient", ("all", "router"))
-    g.add_argument("--erl-grad", type=gradients, default="all", help="how far ERL's RL loss goes: all or router alone")
+    g.add_argument(
+        "--erl-grad", type=gradients, default="router", help="how far ERL's RL loss goes: router or all (ERL eq. 14)"
+    )
     g.add_argument("--seed", type=natural, default=0)
     g.add_argument("--device", type=one_of("device", ("auto", "cpu", "cuda", "mps")), default="auto")
     dtypes = one_of("dtype", ("float32", "bfloat16"))
@@ -221,7 +223,7 @@ def _check(args):
     if args.algo != "dense" and args.n_expert == 1:
         raise UserError(f"--n-expert 1 leaves nothing to route: --algo {args.algo} needs at least 2 (dense has one)")
     if args.algo == "erl" and args.freeze_router and args.erl_grad == "router":
-        raise UserError("--freeze-router and --erl-grad router leave ERL nothing to learn: leave one of them out")
+        raise UserError("--freeze-router and --erl-grad router leave ERL nothing to learn: give --erl-grad all")
     if args.algo not in TEXT and args.prompts_per_step % args.minibatches:
         raise UserError(
             f"--prompts-per-step {args.prompts_per_step} is not divisible by --minibatches {args.minibatches}: a "

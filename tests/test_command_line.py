@@ -141,6 +141,7 @@ def test_defaults_follow_the_data_and_the_algorithm():
     text, task = args_of("--algo erl"), args_of("--algo erl --dataset addition")
     assert (text.alpha, text.delta, task.alpha, task.delta) == (0.6, 0.5, 0.7, 2.0)  # ERL table 7
     assert args_of("--algo erl --dataset addition --alpha 0.6 --delta 0.5").alpha == 0.6  # given is given
+    assert (text.erl_grad, args_of("--algo erl --preset paper").erl_grad) == ("router", "all")  # the second is eq. 14
     assert (text.top_k, args_of("--algo grpo").top_k) == (1, 2)
     assert (text.steps, args_of("--algo grpo").steps) == (1000, 400)
     assert args_of("--algo grpo --epochs 2").steps is None  # filled in once the data is read
@@ -217,8 +218,8 @@ def test_a_name_that_does_not_exist_has_a_nearest_one():
 
 def test_a_frozen_router_and_a_loss_of_the_router_alone_exclude_each_other():
     with pytest.raises(UserError, match="nothing to learn"):
-        args_of("--algo erl --freeze-router --erl-grad router")
-    args_of("--algo erl --freeze-router")
+        args_of("--algo erl --freeze-router")
+    args_of("--algo erl --freeze-router --erl-grad all")
 
 
 # ------------------------------------------------------------------------------------------- settings read from a file

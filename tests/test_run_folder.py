@@ -404,7 +404,7 @@ def test_resuming_without_the_best_weights_is_refused_before_any_work(micro, cap
 # ------------------------------------------------------------------------------------------ killed and resumed runs
 
 RUNS = {
-    "erl": "--algo erl --dataset pydocs --batch-size 2 --inner-epochs 2 --eval-samples 2 --jitter 0.01",
+    "erl": "--algo erl --erl-grad all --dataset pydocs --batch-size 2 --inner-epochs 2 --eval-samples 2 --jitter 0.01",
     "grpo": "--algo grpo --dataset addition --batch-size 4 --prompts-per-step 4 --group-size 4 --minibatches 2 "
     "--eval-samples 8 --max-new-tokens 4 --temperature 1.3",
     "erpo": "--algo erpo --dataset addition --batch-size 4 --prompts-per-step 4 --group-size 4 --minibatches 2 "
