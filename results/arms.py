@@ -366,7 +366,8 @@ ERL_ARMS = {
     "lm": Arm("--algo lm", "MoE", tier=0),
     "erl": Arm(ERL, "ERL, gradient through the whole network (eq. 14)", tier=0),
     "erl-expert-random": Arm(ERL, "ERL that credits random experts", explore_then(random_expert), 0),
-    "erl-router": Arm("--algo erl --erl-grad router", "ERL, gradient to the routers alone"),
+    "erl-router": Arm("--algo erl", "ERL, gradient to the routers alone (the default)"),
+    "erl-router-random": Arm("--algo erl", "the same, random experts credited", explore_then(random_expert)),
     "erl-centred": Arm(ERL, "ERL, advantages centred within each position", explore_then(centred)),
     "erl-shuffled": Arm(ERL, "ERL, advantages shuffled", explore_then(shuffled)),
     "erl-mean": Arm(ERL, "ERL, the mean advantage alone", explore_then(mean_alone)),
@@ -464,7 +465,7 @@ EXPERIMENTS = {
     ),
     "answers": Experiment(
         "sums of two numbers of eight digits, worked out in writing; all arms from the same supervised model",
-        "--dataset written-addition --top-k 2 --test-samples 1000 --eval-samples 100 --prompts-per-step 8",
+        "--dataset written-addition --top-k 2 --test-samples 500 --eval-samples 100 --prompts-per-step 8",
         "--algo none --batch-size 16 --pretrain-steps 1000 --steps 1 --eval-every 1000",
         "--pretrain-steps 0 --steps 60 --lr 3e-5 --eval-every 60 --minibatches 4",
         ANSWER_ARMS,
