@@ -5,6 +5,7 @@ called before train.parse and says which. Everything else of a run is train.py a
 """
 
 import dataclasses
+import itertools
 from collections.abc import Callable
 from typing import Literal, NamedTuple
 
@@ -18,6 +19,7 @@ from erpo import erpo_loss
 from moe import Routes
 from rais import CLIP_RANGES, rais_loss, router_shift
 from support.arguments import options_of
+from support.evaluation import text_windows
 from support.tasks import rng
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -220,6 +222,15 @@ def new_routers():
     train.initial_model = initial_model
 
 
+@torch.no_grad()
+def right_experts(model, task) -> dict:
+    """Share of the decisions, in the first 64 windows of the test split, for the expert of the window's alphabet."""
+    windows = itertools.islice(text_windows(task.held_out["test"].tokens, model.config.context), 64)
+    experts = model(torch.stack([window for window, _ in windows])[:, :-1]).routing.experts[..., 0]  # [64, T, L]
+    domain = torch.arange(len(experts)) % DOMAINS  # a window is as long as the pieces that eight_domains writes
+    return {"right_expert": (experts == domain[:, None, None]).float().mean().item()}
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Generated answers: losses that are entries of train.METHODS
 # ---------------------------------------------------------------------------------------------------------------------
@@ -358,6 +369,7 @@ class Experiment(NamedTuple):
     start_setup: Callable | None = None
     arm_setup: Callable | None = None  # before the arm's own
     minutes: tuple[float, float] = (1.0, 1.0)  # of one core: the start's run, an arm
+    figures: Callable | None = None  # (model, task) -> figures of its own, of every arm
 
 
 SHARPENING = (0.01, 0.03, 0.1, 0.3)
@@ -461,7 +473,8 @@ EXPERIMENTS = {
         ERL_ARMS,
         one_expert_a_domain,
         new_routers,
-        minutes=(2.5, 1.3),
+        minutes=(1.3, 1.0),
+        figures=right_experts,
     ),
     "answers": Experiment(
         "sums of two numbers of eight digits, worked out in writing; all arms from the same supervised model",

@@ -32,7 +32,7 @@ import torch  # noqa: E402
 
 import eval_routing  # noqa: E402
 import train  # noqa: E402
-from results.arms import EXPERIMENTS  # noqa: E402
+from results.arms import EXPERIMENTS, Experiment  # noqa: E402
 from results.verdict import RUNS, read_runs  # noqa: E402
 from support.errors import UserError, sentence  # noqa: E402
 from support.fast import speed_up  # noqa: E402
@@ -81,7 +81,7 @@ def run_one(experiment: str, arm: str, start: int):
             train.run(args)
         settings = json.loads((out / "config.json").read_text())
         record["settings"] = {k: v for k, v in settings.items() if k not in ("out", "init", "data_dir")}
-        record["figures"] = figures_of(args, arm, out)
+        record["figures"] = figures_of(args, e, arm, out)
         record["cpu_seconds"] = round(time.process_time() - begun, 1)
     except UserError as error:
         record["failed"] = sentence(error).replace(str(ROOT), ".")
@@ -97,12 +97,14 @@ def versions() -> dict:
     return {"commit": commit, "python": platform.python_version(), "torch": torch.__version__}
 
 
-def figures_of(args, arm: str, out: pathlib.Path) -> dict:
+def figures_of(args, e: Experiment, arm: str, out: pathlib.Path) -> dict:
     summary = json.loads((out / "summary.json").read_text())
     figures = {k: v for k, v in summary.items() if isinstance(v, (int, float)) and k not in ("seed", "steps")}
     figures |= means_of(str(out), summary["algo"])
     if "perplexity" in summary:
-        return figures if arm == "start" else figures | ranks(out)
+        model = load_run(str(out))[0]
+        own = e.figures(model, train.load_task(args, model.config.context, False)) if e.figures else {}
+        return figures | own if arm == "start" else figures | own | ranks(out)
     return figures | {"median_cluster": median_cluster(args, load_run(str(out))[0])}
 
 

@@ -330,6 +330,20 @@ def test_alphabets_are_permutations_and_rows_take_turns(arms):
     assert [arms.domains_of(4, step).tolist() for step in (0, 1, 2)] == [[0, 1, 2, 3], [4, 5, 6, 7], [0, 1, 2, 3]]
 
 
+def test_the_right_expert_is_the_one_of_the_windows_alphabet(arms):
+    from types import SimpleNamespace
+
+    def model(tokens):  # the first layer sends a window to the expert of its number, the second all to expert 1
+        rows, T = tokens.shape
+        number = tokens[:, 0] // 256  # a window's first token is its place in the text
+        experts = torch.stack([number % 8, torch.ones_like(number)], -1)[:, None, :, None].expand(rows, T, 2, 1)
+        return SimpleNamespace(routing=SimpleNamespace(experts=experts))
+
+    model.config = SimpleNamespace(context=256)
+    task = SimpleNamespace(held_out={"test": SimpleNamespace(tokens=torch.arange(100 * 256 + 1).numpy())})
+    assert arms.right_experts(model, task) == {"right_expert": (1 + 1 / 8) / 2}
+
+
 # ---- runs and the report
 
 SHRUNK = """
@@ -353,9 +367,7 @@ def test_a_start_and_an_arm_run_and_leave_their_json(tmp_path):
     assert (record["experiment"], record["arm"], record["start"]) == ("erl-domains", "erl-published", 3)
     assert record["settings"]["seed"] == 3 and record["settings"]["algo"] == "erl" and "failed" not in record
     assert {"torch", "python", "commit"} == set(record["versions"])
-    wanted = (
-        "perplexity best_perplexity mrr hit1 best_of_99_score router_entropy load_max top1_above_0.9 mean_grad_norm"
-    )
+    wanted = "perplexity best_perplexity mrr hit1 best_of_99_score router_entropy load_max top1_above_0.9 mean_grad_norm right_expert"
     assert set(wanted.split()) <= set(record["figures"]) and record["figures"]["windows"] == 1
     assert not (tmp_path / "work" / "erl-domains" / "3" / "erl-published").exists()  # the start's model stays
     assert (tmp_path / "work" / "erl-domains" / "3" / "start" / "summary.json").exists()
