@@ -29,7 +29,10 @@ COLUMNS = (
     ("router_entropy", "entropy", 3),
     ("load_max", "largest load", 3),
     ("top1_above_0.9", "above 0.9", 3),
+    ("right_expert", "right expert", 3),
 )
+# The control of an arm that credits random experts instead: what it lacks is learnt credit.
+RANDOM = {"erl": "erl-expert-random", "erl-router": "erl-router-random"}
 
 
 def row(*cells) -> str:
@@ -88,9 +91,10 @@ def claims(runs) -> list[str]:
 
 def erl_tables(runs, experiment: str, first: int) -> list[str]:
     arms = [a for a in EXPERIMENTS[experiment].arms if values_of(runs, experiment, a, "mrr", first)]
-    lines = heading("arm", "starts", *(name for _, name, _ in COLUMNS))
+    columns = [c for c in COLUMNS if any(values_of(runs, experiment, a, c[0], first) for a in arms)]
+    lines = heading("arm", "starts", *(name for _, name, _ in columns))
     for arm in arms:
-        cells = [shown(values_of(runs, experiment, arm, key, first), digits) for key, _, digits in COLUMNS]
+        cells = [shown(values_of(runs, experiment, arm, key, first), digits) for key, _, digits in columns]
         lines.append(row(f"`{arm}`", len(values_of(runs, experiment, arm, "mrr", first)), *cells))
     lines += [
         "",
@@ -98,24 +102,29 @@ def erl_tables(runs, experiment: str, first: int) -> list[str]:
         "is lower perplexity, larger MRR):",
         "",
     ]
-    lines += heading(
-        "arm", "perplexity against `lm`, %", "MRR less that of `lm`", "`erl`'s MRR less its own", "above the line"
-    )
+    lines += heading("arm", "perplexity against `lm`, %", "MRR less that of `lm`", "above the line")
     for arm in arms:
-        if arm == "lm":
-            continue
-        perplexity = Contrast("", "", experiment, arm, "lm", "best_perplexity", 1, 1, True)
-        mrr, behind = (Contrast("", "", experiment, a, b, "mrr", 1, 1) for a, b in ((arm, "lm"), ("erl", arm)))
-        line = "on it" if arm.startswith("sharpen") else interval(above_line(runs, experiment, arm, first))
-        cells = (
-            interval(differences(runs, perplexity, first), scale=100, digits=2),
-            interval(differences(runs, mrr, first)),
-            interval(differences(runs, behind, first)) if arm != "erl" else "-",
-            line,
-        )
-        lines.append(row(f"`{arm}`", *cells))
+        if arm != "lm":
+            line = "on it" if arm.startswith("sharpen") else interval(above_line(runs, experiment, arm, first))
+            lines.append(row(f"`{arm}`", *paired(runs, experiment, arm, "lm", first), line))
+    if set(RANDOM.values()) & set(arms):
+        lines += ["", "Credit: paired with the same arm when it credits random experts:", ""]
+        lines += heading("arm", "control", "perplexity, %", "MRR")
+    for arm, control in RANDOM.items():
+        if control in arms:
+            lines.append(row(f"`{arm}`", f"`{control}`", *paired(runs, experiment, arm, control, first)))
     words = "Runs in which one expert took over a layer (exploratory; the bound was chosen after the runs):"
     return [*lines, "", words, "", *by_load(runs, experiment, first)]
+
+
+def paired(runs, experiment: str, arm: str, control: str, first: int) -> tuple[str, str]:
+    """Best perplexity in percent (positive is lower) and MRR, less those of the control in the same start."""
+    perplexity = Contrast("", "", experiment, arm, control, "best_perplexity", 1, 1, True)
+    mrr = Contrast("", "", experiment, arm, control, "mrr", 1, 1)
+    return (
+        interval(differences(runs, perplexity, first), scale=100, digits=2),
+        interval(differences(runs, mrr, first)),
+    )
 
 
 def by_load(runs, experiment: str, first: int) -> list[str]:
@@ -145,6 +154,13 @@ def answer_tables(runs, first: int) -> list[str]:
         if ran := values_of(runs, "answers", arm, "accuracy", first):
             cells = [shown(values_of(runs, "answers", arm, key, first), 3) for key, _ in columns]
             lines.append(row(f"`{arm}`", len(ran), *cells))
+    lines += ["", "Accuracy, paired within the start, 95 % intervals, unadjusted (exploratory):", ""]
+    lines += heading("arm", "less `none`", "less `gmpo`", "less `gspo`")
+    for arm in EXPERIMENTS["answers"].arms:
+        pairs = [Contrast("", "", "answers", arm, control, "accuracy", 1, 1) for control in ("none", "gmpo", "gspo")]
+        cells = [interval(differences(runs, c, first)) if c.control != arm else "-" for c in pairs]
+        if set(cells) != {"-"}:
+            lines.append(row(f"`{arm}`", *cells))
     sizes = values_of(runs, "answers", "start", "median_cluster", first)
     return lines + ["", f"Median cluster of the starting models: {shown(sizes, 1)} tokens."]
 
@@ -210,6 +226,7 @@ COLOURS = {
     "erl-shuffled": "tab:cyan",
     "erl-mean": "tab:olive",
     "erl-router": "tab:orange",
+    "erl-router-random": "tab:green",
     "erl-wpl": "tab:pink",
     "erl-published": "tab:brown",
     "sharpen": "tab:gray",
