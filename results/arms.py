@@ -396,7 +396,7 @@ ERL_ARMS = {
 
 REPLAY, FROZEN = "--replay routing", "--freeze-router"
 ANSWER_ARMS = {
-    "none": Arm("--algo none", "no update", method("none", no_update), 0),
+    "none": Arm("--algo none --steps 1", "no update", method("none", no_update)),
     "positive": Arm("--algo positive", "GRPO, positive advantages alone", method("positive", positive_only)),
     "grpo": Arm("--algo grpo", "GRPO"),
     "gspo": Arm("--algo gspo", "GSPO", tier=0),
