@@ -415,9 +415,10 @@ RUNS = {
 @needs_fork
 @pytest.mark.parametrize("name", RUNS)
 def test_a_killed_run_resumes_to_the_same_bytes(name, tmp_path):
-    """Killed in the first phase, at its end, in the algorithm, in a save, and before there was a checkpoint."""
-    outs = ["early", "first", "border", "begun", "second", "saving", "best", "done", "twice"]
-    outs = outs if name == "erl" else ["early", "border", "second"]
+    """Killed in either phase, between the two, in a save, in a write, in an evaluation, and before any checkpoint."""
+    outs = ["early", "first", "border", "begun", "second", "saving", "best", "done", "twice", "weights", "state", "row"]
+    outs += ["evaluation-1", "evaluation-3", "evaluation-5"]  # of the first phase, of the second, of the test set
+    outs = outs if name == "erl" else ["early", "border", "second", "evaluation-6"]
     body = f"""
     flags = {RUNS[name]!r} + " --pretrain-steps 4 --steps 5 --eval-every 3 --checkpoint-every 2 --out "
     assert run(flags + "straight") == 0
@@ -425,7 +426,9 @@ def test_a_killed_run_resumes_to_the_same_bytes(name, tmp_path):
         "early": lambda: at_step(1), "first": lambda: at_step(3), "border": lambda: after_checkpoint(4),
         "begun": lambda: at_step(5), "second": lambda: at_step(8), "saving": lambda: between_renames(6),
         "best": lambda: between_renames(9), "done": lambda: after_checkpoint(9),
-    }}
+        "weights": lambda: in_write(run_folder, "save_model", 5), "state": lambda: in_write(torch, "save", 3),
+        "row": lambda: in_write(run_folder.Run, "_log", 3),
+    }} | {{f"evaluation-{{n}}": lambda n=n: in_evaluation(n) for n in range(1, 7)}}
     for out in {outs!r}:
         assert run(flags + out, killed.get(out, killed["first"])) == -signal.SIGKILL, out
         assert not os.path.exists(out + "/summary.json"), out
