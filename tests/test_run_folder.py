@@ -608,6 +608,33 @@ def test_lines_that_are_no_rows_of_metrics_end_in_a_sentence_before_any_work(lin
     assert "r/metrics.jsonl holds a line that is no row of metrics" in last and "--init r" in last
 
 
+@pytest.mark.parametrize("checkpoint", [True, False])
+def test_a_resumed_run_writes_into_its_own_folder_alone(checkpoint, micro):
+    """Folders that an edited config.json names are read at most. (Tokens are cached in .cache, as ever.)"""
+    for file in data.get_dataset("wikitext2").files.values():
+        Path("data", file).parent.mkdir(parents=True, exist_ok=True)
+        Path("data", file).write_text("some words of a text\n" * 40)
+    flags = (
+        "--algo lm --dataset wikitext2 --tokenizer bytes --data-dir data --batch-size 2 --pretrain-steps 0 --steps 2"
+    )
+    for out in ("r", "other"):
+        assert train.main(f"{flags} --eval-every 1 --out {out}".split()) == 0
+    shutil.move("data", "moved")
+    os.remove("r/summary.json")
+    if not checkpoint:  # then --init is asked once more
+        shutil.rmtree("r/checkpoint")
+    config = json.loads(Path("r/config.json").read_text())
+    Path("r/config.json").write_text(json.dumps(config | {"out": "named", "init": "other", "data_dir": "moved"}))
+
+    def outside():
+        found = [p for p in Path().rglob("*") if p.parts[0] not in ("r", ".cache")]
+        return {str(p): p.read_bytes() if p.is_file() else None for p in found}
+
+    before = outside()
+    assert train.main("--resume --out r".split()) == 0 and summary_of("r")["steps"] == 2
+    assert outside() == before and not Path("named").exists()
+
+
 def spoil_state(**changes):
     path = Path("r/checkpoint/state.pt")
     state = torch.load(path, weights_only=True) | changes
