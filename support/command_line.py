@@ -65,7 +65,8 @@ def _model_flags(g):
     g.add_argument("--model", type=one_of("model", tuple(SIZES)), default="tiny", help=", ".join(SIZES))
     g.add_argument("--n-expert", type=count, default=8, help="experts per MoE layer")
     g.add_argument("--top-k", type=count, help="experts a token passes; default 1, for generated answers 2")
-    g.add_argument("--n-shared-expert", type=natural, default=0, help="further experts that every token passes")
+    few = number(int, low=0, high=1000)  # each is a module
+    g.add_argument("--n-shared-expert", type=few, default=0, help="further experts that every token passes")
     g.add_argument("--moe-every", type=count, default=2, help="every n-th block holds experts")
     gates = one_of("gate", ("renorm", "prob", "straight"))
     g.add_argument("--gate", type=gates, default="renorm", help="weights of chosen experts: renorm, prob, straight")

@@ -462,6 +462,7 @@ def refused(flags, folder, capsys):
         ("--algo erl --top-k 9", "top_k 9 is above n_expert 8"),
         ("--algo erl --n-expert 1", "--n-expert 1 leaves nothing"),
         ("--algo erl --top-k 0", "--top-k: must be at least 1"),
+        ("--algo lm --n-shared-expert 100000000", "--n-shared-expert: must be at least 0 and at most 1000"),
         ("--algo lm --moe-every 5", "moe_every 5 leaves none"),
         ("--algo erl --alpha 1.1", "alpha must lie within [0, 1]"),
         ("--algo erl --alpha -0.1", "alpha must lie within [0, 1]"),
