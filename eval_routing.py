@@ -29,7 +29,7 @@ from moe import GPT, Routes
 from support.arguments import Parser, number, one_of
 from support.consistency import compare
 from support.device import pick_device
-from support.errors import UserError, plainly, sentence
+from support.errors import UserError, open_streams, plainly, say, sentence
 from support.fast import speed_up
 from support.generation import generate
 from support.pictures import draw_routing
@@ -254,7 +254,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
 def rank_samples(args, model: GPT, samples: Samples) -> list[Scored]:
     scored, chosen = [], samples.items[: args.samples]
     if len(chosen) < args.samples:
-        print(f"{samples.spec.name} {args.split} has {len(chosen)} samples, not {args.samples}", file=sys.stderr)
+        say(f"{samples.spec.name} {args.split} has {len(chosen)} samples, not {args.samples}", sys.stderr)
     for i, item in enumerate(Progress(chosen, unit="sample", desc="ranking routes")):
         key = args.seed, "routes", i
         if samples.spec.kind == "text":
@@ -299,7 +299,7 @@ def run(args: argparse.Namespace) -> dict:
     except OSError as error:
         raise UserError(f"cannot write into {out}: {error.strerror}") from None
     if args.show_tokens:
-        print(coloured)
+        say(coloured)
     return result
 
 
@@ -320,12 +320,13 @@ def main(argv: list[str] | None = None) -> int:
     except Exception as error:
         if (text := sentence(error)) is None:
             raise
-        print(f"eval_routing.py: {text}", file=sys.stderr)
+        say(f"eval_routing.py: {text}", sys.stderr)
         return 2
-    print(describe(result))
-    print(f"routing.json and the pictures are in {args.out or args.run}")
+    say(describe(result))
+    say(f"routing.json and the pictures are in {args.out or args.run}")
     return 0
 
 
 if __name__ == "__main__":
+    open_streams()
     sys.exit(main())

@@ -52,8 +52,8 @@ class MoEConfig:
     def __post_init__(self):
         for name, value in asdict(self).items():
             lowest = 0 if name in ("n_shared_expert", "expert_capacity") else 1
-            if name != "gate" and (type(value) is not int or value < lowest):
-                raise ValueError(f"{name} must be an integer of at least {lowest}, not {value!r}")
+            if name != "gate" and (type(value) is not int or not lowest <= value < 2**31):
+                raise ValueError(f"{name} must be an integer from {lowest} to {2**31 - 1}, not {value!r}")
         if self.n_embd % self.n_head:
             raise ValueError(f"n_embd {self.n_embd} is not divisible by n_head {self.n_head}")
         if self.top_k > self.n_expert:

@@ -43,7 +43,7 @@ from support import command_line
 from support.arguments import options_of
 from support.checkpoints import load_model
 from support.device import pick_device
-from support.errors import plainly, say, sentence
+from support.errors import open_streams, plainly, say, sentence
 from support.fast import speed_up
 from support.generation import Rollout, generate
 from support.initial import check_model, check_step, initial_model
@@ -422,17 +422,17 @@ def demo() -> int:
     }
     rows = {}
     for name, (story, flags) in arms.items():
-        print(f"\n{name}: {story}\n  python train.py {' '.join(common + flags)}", file=sys.stderr)
+        say(f"\n{name}: {story}\n  python train.py {' '.join(common + flags)}", sys.stderr)
         rows[name] = run(parse([*common, *flags, "--out", f"{out}/{name}"]))
         if name != "dense":
             rows[name] |= eval_routing.run(eval_routing.parse([f"{out}/{name}", "--samples", "20"]))
     columns = "perplexity original_score perturbed_score mrr hit1 relative_router_entropy top1_above_0.9".split()
     heads = ("perplexity", "original", "perturbed", "MRR", "Hit@1", "entropy", "top-1>0.9")
-    print("\n" + " " * 12 + "".join(f"{head:>12}" for head in heads))
+    say("\n" + " " * 12 + "".join(f"{head:>12}" for head in heads))
     for name, row in rows.items():
-        print(f"{name:12}" + "".join(f"{row[c]:12.3f}" if c in row else f"{'-':>12}" for c in columns))
-    print(f"{'chance':12}{rows['ERL']['chance_mrr']:48.3f}{rows['ERL']['chance_hit1']:12.3f}")
-    print(
+        say(f"{name:12}" + "".join(f"{row[c]:12.3f}" if c in row else f"{'-':>12}" for c in columns))
+    say(f"{'chance':12}{rows['ERL']['chance_mrr']:48.3f}{rows['ERL']['chance_hit1']:12.3f}")
+    say(
         f"perplexity: of the test split. original, perturbed: of {rows['ERL']['samples']} windows of it, along the "
         "router's route and along 99 random ones.\nMRR rises when the router's route gets better, and when the random "
         "ones get worse or the router sharper: entropy (1: even) tells.\n"
@@ -453,9 +453,10 @@ def main(argv: list[str] | None = None) -> int:
     except Exception as error:
         if (text := sentence(error)) is None:
             raise
-        print(f"train.py: {text}", file=sys.stderr)
+        say(f"train.py: {text}", sys.stderr)
         return 2
 
 
 if __name__ == "__main__":
+    open_streams()
     sys.exit(main())

@@ -74,8 +74,9 @@ def _header(file) -> tuple[MoEConfig, dict]:
 
 def _empty_model(config: MoEConfig, weights: dict[str, Tensor]) -> GPT:
     """A model to put `weights` into. None are drawn, so no random generator moves."""
-    if config.n_layer > len(weights):  # before a million blocks are made
-        raise ValueError(f"{config.n_layer} layers are more than its {len(weights)} tensors can fill")
+    layers, shared = config.n_layer, config.n_shared_expert
+    if layers > len(weights) or len(config.moe_blocks) * shared > len(weights):  # before a million modules are made
+        raise ValueError(f"{layers} layers, {shared} shared experts: more than its {len(weights)} tensors can fill")
     with torch.device("meta"):
         return GPT(config)
 

@@ -9,7 +9,7 @@ import torch
 import data
 from moe import SIZES
 from support.arguments import Option, Parser, add_options, number, one_of, read_config, saved_arguments
-from support.errors import UserError
+from support.errors import UserError, say
 from support.initial import locate, look_at
 
 TEXT = ("dense", "lm", "erl")  # algorithms that learn from the text, or the reference answers, of the data set
@@ -65,7 +65,8 @@ def _model_flags(g):
     g.add_argument("--model", type=one_of("model", tuple(SIZES)), default="tiny", help=", ".join(SIZES))
     g.add_argument("--n-expert", type=count, default=8, help="experts per MoE layer")
     g.add_argument("--top-k", type=count, help="experts a token passes; default 1, for generated answers 2")
-    g.add_argument("--n-shared-expert", type=natural, default=0, help="further experts that every token passes")
+    few = number(int, low=0, high=1000)  # each is a module
+    g.add_argument("--n-shared-expert", type=few, default=0, help="further experts that every token passes")
     g.add_argument("--moe-every", type=count, default=2, help="every n-th block holds experts")
     gates = one_of("gate", ("renorm", "prob", "straight"))
     g.add_argument("--gate", type=gates, default="renorm", help="weights of chosen experts: renorm, prob, straight")
@@ -246,12 +247,10 @@ def describe(args, step: int, size: int, active: int):
     phases = f"{args.pretrain_steps} supervised steps, then " if args.pretrain_steps else ""
     total = args.pretrain_steps + args.steps
     if step:
-        print(
-            f"all {total} steps are done" if step == total else f"going on at step {step} of {total}", file=sys.stderr
-        )
-    print(
+        say(f"all {total} steps are done" if step == total else f"going on at step {step} of {total}", sys.stderr)
+    say(
         f"{args.algo} on {args.dataset}: {phases}{args.steps} steps at learning rate {args.lr:g}, seed {args.seed}, "
         f"{torch.get_num_threads()} thread(s)\n{size:,} parameters, {active:,} active a token; every setting in "
         f"{args.out}/config.json",
-        file=sys.stderr,
+        sys.stderr,
     )

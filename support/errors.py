@@ -39,9 +39,22 @@ def sentence(error: Exception) -> str | None:
     return None
 
 
-def say(text: str):
-    """Print on stdout. Where nobody reads on (`| head`), or there is no room, silence is no error: a run is saved."""
+def say(text: str, stream=None):
+    """Print on stdout, or on another stream. Where nobody reads on (`| head`), or there is no room, silence is no
+    error: a run goes on and is saved."""
+    stream = stream or sys.stdout
     try:
-        print(text, flush=True)
+        print(text, file=stream, flush=True)
     except OSError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python tries once more when it exits
+        os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())  # or Python tries once more when it exits
+
+
+def open_streams():
+    """For a program's first line: streams that the shell closed (`2>&-`) end in nothing.
+
+    Python has None for them, which libraries do not expect, and the next file opened would get their number: what a
+    library says to "2" would go into it.
+    """
+    for name in ("stdin", "stdout", "stderr"):
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, "r" if name == "stdin" else "w"))

@@ -14,7 +14,7 @@ from collections import defaultdict
 from typing import NamedTuple
 
 from support.arguments import Parser, check_types, read_config
-from support.errors import UserError, sentence
+from support.errors import UserError, open_streams, say, sentence
 from support.run_folder import read_metrics
 
 WIDTH = 8  # inches; saved at 150 dots an inch
@@ -346,11 +346,12 @@ def main(argv: list[str] | None = None) -> int:
     except Exception as error:
         if (text := sentence(error)) is None:
             raise
-        print(f"support.pictures: {text}", file=sys.stderr)
+        say(f"support.pictures: {text}", sys.stderr)
         return 2
-    print(f"{args.out}: {'; '.join(groups)}".replace(r"\$", "$"))
+    say(f"{args.out}: {'; '.join(groups)}".replace(r"\$", "$"))
     return 0
 
 
 if __name__ == "__main__":
+    open_streams()
     sys.exit(main())

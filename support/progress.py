@@ -5,6 +5,8 @@ import time
 
 from tqdm import tqdm
 
+from support.errors import say
+
 EVERY = 30.0  # seconds between two lines
 
 
@@ -34,7 +36,7 @@ class Progress(tqdm):
             self.told = now
             left = (now - self.begun) / steps * (self.whole - self.done) if self.whole else 0
             words = [f"{self.what}: {self.done} of {self.whole}", self.shown, f"about {duration(left)} left"]
-            print(", ".join(w for w in words if w), file=sys.stderr, flush=True)
+            say(", ".join(w for w in words if w), sys.stderr)
 
 
 def duration(seconds: float) -> str:

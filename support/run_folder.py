@@ -21,7 +21,7 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from support.checkpoints import is_finite, load_model, save_model
-from support.errors import UserError, plainly
+from support.errors import UserError, plainly, say
 from support.evaluation import evaluate, mean_scores
 from support.optimizer import learning_rate, make_optimizer, restore
 from support.progress import Progress
@@ -368,7 +368,7 @@ class Run:
                 except KeyboardInterrupt as stop:
                     bar.close()
                     again = f"python train.py --resume --out {shlex.quote(self.out)}"
-                    print(f"\ninterrupted{stop}; continue with: {again}", file=sys.stderr)
+                    say(f"\ninterrupted{stop}; continue with: {again}", sys.stderr)
                     raise
 
     @contextlib.contextmanager
@@ -379,7 +379,8 @@ class Run:
             if self.stop_asked or self.stop_at_once:
                 raise KeyboardInterrupt
             self.stop_asked = True
-            os.write(2, b"\nstopping after this step; Ctrl-C once more stops at once\n")  # print is not for handlers
+            with contextlib.suppress(OSError):  # print is not for handlers
+                os.write(2, b"\nstopping after this step; Ctrl-C once more stops at once\n")
 
         try:
             previous = {s: signal.signal(s, handler) for s in (signal.SIGINT, signal.SIGTERM)}

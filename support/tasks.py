@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 import data
-from support.errors import UserError
+from support.errors import UserError, say
 
 
 def rng(*key) -> torch.Generator:
@@ -170,13 +170,13 @@ def _report_counts(spec, counts: dict, context: int, held_out: dict, tokenizer, 
         if counts[key]:
             whole = counts["kept"] + counts["skipped"]
             text = f"{spec.name}: {counts[key]} of {whole} training examples {sentence} (context {context} tokens)"
-            print(text, file=sys.stderr)
+            say(text, sys.stderr)
     questions = [e for split in held_out.values() for e in split]
     cut = sum(len(tokenizer.encode(e.prompt)) > room for e in questions)
     skipped = sum(split.skipped for split in held_out.values())
     if cut or skipped:
-        print(
+        say(
             f"{spec.name}: {cut} of {len(questions)} held-out prompts are cut from the left to {room} tokens, "
             f"{skipped} held-out records lack a prompt or a reference",
-            file=sys.stderr,
+            sys.stderr,
         )

@@ -83,7 +83,7 @@ def test_broken_and_foreign_checkpoints_are_refused(tmp_path):
         save_file(tensors, bad[name], metadata={"config": config})
     bad["folder"] = tmp_path
     no_config = {"truncated", "empty", "garbage", "foreign", "missing", "folder"}
-    no_config |= headers.keys() - {"bigger", "many", "huge"}  # those are possible, if not with these weights
+    no_config |= headers.keys() - {"bigger", "many"}  # those are possible, if not with these weights
     for name, file in bad.items():
         if name in no_config:
             with pytest.raises(ValueError, match="is not a readable checkpoint"):
@@ -94,6 +94,47 @@ def test_broken_and_foreign_checkpoints_are_refused(tmp_path):
             load_model(str(file))
         message = str(error.value)
         assert str(file) in message and "\n" not in message and len(message) < len(str(file)) + 500
+
+
+HUGE = [
+    dict(n_layer=10**7),
+    dict(n_layer=10**18),
+    dict(n_shared_expert=10**8),
+    dict(n_layer=20, moe_every=1, n_shared_expert=40),
+    dict(n_expert=10**8),
+    dict(n_expert=2**31 - 1),
+    dict(n_embd=2**30),
+    dict(n_embd=2**30, n_expert=10**8),
+    dict(vocab_size=2**31 - 1, context=2**31 - 1),
+    dict(vocab_size=10**30),
+    dict(expert_capacity=10**30),
+]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="bounds the memory of a process")
+def test_a_header_that_claims_a_huge_model_is_refused_in_seconds_and_little_memory(tmp_path):
+    """Of a file of some kB. Tensors of any size are only described, and there are no more modules than tensors."""
+    path = tmp_path / "model.safetensors"
+    save_model(make(), str(path))
+    weights = load_file(path)
+    for i, claim in enumerate(HUGE):
+        save_file(weights, tmp_path / f"{i}.safetensors", metadata={"config": json.dumps(SMALL | claim)})
+    code = f"""
+import resource, sys, time
+sys.path[:0] = [{str(ROOT)!r}]
+from support.checkpoints import load_model
+before = resource.getrusage(resource.RUSAGE_SELF)
+for i in range({len(HUGE)}):
+    try:
+        load_model(f"{{i}}.safetensors")
+        print(i, "was loaded")
+    except ValueError as error:
+        assert "is not a readable checkpoint" in str(error) and "\\n" not in str(error), error
+after = resource.getrusage(resource.RUSAGE_SELF)
+print(after.ru_utime - before.ru_utime < 30 and after.ru_maxrss - before.ru_maxrss < 100_000)
+"""
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, timeout=300)
+    assert done.stdout == "True\n" and done.returncode == 0, done.stdout + done.stderr
 
 
 # ------------------------------------------------------------------------------------------------------ GPT-2's weights

@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from training import rows_of, summary_of
+from training import bare, rows_of, summary_of
 
 import data
 import eval_routing
@@ -382,21 +382,36 @@ def test_ctrl_c_in_the_first_seconds_is_no_traceback(moment, tmp_path):
     assert begun and process.returncode == 130 and "Traceback" not in err and not (tmp_path / "r").exists()
 
 
-def test_nobody_reads_the_last_line(tmp_path):
-    """`train.py ... | head -0`, and stdout closed from the start: the run is whole, and says nothing of it."""
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs /dev/full")
+def test_what_cannot_be_said_is_left_out():
+    with open("/dev/full", "w") as stream:
+        errors.say("this is where the disk is full", stream)
+        errors.say("and this goes to nowhere", stream)
+
+
+def test_nobody_reads_what_a_run_says(tmp_path):
+    """`train.py ... | head -0`, streams closed from the start or full: the run is whole, and says nothing of it."""
     flags = f"{sys.executable} {ROOT / 'train.py'} --algo lm --dataset addition {LITTLE} --model tiny --out"
-    for out, rest in (("piped", "| true; exit ${PIPESTATUS[0]}"), ("closed", ">&-"), ("full", ">/dev/full")):
-        done = subprocess.run(
-            ["bash", "-c", f"{flags} {out} {rest}"],
-            cwd=tmp_path,
-            capture_output=True,
-            text=True,
-            timeout=900,
-            env=os.environ | {"OMP_NUM_THREADS": "1"},
-        )
+
+    def bash(line):
+        env = os.environ | {"OMP_NUM_THREADS": "1"}
+        return subprocess.run(["bash", "-c", line], cwd=tmp_path, capture_output=True, text=True, timeout=900, env=env)
+
+    for out, rest in (
+        ("piped", "| true; exit ${PIPESTATUS[0]}"),
+        ("closed", ">&-"),
+        ("full", ">/dev/full"),
+        ("silent", "<&- >&- 2>&-"),
+    ):
+        done = bash(f"{flags} {out} {rest}")
         assert done.returncode == 0, (out, done.stderr)
         assert "rror" not in done.stderr and "Traceback" not in done.stderr
         assert summary_of(tmp_path / out)["steps"] == 4
+        assert [bare(row) for row in rows_of(tmp_path / out)] == [bare(row) for row in rows_of(tmp_path / "piped")]
+    done = bash(f"{flags} piped 2>&-")  # a mistake: the folder is not empty
+    assert (done.returncode, done.stdout, done.stderr) == (2, "", "")
+    done = bash(f"{sys.executable} {ROOT / 'eval_routing.py'} silent --samples 2 >&- 2>&-")
+    assert done.returncode == 0 and (tmp_path / "silent" / "routing.json").exists()
 
 
 def test_a_folder_of_its_own_choice(here):
@@ -462,6 +477,7 @@ def refused(flags, folder, capsys):
         ("--algo erl --top-k 9", "top_k 9 is above n_expert 8"),
         ("--algo erl --n-expert 1", "--n-expert 1 leaves nothing"),
         ("--algo erl --top-k 0", "--top-k: must be at least 1"),
+        ("--algo lm --n-shared-expert 100000000", "--n-shared-expert: must be at least 0 and at most 1000"),
         ("--algo lm --moe-every 5", "moe_every 5 leaves none"),
         ("--algo erl --alpha 1.1", "alpha must lie within [0, 1]"),
         ("--algo erl --alpha -0.1", "alpha must lie within [0, 1]"),

@@ -418,15 +418,16 @@ def test_routes_go_to_the_models_device():
     assert all(x.device.type == "meta" for x in paths[2:])
 
 
-def test_a_gap_of_exactly_the_bound_is_rounding():
-    bound = 32 * torch.finfo(torch.float64).eps  # 8 units of a log-probability of -4
-    for gap, A in ((bound, 0), (bound * 1.25, 1), (-bound * 1.25, -1)):
+@pytest.mark.parametrize(("options", "units"), [({}, 8), ({"rounding_units": 16.0}, 16), ({"rounding_units": 0.0}, 0)])
+def test_a_gap_of_exactly_the_bound_is_rounding(options, units):
+    for gap, A in ((units, 0), (units + 1, 1), (-units - 1, -1)):
 
         def forward(routes, gap=gap):
             new = torch.full((1 if routes is None else 3, 2), -4.0, dtype=torch.float64)
-            return new + gap * (routes is not None), torch.zeros(*new.shape, 1, 4).double().log_softmax(-1), None
+            unit = 4 * torch.finfo(torch.float64).eps  # in the last place of a log-probability of -4
+            return new + gap * unit * (routes is not None), torch.zeros(*new.shape, 1, 4).double().log_softmax(-1), None
 
-        paths = explore(forward, torch.ones(1, 2, dtype=torch.bool), 1, dtype=torch.float64)
+        paths = explore(forward, torch.ones(1, 2, dtype=torch.bool), 1, dtype=torch.float64, **options)
         assert (paths.advantages == A).all()
 
 

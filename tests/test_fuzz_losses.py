@@ -12,8 +12,11 @@ stands on.
     FUZZ_CASES=10000 python -m pytest tests/test_fuzz_losses.py     the long way, about half an hour
 """
 
+import inspect
 import math
 import os
+import sys
+from pathlib import Path
 from typing import NamedTuple
 
 import pytest
@@ -22,7 +25,7 @@ from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 
 from baselines import cispo_loss, gmpo_loss, group_advantages, grpo_loss, gspo_loss
-from erl import erl_advantage, erl_loss, random_routes, rounding
+from erl import Pass, erl_advantage, erl_loss, erl_objective, explore, random_routes, rounding
 from erpo import erpo_loss
 from rais import rais_loss, router_shift
 
@@ -292,3 +295,103 @@ def test_random_routes(c, alpha):
     assert (0 <= experts).all() and (experts < c.E).all()
     assert all(len(set(x)) == c.K for x in experts.flatten(0, 2).tolist())
     assert perturbed.any() <= (alpha > 0) and perturbed.all() >= (alpha == 1)
+
+
+class Passes:
+    """A model's passes without the model: `forward` as `explore` calls it; what padding says is junk, or not."""
+
+    def __init__(self, c, m, largest, junk):
+        self.c, self.m, self.largest, self.padding = c, m, largest, ~c.mask()
+        self.junk, self.calls, self.routers = junk, 0, []
+
+    def given(self, x):
+        """In the case's type, with junk at padding."""
+        padding = self.padding.repeat(len(x) // self.c.B, 1).view(*x.shape[:2], *[1] * (x.dim() - 2))
+        return (x.masked_fill(padding, self.c.junk) if self.junk else x).to(self.c.dtype)
+
+    def forward(self, routes):
+        c, rows = self.c, self.c.B * (1 if routes is None else self.m)
+        old = c.numbers(2, c.B, c.T, largest=self.largest).repeat(rows // c.B, 1)
+        log_probs = c.near(3, old) if routes is not None else old
+        logits = c.numbers(4, rows, c.T, c.L, c.E)
+        if self.calls > 1:  # a later inner epoch: the router has moved
+            logits = c.near(10 + self.calls, logits)
+        self.calls += 1
+        limit = -6e4 if c.dtype == torch.float16 else -1e38
+        self.routers.append(self.given(logits.log_softmax(-1).clamp(min=limit)).requires_grad_())
+        return Pass(self.given(log_probs), self.routers[-1], c.numbers(20, 1).to(c.dtype)[0])
+
+
+BAD = {"alpha": [-0.1, 1.1, math.nan], "n_perturb": [0, -1], "rounding_units": [-1.0, math.nan], "top_k": [0, 6]}
+BAD |= {"advantage": ["signs"], "delta": [-1.0, math.nan], "clip_eps": [-0.1, math.nan], "inner_epochs": [0, -3]}
+
+
+@fuzz
+@given(
+    c=cases(),
+    m=st.integers(1, 3),
+    alpha=st.sampled_from([0.0, 0.3, 0.6, 1.0]),
+    kind=st.sampled_from(["static", "log"]),
+    units=st.sampled_from([0.0, 8.0, 1e3]),
+    options=st.fixed_dictionaries(
+        dict(
+            delta=st.sampled_from([0.0, 1e-30, 0.5, 1e4]),
+            clip_eps=st.sampled_from([0.0, 0.2, 1e5]),
+            wpl=st.booleans(),
+            inner_epochs=st.integers(1, 3),
+        )
+    ),
+    wrong=st.sampled_from([None] * 60 + [(name, value) for name, bad in BAD.items() for value in bad]),
+)
+def test_explore_and_erl_objective(c, m, alpha, kind, units, options, wrong):
+    """A whole step: finite, its gradient at the perturbed decisions alone, and the same whatever padding holds."""
+    first = dict(top_k=c.K, alpha=alpha, n_perturb=m, advantage=kind, rounding_units=units)
+
+    def step(junk):
+        """-> paths, and of each inner epoch the loss, its gradient and its metrics"""
+        model = Passes(c, m, largest=4 if kind == "log" else 30, junk=junk)
+        paths = explore(model.forward, c.mask(), dtype=c.dtype, generator=c.generator(1), **first)
+        found = []
+        for loss, metrics in erl_objective(model.forward, paths, **options):
+            found.append((loss.detach(), *torch.autograd.grad(loss, model.routers[-1]), metrics))
+        return paths, found
+
+    if wrong:
+        name, value = wrong
+        (first if name in first else options)[name] = value
+        with pytest.raises(ValueError):
+            step(False)
+        return
+    paths, found = step(True)
+    assert not paths.S[~c.mask().repeat(m, 1)].any() and (0 <= paths.experts).all() and (paths.experts < c.E).all()
+    read = paths.advantages[paths.S.any(-1)]
+    old = c.numbers(2, c.B, c.T, largest=4 if kind == "log" else 30).repeat(m, 1)
+    gain, bound = c.near(3, old) - old, units * torch.finfo(c.dtype).eps * old.abs().clamp(min=4)
+    inside, outside = (gain.abs() < 0.9 * bound) | (gain == 0), gain.abs() > 1.1 * bound  # the type rounds the gain
+    sign = paths.advantages.sign().double()
+    for where, expected in ((inside, 0 * gain), (outside, gain.sign())):
+        assert torch.equal(*(x[where & paths.S.any(-1)] for x in (sign, expected)))
+    assert read.isfinite().all() and (kind == "log" or set(read.tolist()) <= {-1, 0, 1})
+    chosen = torch.zeros_like(found[0][1]).scatter(-1, paths.experts, 1) * paths.S[..., None]
+    for epoch, (loss, gradient, metrics) in enumerate(found):
+        assert loss.isfinite() and all(x.isfinite() for x in metrics.values()), (loss, metrics)
+        assert gradient.isfinite().all() or c.dtype == torch.float16 and not gradient.isnan().any(), gradient
+        assert not gradient[chosen == 0].any()
+        if epoch == 0:
+            assert metrics["ratio_mean"] == paths.S.any() and metrics["clip_share"] == 0
+        L_p = metrics["rl_loss"] + (paths.perturbed.loss if options["wpl"] and epoch == 0 else 0)
+        L_o = paths.original.loss if epoch == 0 else 0
+        torch.testing.assert_close(loss, (L_o + options["delta"] * L_p).to(loss.dtype))
+    again, clean = step(False)
+    assert torch.equal(paths.S, again.S) and torch.equal(read, again.advantages[again.S.any(-1)])
+    for (loss, gradient, metrics), (clean_loss, clean_gradient, clean_metrics) in zip(found, clean, strict=True):
+        assert torch.equal(loss, clean_loss) and torch.equal(gradient, clean_gradient)
+        assert all(torch.equal(x, clean_metrics[k]) for k, x in metrics.items())
+
+
+def test_every_public_function_of_the_losses_is_fuzzed():
+    text = Path(__file__).read_text()
+    for module in map(sys.modules.get, ("erl", "erpo", "rais", "baselines")):
+        for name, function in vars(module).items():
+            if inspect.isfunction(function) and function.__module__ == module.__name__ and name[0] != "_":
+                assert text.count(name) > 1, name  # imported and used

@@ -28,7 +28,7 @@ import data
 import eval_routing
 import moe
 import train
-from moe import GPT, MoEConfig, Routes, choose_experts, router_losses, within_capacity
+from moe import GPT, MoEConfig, Routes, choose_experts, router_losses, upcycle, within_capacity
 from support import head, kernels, pictures
 from support.check_inputs import check_inputs
 from support.checkpoints import load_model, read_gpt2_config
@@ -418,6 +418,27 @@ def test_the_two_ways_through_experts(case):
     ways = [part.mix_experts(x, experts, weights, w_in, b_in, w_out, b_out) for part in (moe, kernels)]
     assert all(y.shape == x.shape and y.isfinite().all() for y in ways)
     torch.testing.assert_close(*ways, rtol=1e-4, atol=1e-4 * float(1 + ways[0].abs().max()))
+
+
+@fuzz
+@given(case=sizes, every=st.integers(1, 3), shared=st.integers(0, 2), gate=st.sampled_from(list(moe.GATES)))
+def test_upcycle(case, every, shared, gate):
+    """The parent's logits where gates sum to 1, whatever the experts; a ValueError where another size differs."""
+    L, E, K, g = case["L"], case["E"], 1 + case["seed"] % case["E"], rng(case["seed"])
+    size = dict(vocab_size=11, context=6, n_layer=L, n_head=2, n_embd=8)
+    parent = GPT(MoEConfig(n_expert=1, **size), g).double()
+    experts = dict(n_expert=E, top_k=K, n_shared_expert=shared, moe_every=every, gate=gate)
+    config = refused(lambda: MoEConfig(**size, **experts), kinds=ValueError)
+    assert (config is None) == (E > 1 and every > L)
+    if config is None:
+        return
+    model, tokens = upcycle(parent, config, g), torch.randint(11, (2, 6), generator=g)
+    logits, expected = model(tokens).logits, parent(tokens).logits
+    assert logits.isfinite().all() and model.config == config and model.wte.weight.dtype == torch.float64
+    if E == 1 or gate != "prob":
+        torch.testing.assert_close(logits, expected)
+    assert refused(upcycle, parent, MoEConfig(**size | {"n_embd": 16}, **experts), kinds=ValueError) is None
+    assert E == 1 or refused(upcycle, model, config, kinds=ValueError) is None
 
 
 @fuzz

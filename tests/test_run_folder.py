@@ -415,9 +415,10 @@ RUNS = {
 @needs_fork
 @pytest.mark.parametrize("name", RUNS)
 def test_a_killed_run_resumes_to_the_same_bytes(name, tmp_path):
-    """Killed in the first phase, at its end, in the algorithm, in a save, and before there was a checkpoint."""
-    outs = ["early", "first", "border", "begun", "second", "saving", "best", "done", "twice"]
-    outs = outs if name == "erl" else ["early", "border", "second"]
+    """Killed in either phase, between the two, in a save, in a write, in an evaluation, and before any checkpoint."""
+    outs = ["early", "first", "border", "begun", "second", "saving", "best", "done", "twice", "weights", "state", "row"]
+    outs += ["evaluation-1", "evaluation-3", "evaluation-5"]  # of the first phase, of the second, of the test set
+    outs = outs if name == "erl" else ["early", "border", "second", "evaluation-6"]
     body = f"""
     flags = {RUNS[name]!r} + " --pretrain-steps 4 --steps 5 --eval-every 3 --checkpoint-every 2 --out "
     assert run(flags + "straight") == 0
@@ -425,7 +426,9 @@ def test_a_killed_run_resumes_to_the_same_bytes(name, tmp_path):
         "early": lambda: at_step(1), "first": lambda: at_step(3), "border": lambda: after_checkpoint(4),
         "begun": lambda: at_step(5), "second": lambda: at_step(8), "saving": lambda: between_renames(6),
         "best": lambda: between_renames(9), "done": lambda: after_checkpoint(9),
-    }}
+        "weights": lambda: in_write(run_folder, "save_model", 5), "state": lambda: in_write(torch, "save", 3),
+        "row": lambda: in_write(run_folder.Run, "_log", 3),
+    }} | {{f"evaluation-{{n}}": lambda n=n: in_evaluation(n) for n in range(1, 7)}}
     for out in {outs!r}:
         assert run(flags + out, killed.get(out, killed["first"])) == -signal.SIGKILL, out
         assert not os.path.exists(out + "/summary.json"), out
@@ -603,6 +606,33 @@ def test_lines_that_are_no_rows_of_metrics_end_in_a_sentence_before_any_work(lin
     assert train.main("--resume --out r".split()) == 2
     last = capsys.readouterr().err.splitlines()[-1]
     assert "r/metrics.jsonl holds a line that is no row of metrics" in last and "--init r" in last
+
+
+@pytest.mark.parametrize("checkpoint", [True, False])
+def test_a_resumed_run_writes_into_its_own_folder_alone(checkpoint, micro):
+    """Folders that an edited config.json names are read at most. (Tokens are cached in .cache, as ever.)"""
+    for file in data.get_dataset("wikitext2").files.values():
+        Path("data", file).parent.mkdir(parents=True, exist_ok=True)
+        Path("data", file).write_text("some words of a text\n" * 40)
+    flags = (
+        "--algo lm --dataset wikitext2 --tokenizer bytes --data-dir data --batch-size 2 --pretrain-steps 0 --steps 2"
+    )
+    for out in ("r", "other"):
+        assert train.main(f"{flags} --eval-every 1 --out {out}".split()) == 0
+    shutil.move("data", "moved")
+    os.remove("r/summary.json")
+    if not checkpoint:  # then --init is asked once more
+        shutil.rmtree("r/checkpoint")
+    config = json.loads(Path("r/config.json").read_text())
+    Path("r/config.json").write_text(json.dumps(config | {"out": "named", "init": "other", "data_dir": "moved"}))
+
+    def outside():
+        found = [p for p in Path().rglob("*") if p.parts[0] not in ("r", ".cache")]
+        return {str(p): p.read_bytes() if p.is_file() else None for p in found}
+
+    before = outside()
+    assert train.main("--resume --out r".split()) == 0 and summary_of("r")["steps"] == 2
+    assert outside() == before and not Path("named").exists()
 
 
 def spoil_state(**changes):

@@ -119,7 +119,7 @@ DRIVER = """
     import torch
     torch.set_num_threads(1)
     import moe, train, data
-    from support import run_folder
+    from support import evaluation, run_folder
     moe.SIZES["tiny"] = {micro!r}
     pydocs, problems = data._pydocs, data.DATASETS["addition"].problems
     texts = {{split: pydocs(split)[:3000] for split in data.SPLITS}}
@@ -159,6 +159,28 @@ DRIVER = """
             if len(calls) == n:
                 kill()
         os.rename = rename
+
+    def in_evaluation(n):  # of the n-th set that is scored, after its first batch
+        class Bar(evaluation.Progress):
+            begun = 0
+            def __iter__(self):
+                Bar.begun += 1
+                for item in super().__iter__():
+                    yield item
+                    if Bar.begun == n:
+                        kill()
+        evaluation.Progress = Bar
+
+    def in_write(owner, name, n):  # of a file: half of what the n-th call of a function writes is on the disk
+        real, sizes = getattr(owner, name), []
+        def write(*args, **more):
+            path = getattr(args[0], "metrics_path", args[-1])
+            sizes.append(os.path.getsize(path) if os.path.exists(path) else 0)
+            real(*args, **more)
+            if len(sizes) == n:
+                os.truncate(path, (sizes[-1] + os.path.getsize(path)) // 2)
+                kill()
+        setattr(owner, name, write)
 
     def run(line, patch=lambda: None, killed_after=None):
         sys.stderr.flush()
