@@ -15,7 +15,6 @@ One process: for more machines see recipes/.
 
 import inspect
 import os
-import signal
 import sys
 from functools import partial
 from typing import NamedTuple
@@ -27,8 +26,10 @@ os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
 # sooner. OpenMP's own 300,000 keep a core from the process that it waits for, and a step took 4 to 8 times as long.
 if "OMP_WAIT_POLICY" not in os.environ:
     os.environ.setdefault("GOMP_SPINCOUNT", "2000")
-if __name__ == "__main__":  # nothing is to be saved yet: Ctrl-C ends it at once, the seconds of importing included
-    signal.signal(signal.SIGINT, lambda *_: os._exit(130))
+if __name__ == "__main__":
+    from support.errors import end_at_once_on_ctrl_c
+
+    end_at_once_on_ctrl_c()
 
 import torch
 from torch import Tensor

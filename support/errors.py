@@ -2,6 +2,7 @@
 
 import difflib
 import os
+import signal
 import sys
 from collections.abc import Sequence
 
@@ -37,6 +38,11 @@ def sentence(error: Exception) -> str | None:
     ):
         return "out of memory: lower --batch-size, --prompts-per-step, --n-expert or --model"
     return None
+
+
+def end_at_once_on_ctrl_c():
+    """For a program to call before it imports torch: nothing is to be saved in those seconds, so no traceback."""
+    signal.signal(signal.SIGINT, lambda *_: os._exit(130))
 
 
 def say(text: str):

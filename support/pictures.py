@@ -13,6 +13,11 @@ import warnings
 from collections import defaultdict
 from typing import NamedTuple
 
+if __name__ == "__main__":
+    from support.errors import end_at_once_on_ctrl_c
+
+    end_at_once_on_ctrl_c()
+
 from support.arguments import Parser, check_types, read_config
 from support.errors import UserError, sentence
 from support.run_folder import read_metrics

@@ -364,11 +364,23 @@ def test_the_commands(tmp_path):
 
 
 @pytest.mark.skipif(os.name != "posix", reason="signals")
-@pytest.mark.parametrize("moment", ["torch", "torch.nn", "tqdm"])
-def test_ctrl_c_in_the_first_seconds_is_no_traceback(moment, tmp_path):
+@pytest.mark.parametrize(
+    ("moment", "program"),
+    [
+        ("torch", "train.py --algo lm --out r"),
+        ("torch.nn", "train.py --algo lm --out r"),
+        ("tqdm", "train.py --algo lm --out r"),
+        ("torch", "eval_routing.py r"),
+        ("tqdm", "eval_routing.py r"),
+        ("torch", "support/pictures.py r --out r"),
+    ],
+)
+def test_ctrl_c_in_the_first_seconds_is_no_traceback(moment, program, tmp_path, monkeypatch):
     """While PyTorch and the rest are imported: Python says which module it has just read."""
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    script, *flags = program.split()
     process = subprocess.Popen(
-        [sys.executable, "-X", "importtime", str(ROOT / "train.py"), "--algo", "lm", "--out", "r"],
+        [sys.executable, "-X", "importtime", str(ROOT / script), *flags],
         cwd=tmp_path,
         text=True,
         stderr=subprocess.PIPE,
