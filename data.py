@@ -114,6 +114,8 @@ def prepare(dataset: str, tokenizer: str, data_dir: str | None = None) -> Tokeni
     """The tokenizer of a run. Where it cannot be had, the set is tried too: one message names all that is missing."""
     spec = get_dataset(dataset)
     _check_source(spec, data_dir)
+    if data_dir and not os.path.isdir(data_dir):
+        raise UserError(f"--data-dir {data_dir}: there is no such folder")
     try:
         return load_tokenizer(tokenizer, data_dir)
     except UserError as error:
@@ -379,10 +381,9 @@ def split_of(key: str) -> str:
 
 
 def _check_source(spec: DatasetSpec, data_dir: str | None) -> None:
-    if spec.files and not spec.hub and not data_dir:
-        raise UserError(
-            f"{spec.name} is read from files alone: --data-dir DIR reads DIR/{next(iter(spec.files.values()))}"
-        )
+    file = next(iter(spec.files.values()), None)
+    if file and not spec.hub and not data_dir:
+        raise UserError(f"{spec.name} is read from files alone: --data-dir DIR reads DIR/{file}")
 
 
 def _check_split(spec: DatasetSpec, split: str, data_dir: str | None) -> None:

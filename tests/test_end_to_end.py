@@ -502,7 +502,10 @@ def refused(flags, folder, capsys):
         ("--algo rais --shift-base ppo", "unknown base"),
         ("--algo grpo --dataset addition --max-new-tokens 48", "leaves no room for a prompt"),
         ("--algo erl --init nowhere", "there is no run, checkpoint file or GPT-2 folder"),
-        ("--algo erl --dataset samsum --tokenizer bytes --data-dir nowhere", "nowhere/samsum/train.jsonl is missing"),
+        (
+            "--algo erl --dataset samsum --tokenizer bytes --data-dir nowhere",
+            "--data-dir nowhere: there is no such folder",
+        ),
         ("--resume", "--resume needs --out"),
         ("--resume --out nowhere", "holds no run"),
     ],
