@@ -1,7 +1,6 @@
 """The programs as a user runs them: every algorithm on every data set, what a run folder holds, and bad input."""
 
 import hashlib
-import importlib.util
 import json
 import math
 import os
@@ -773,36 +772,3 @@ def test_what_the_user_hears_of_the_machine():
     assert "--batch-size" in errors.sentence(RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried"))
     assert "--batch-size" in errors.sentence(torch.OutOfMemoryError("CUDA out of memory"))
     assert errors.sentence(RuntimeError("shape mismatch")) is None  # the program's fault: a traceback
-
-
-# ------------------------------------------------------------------------------------------------------- compare_runs
-
-
-@pytest.fixture
-def compare_runs():
-    spec = importlib.util.spec_from_file_location("compare_runs", ROOT / "bench" / "compare_runs.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module.main
-
-
-def test_compare_runs(runs, capsys, compare_runs):
-    run("--algo lm --dataset addition --seed 1", "second")
-    capsys.readouterr()
-    summary = json.loads(Path("second/summary.json").read_text()) | {"accuracy": 0.75}  # to tell the two apart
-    Path("second/summary.json").write_text(json.dumps(summary))
-    assert compare_runs(["second", "lm", "dense", "--out", "x/v1.2"]) == 0
-    table = json.loads(Path("x/v1.2.json").read_text())
-    assert table["lm"]["after"][1] == 0.75 != table["lm"]["after"][0]
-    assert table["lm"]["seeds"] == [0, 1] and table["dense"]["seeds"] == [0] and Path("x/v1.2.png").exists()
-    assert "| `lm` | 2 |" in capsys.readouterr().out
-    run("--algo lm --dataset countdown", "other")
-    for bad, says in (
-        (["lm", "other"], "ran on countdown"),
-        (["lm", "lm"], "was given before"),
-        (["nowhere"], "is no finished run"),
-        (["lm", "--metric", "algo"], "has no algo"),
-    ):
-        assert compare_runs([*bad, "--out", "y"]) == 2
-        assert says in capsys.readouterr().err
-    assert not Path("y.json").exists()
