@@ -541,7 +541,12 @@ def load_text(
     elif data_dir:
         spec = _local(spec, data_dir)
         text = _read_file(spec, split, data_dir)
-        variant = spec.hub[1] if ".raw" in spec.files[split] else "wikitext-2-v1 (tokenised, <unk>)"
+        variants = {".raw": "wikitext-2-raw-v1", ".tokens": "wikitext-2-v1 (tokenised, <unk>)"}
+        variant = variants.get(Path(spec.files[split]).suffix, name)
+        if list(spec.files.values()).count(spec.files[split]) > 1:  # one file: each paragraph belongs to one split
+            text = "\n\n".join(p for p in text.split("\n\n") if _belongs(p, split, spec.files)) + "\n"
+            if not text.strip():
+                raise UserError(f"{name} has no {split} paragraph: an empty line stands between paragraphs")
     else:  # the hub has one row a line, and an empty row for the line that holds one blank
         text, variant = "".join(row or " \n" for row in _read_hub(spec, split)["text"]), spec.hub[1]
     raw = text.encode("utf-8")

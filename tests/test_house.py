@@ -16,7 +16,7 @@ BUDGET = {
     "erpo.py": 240,
     "rais.py": 180,
     "baselines.py": 165,
-    "data.py": 690,  # a set is a row of a table, with its files, columns and rules
+    "data.py": 696,  # a set is a row of a table, with its files, columns and rules
     "train.py": 465,  # the demo is 40 lines of it
     "eval_routing.py": 345,
     "support/*.py": 430,

@@ -1,21 +1,27 @@
 """What README.md and docs/ tell a reader to type, click or paste is there, and works."""
 
 import argparse
+import ast
 import doctest
 import glob
 import importlib.util
+import inspect
+import json
 import re
 import shlex
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from urllib.parse import urlparse
 
 import pytest
+from training import BYTES
 
 import data
 import eval_routing
 import train
 from support import pictures
+from support.arguments import options_of
 from support.errors import UserError
 
 ROOT = Path(__file__).parents[1]
@@ -189,6 +195,47 @@ def test_the_example_to_copy_runs_and_its_number_is_looked_at():
     assert run_examples(README).failed == 0 < run_examples(README).attempted
     changed = re.sub(r"^0\.\d+$", "0.123", README, flags=re.M)
     assert changed != README and run_examples(changed).failed == 1
+
+
+# --------------------------------------------------------------------------------------- add a method, add a data set
+
+
+def added() -> tuple[dict, list]:
+    """What README tells one to add: its functions by name, and the rows of DATASETS."""
+    section = README.split("## Add a method")[1].split("\n## ")[0]
+    rows, names = [], vars(data) | {"problems": SimpleNamespace(), "Example": data.Example}
+    for statement in ast.parse("\n".join(body for _, body in BLOCK.findall(section))).body:
+        if isinstance(statement, ast.Expr):
+            rows += eval(ast.unparse(statement), names)
+        else:
+            exec(ast.unparse(statement), names)
+            setattr(names["problems"], statement.name, names[statement.name])
+    return names, rows
+
+
+def test_a_method_and_two_data_sets_as_the_readme_adds_them(micro, monkeypatch):
+    names, rows = added()
+    monkeypatch.setitem(train.METHODS, "reinforce", names["reinforce_loss"])
+    monkeypatch.setitem(train.OPTIONS, "reinforce", options_of(names["reinforce_loss"]))
+    for row in rows:
+        monkeypatch.setitem(data.DATASETS, row.name, row)
+    Path("novel.txt").write_text("\n\n".join(f"Chapter {i}: it was a dark and stormy night." for i in range(80)))
+    argv = f"--algo reinforce --strength 0.5 --dataset double {MICRO_ANSWERS} --out r"
+    assert train.main(argv.split()) == 0 and train.main(f"--algo lm --dataset novel {MICRO_TEXT} --out n".split()) == 2
+    assert train.main(f"--algo lm --dataset novel {MICRO_TEXT} --data-dir . --out n".split()) == 0
+    assert json.loads(Path("n/summary.json").read_text())["data_variant"] == "novel"
+    texts = [data.load_text("novel", s, BYTES, data_dir=".") for s in data.SPLITS]
+    chapters = [set(re.findall(r"Chapter \d+", BYTES.decode(t.tokens.tolist()))) for t in texts]
+    assert all(chapters) and sum(map(len, chapters)) == len(set.union(*chapters)) == 80  # no paragraph in two splits
+    Path("novel.txt").write_text("one paragraph")
+    assert train.main("--algo lm --dataset novel --data-dir . --out m".split()) == 2
+
+
+def test_the_names_that_a_loss_may_ask_for_are_listed():
+    section = README.split("## Add a method")[1].split("\n```")[0]
+    asked = {n for loss in train.METHODS.values() for n in inspect.signature(loss).parameters}
+    flags = {n for options in train.OPTIONS.values() for n in options}
+    assert asked - flags <= set(re.findall(r"`(\w+)`", section))
 
 
 # ------------------------------------------------------------------------------------------------- links and figures
