@@ -409,24 +409,32 @@ def check_options(args):
 def demo() -> int:
     """A dense model of the embedded text, upcycled and trained on in three ways; ends in a table of their routing."""
     import eval_routing
+    from results.arms import random_expert
 
-    out = "runs/demo"
+    original, out = explore, "runs/demo"
+
+    def control(*given, generator=None, **options):  # in place of `explore`, as every control of results/arms.py
+        return random_expert(original(*given, generator=generator, **options), generator)
+
     if os.path.exists(out):
         out = next(p for i in range(2, 10**6) if not os.path.exists(p := f"runs/demo-{i}"))
     common = ["--dataset", "pydocs", "--batch-size", "4", "--eval-every", "1000"]
     start = ["--init", f"{out}/dense", "--steps", "80"]
+    erl = ["--algo", "erl", "--erl-grad", "all", *start]
     arms = {
         "dense": ("a dense model learns the text", ["--algo", "dense", "--steps", "300"]),
         "MoE": ("its layers copied into 8 experts, trained on", ["--algo", "lm", *start]),
-        "ERL": ("with ERL, gradient through the whole network", ["--algo", "erl", "--erl-grad", "all", *start]),
-        "ERL-router": ("with ERL, gradient to the routers alone, as is the default", ["--algo", "erl", *start]),
+        "ERL": ("with ERL, gradient through the whole network", erl),
+        "ERL-random": ("the control: the same, but the credit goes to random experts (no flag does that)", erl),
     }
     rows = {}
     for name, (story, flags) in arms.items():
         print(f"\n{name}: {story}\n  python train.py {' '.join(common + flags)}", file=sys.stderr)
+        globals()["explore"] = control if name == "ERL-random" else original
         rows[name] = run(parse([*common, *flags, "--out", f"{out}/{name}"]))
         if name != "dense":
             rows[name] |= eval_routing.run(eval_routing.parse([f"{out}/{name}", "--samples", "20"]))
+    globals()["explore"] = original
     columns = "perplexity original_score perturbed_score mrr hit1 relative_router_entropy top1_above_0.9".split()
     heads = ("perplexity", "original", "perturbed", "MRR", "Hit@1", "entropy", "top-1>0.9")
     print("\n" + " " * 12 + "".join(f"{head:>12}" for head in heads))
@@ -435,8 +443,9 @@ def demo() -> int:
     print(f"{'chance':12}{rows['ERL']['chance_mrr']:48.3f}{rows['ERL']['chance_hit1']:12.3f}")
     print(
         f"perplexity: of the test split. original, perturbed: of {rows['ERL']['samples']} windows of it, along the "
-        "router's route and along 99 random ones.\nMRR rises when the router's route gets better, and when the random "
-        "ones get worse or the router sharper: entropy (1: even) tells.\n"
+        f"router's route and along 99 random ones; MRR +- {rows['ERL']['mrr_standard_error']:.3f}.\n"
+        "MRR rises when the router's route gets better, and when the random ones get worse or the router sharper: "
+        "entropy (1: even) tells.\nWhat ERL-random does too is no credit that ERL has learnt.\n"
         f"pictures: {out}/ERL/routing_ranks.png and beside it; next: python train.py --algo erpo --dataset addition"
     )
     return 0

@@ -20,6 +20,7 @@ from training import rows_of, summary_of
 import data
 import eval_routing
 import train
+from erl import explore
 from moe import SIZES
 from support import command_line, errors, run_folder
 from support.checkpoints import load_model, save_model
@@ -426,7 +427,9 @@ def test_the_demo(here, monkeypatch, capsys):
     at = next(i for i, line in enumerate(lines) if "perplexity" in line and "MRR" in line)
     end = next(i for i, line in enumerate(lines) if line.startswith("chance"))
     table = {line.split()[0]: line.split()[1:] for line in lines[at + 1 : end]}
-    assert list(table)[:3] == ["dense", "MoE", "ERL"] and float(table["dense"][0]) > 1
+    assert list(table) == ["dense", "MoE", "ERL", "ERL-random"] and float(table["dense"][0]) > 1
+    ours, control = (Path("runs/demo-2", n, "checkpoint/model.safetensors").read_bytes() for n in ("ERL", "ERL-random"))
+    assert ours != control and train.explore is explore  # the control is another run, and nothing is left of it
     for name in list(table)[1:]:  # perplexity, of perturbed routes, MRR, Hit@1
         assert len(table[name]) >= 4 and all(math.isfinite(float(cell)) for cell in table[name])
     assert lines[end].split()[-2:] == ["0.052", "0.010"] and "runs/demo-2" in lines[-1]

@@ -17,7 +17,7 @@ BUDGET = {
     "rais.py": 180,
     "baselines.py": 165,
     "data.py": 696,  # a set is a row of a table, with its files, columns and rules
-    "train.py": 465,  # the demo is 40 lines of it
+    "train.py": 475,  # the demo is 50 lines of it
     "eval_routing.py": 345,
     "support/*.py": 430,
     "recipes/*.py": 270,
