@@ -342,9 +342,10 @@ def heat_map(rows: list[list[float | None]], names: list[str], title: str, highe
 
 
 def main(argv: list[str] | None = None) -> int:
-    p = Parser(prog="python -m support.pictures", description="Curves of several runs in one picture.")
+    about = "Curves of several runs in one picture: a line an algorithm, the mean and range over its seeds."
+    p = Parser(prog="python -m support.pictures", description=about)
     p.add_argument("runs", nargs="+", metavar="RUN", help="run folders of train.py, on one data set")
-    p.add_argument("--out", required=True, metavar="FILE.png")
+    p.add_argument("--out", required=True, metavar="FILE.png", help="where the picture goes")
     try:
         args = p.parse_args(argv)
         if not args.out.endswith(".png"):
