@@ -114,6 +114,8 @@ def prepare(dataset: str, tokenizer: str, data_dir: str | None = None) -> Tokeni
     """The tokenizer of a run. Where it cannot be had, the set is tried too: one message names all that is missing."""
     spec = get_dataset(dataset)
     _check_source(spec, data_dir)
+    if data_dir and not os.path.isdir(data_dir):
+        raise UserError(f"--data-dir {data_dir}: there is no such folder")
     try:
         return load_tokenizer(tokenizer, data_dir)
     except UserError as error:
@@ -379,10 +381,9 @@ def split_of(key: str) -> str:
 
 
 def _check_source(spec: DatasetSpec, data_dir: str | None) -> None:
-    if spec.files and not spec.hub and not data_dir:
-        raise UserError(
-            f"{spec.name} is read from files alone: --data-dir DIR reads DIR/{next(iter(spec.files.values()))}"
-        )
+    file = next(iter(spec.files.values()), None)
+    if file and not spec.hub and not data_dir:
+        raise UserError(f"{spec.name} is read from files alone: --data-dir DIR reads DIR/{file}")
 
 
 def _check_split(spec: DatasetSpec, split: str, data_dir: str | None) -> None:
@@ -540,7 +541,12 @@ def load_text(
     elif data_dir:
         spec = _local(spec, data_dir)
         text = _read_file(spec, split, data_dir)
-        variant = spec.hub[1] if ".raw" in spec.files[split] else "wikitext-2-v1 (tokenised, <unk>)"
+        variants = {".raw": "wikitext-2-raw-v1", ".tokens": "wikitext-2-v1 (tokenised, <unk>)"}
+        variant = variants.get(Path(spec.files[split]).suffix, name)
+        if list(spec.files.values()).count(spec.files[split]) > 1:  # one file: each paragraph belongs to one split
+            text = "\n\n".join(p for p in text.split("\n\n") if _belongs(p, split, spec.files)) + "\n"
+            if not text.strip():
+                raise UserError(f"{name} has no {split} paragraph: an empty line stands between paragraphs")
     else:  # the hub has one row a line, and an empty row for the line that holds one blank
         text, variant = "".join(row or " \n" for row in _read_hub(spec, split)["text"]), spec.hub[1]
     raw = text.encode("utf-8")

@@ -42,8 +42,8 @@ def erpo_loss(
     expert_probs, old_expert_probs  [B, T, L, K]  P(tau)[j] of those experts; no gradient
     num_experts          experts a layer, E
     group_size           responses a prompt, G; at least 2
-    alpha                weight of the entropy reward, within [0, 1]
-    clip_low, clip_high  range of a cluster's ratio, 1 - clip_low to 1 + clip_high; at least 0
+    alpha                weight of the entropy reward, within [0, 1] [section 5.1: 0.2]
+    clip_low, clip_high  range of a cluster's ratio, 1 - clip_low to 1 + clip_high [section 5.1: 0.2, 0.28]
     entropy_reward       "relative" (eq. 9), "absolute" (the ablation sigma * H) or "none" (as alpha = 0)
 
     Decision (alignment): a token belongs to the clusters of position t, the forward pass that predicted it, not to

@@ -20,6 +20,11 @@ import os
 import sys
 from typing import NamedTuple
 
+if __name__ == "__main__":
+    from support.errors import begin_program
+
+    begin_program()
+
 import torch
 from torch import Tensor
 
@@ -29,7 +34,7 @@ from moe import GPT, Routes
 from support.arguments import Parser, number, one_of
 from support.consistency import compare
 from support.device import pick_device
-from support.errors import UserError, open_streams, plainly, say, sentence
+from support.errors import UserError, plainly, say, sentence
 from support.fast import speed_up
 from support.generation import generate
 from support.pictures import draw_routing
@@ -235,19 +240,24 @@ def router_figures(scored: list[Scored]) -> dict:
 
 
 def parse(argv: list[str]) -> argparse.Namespace:
-    p = Parser(description=__doc__.split("\n\n")[0], allow_abbrev=False)
-    add, count = p.add_argument, number(int, low=1, high=10**8)
+    usage, epilog = "python eval_routing.py RUN [--FLAG VALUE ...]", "[...]: what the paper does."
+    p = Parser(usage=usage, description=__doc__.split("\n\n")[0], allow_abbrev=False, epilog=epilog)
+    count = number(int, low=1, high=10**8)
+    add = p.add_argument_group("what to rank").add_argument
     add("run", metavar="RUN", help="a run folder of train.py")
     add("--dataset", type=one_of("data set", tuple(data.DATASETS)), help="default: the one the run was trained on")
-    add("--data-dir", help="read the set from files below this folder; default: as the run did")
-    add("--samples", type=count, default=300, help="samples to rank, at most as many as the split has (default 300)")
-    add("--split", type=one_of("split", data.SPLITS), default="test")
-    add("--batch-size", type=count, help="routes in one forward; default: fits the device")
-    add("--device", type=one_of("device", ("auto", "cpu", "cuda", "mps")), default="auto")
+    add("--data-dir", metavar="DIR", help="read the set from files below DIR; default: as the run did")
+    add("--split", type=one_of("split", data.SPLITS), default="test", help="train, validation, test")
+    add("--samples", type=count, default=300, help="samples to rank, at most those of the split [ERL section 6: 300]")
     add("--seed", type=number(int, low=0, high=10**8), default=0, help="draws the samples and the random routes")
+    add = p.add_argument_group("what else it shows").add_argument
     add("--show-tokens", action="store_true", help="print the first tokens in the colours of their experts")
-    add("--compare", metavar="RUN2", help="a second run: which tokens stay with their experts?")
+    add("--compare", metavar="RUN2", help="a second run: which tokens stay with their experts [ERPO figure 3]")
     add("--out", metavar="DIR", help="where routing.json and the pictures go; default: RUN")
+    add = p.add_argument_group("the machine").add_argument
+    devices = one_of("device", ("auto", "cpu", "cuda", "mps"))
+    add("--device", type=devices, default="auto", help="auto, cpu, cuda, mps")
+    add("--batch-size", type=count, help="routes in one forward; default: fits the device")
     return p.parse_args(argv)
 
 
@@ -328,5 +338,4 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    open_streams()
     sys.exit(main())

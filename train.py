@@ -15,7 +15,6 @@ One process: for more machines see recipes/.
 
 import inspect
 import os
-import signal
 import sys
 from functools import partial
 from typing import NamedTuple
@@ -27,8 +26,10 @@ os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
 # sooner. OpenMP's own 300,000 keep a core from the process that it waits for, and a step took 4 to 8 times as long.
 if "OMP_WAIT_POLICY" not in os.environ:
     os.environ.setdefault("GOMP_SPINCOUNT", "2000")
-if __name__ == "__main__":  # nothing is to be saved yet: Ctrl-C ends it at once, the seconds of importing included
-    signal.signal(signal.SIGINT, lambda *_: os._exit(130))
+if __name__ == "__main__":
+    from support.errors import begin_program
+
+    begin_program()
 
 import torch
 from torch import Tensor
@@ -43,7 +44,7 @@ from support import command_line
 from support.arguments import options_of
 from support.checkpoints import load_model
 from support.device import pick_device
-from support.errors import open_streams, plainly, say, sentence
+from support.errors import plainly, say, sentence
 from support.fast import speed_up
 from support.generation import Rollout, generate
 from support.initial import check_model, check_step, initial_model
@@ -405,46 +406,12 @@ def check_options(args):
         plainly(lambda: next(erl_objective(forward, paths, **option_values(OBJECTIVE, args))))
 
 
-def demo() -> int:
-    """A dense model of the embedded text, upcycled and trained on in three ways; ends in a table of their routing."""
-    import eval_routing
-
-    out = "runs/demo"
-    if os.path.exists(out):
-        out = next(p for i in range(2, 10**6) if not os.path.exists(p := f"runs/demo-{i}"))
-    common = ["--dataset", "pydocs", "--batch-size", "4", "--eval-every", "1000"]
-    start = ["--init", f"{out}/dense", "--steps", "80"]
-    arms = {
-        "dense": ("a dense model learns the text", ["--algo", "dense", "--steps", "300"]),
-        "MoE": ("its layers copied into 8 experts, trained on", ["--algo", "lm", *start]),
-        "ERL": ("with ERL, gradient through the whole network", ["--algo", "erl", "--erl-grad", "all", *start]),
-        "ERL-router": ("with ERL, gradient to the routers alone, as is the default", ["--algo", "erl", *start]),
-    }
-    rows = {}
-    for name, (story, flags) in arms.items():
-        say(f"\n{name}: {story}\n  python train.py {' '.join(common + flags)}", sys.stderr)
-        rows[name] = run(parse([*common, *flags, "--out", f"{out}/{name}"]))
-        if name != "dense":
-            rows[name] |= eval_routing.run(eval_routing.parse([f"{out}/{name}", "--samples", "20"]))
-    columns = "perplexity original_score perturbed_score mrr hit1 relative_router_entropy top1_above_0.9".split()
-    heads = ("perplexity", "original", "perturbed", "MRR", "Hit@1", "entropy", "top-1>0.9")
-    say("\n" + " " * 12 + "".join(f"{head:>12}" for head in heads))
-    for name, row in rows.items():
-        say(f"{name:12}" + "".join(f"{row[c]:12.3f}" if c in row else f"{'-':>12}" for c in columns))
-    say(f"{'chance':12}{rows['ERL']['chance_mrr']:48.3f}{rows['ERL']['chance_hit1']:12.3f}")
-    say(
-        f"perplexity: of the test split. original, perturbed: of {rows['ERL']['samples']} windows of it, along the "
-        "router's route and along 99 random ones.\nMRR rises when the router's route gets better, and when the random "
-        "ones get worse or the router sharper: entropy (1: even) tells.\n"
-        f"pictures: {out}/ERL/routing_ranks.png and beside it; next: python train.py --algo erpo --dataset addition"
-    )
-    return 0
-
-
 def main(argv: list[str] | None = None) -> int:
     argv = sys.argv[1:] if argv is None else argv
     try:
         if not argv:
+            from results.demo import demo  # it imports this file
+
             return demo()
         run(parse(argv))
         return 0
@@ -458,5 +425,4 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    open_streams()
     sys.exit(main())

@@ -257,8 +257,10 @@ def main(argv=None) -> int:
     p.add_argument("--starts", type=numbers, default=numbers("100-109"), help='e.g. "100-109" or "0,1"; tuning: 0-2')
     p.add_argument("--arms", help="only these, separated by commas")
     p.add_argument("--tier", type=int, default=2, help="0: only what the primary contrasts need; 1: the controls too")
-    p.add_argument("--jobs", type=int, default=2)
-    p.add_argument("--minutes", type=float, default=150.0)
+    p.add_argument("--jobs", type=int, default=2, help="runs at a time, a thread each (default 2)")
+    p.add_argument(
+        "--minutes", type=float, default=150.0, help="no run begins that would not end in them (default 150)"
+    )
     p.add_argument("--one", nargs=3, metavar=("NAME", "ARM", "START"), help=argparse.SUPPRESS)
     args = p.parse_args(argv)
     if args.one:

@@ -12,7 +12,24 @@ import typing
 from support.errors import UserError, nearest
 
 
+class Help(argparse.RawDescriptionHelpFormatter):
+    """Short placeholders, one column of names, and a default behind every flag that has one."""
+
+    def __init__(self, prog):
+        super().__init__(prog, max_help_position=27, width=110)
+
+    def _get_default_metavar_for_optional(self, action):
+        return getattr(action.type, "placeholder", "TEXT")
+
+    def _get_help_string(self, action):
+        told = any(action.default is x for x in (None, False, argparse.SUPPRESS)) or "default" in action.help
+        return action.help if told else f"{action.help} (default {action.default})"
+
+
 class Parser(argparse.ArgumentParser):
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **{"formatter_class": Help} | kwargs)
+
     def error(self, message):
         raise UserError(message.replace("argument ", ""))
 
@@ -25,6 +42,7 @@ def one_of(kind: str, names):
             raise argparse.ArgumentTypeError(str(nearest(kind, value, names)))
         return value
 
+    check.placeholder = "NAME"
     return check
 
 
@@ -43,6 +61,7 @@ def number(kind, low=None, high=None, above=None):
             raise argparse.ArgumentTypeError(f"must be {' and '.join(bounds) or 'finite'}, not {text}")
         return value
 
+    check.placeholder = "N" if kind is int else "X"
     return check
 
 
@@ -100,8 +119,7 @@ def add_options(parser, title: str, options: dict[str, Option], aliases: dict[st
             continue
         plain = {int: number(int, low=1, high=10**6), float: number(float), str: str}[o.type]
         kind = one_of(o.name.replace("_", " "), o.choices) if o.choices else plain
-        shown = "" if o.default is None else f" (default {o.default})"
-        group.add_argument(*flags, type=kind, default=o.default, dest=o.name, help=text + shown)
+        group.add_argument(*flags, type=kind, default=o.default, dest=o.name, help=text)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

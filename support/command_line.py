@@ -22,6 +22,8 @@ ALIASES = {"alpha": "entropy_alpha", "base": "shift_base", "floor": "shift_floor
 # What a resumed run may be given anew: it changes where and how fast a run goes, not what it computes.
 FREE_ON_RESUME = {"resume", "out", "data_dir", "device", "compile"}
 
+EPILOG = "[...]: what a paper states, for the sizes of its models."
+
 count, positive = number(int, low=1, high=10**8), number(float, above=0, high=1e30)
 natural, share = number(int, low=0, high=10**8), number(float, low=0, high=1)
 not_negative = number(float, low=0, high=1e30)
@@ -29,91 +31,111 @@ not_negative = number(float, low=0, high=1e30)
 
 def parser(description: str, algo: str | None, options: dict[str, dict[str, Option]]) -> Parser:
     """options: of every algorithm that has some; their flags are there for `algo` alone (None: for all, as --help)."""
-    p = Parser(description=description, allow_abbrev=False)
+    usage = "python train.py [--algo NAME] [--dataset NAME] [--FLAG VALUE ...]     (no flags: the demo)"
+    p = Parser(usage=usage, description=description, allow_abbrev=False, epilog=EPILOG)
     algos = TEXT + tuple(name for name in options if name not in TEXT)
-    p.add_argument("--algo", type=one_of("algorithm", algos), help=", ".join(algos))
-    p.add_argument("--preset", type=one_of("preset", ("paper",)), help="paper: the settings that the paper states")
-    _data_flags(p.add_argument_group("data"))
+    g = p.add_argument_group("what to run")
+    g.add_argument("--algo", type=one_of("algorithm", algos), help=", ".join(algos))
+    _data_flags(g)
+    g.add_argument(
+        "--preset", type=one_of("preset", ("paper",)), help="paper: what ERL table 7 or ERPO section 5.1 states"
+    )
+    for name, theirs in options.items():
+        if algo == name:
+            title = f"options of {name}: the keyword arguments of its loss"
+            add_options(p, title, theirs, {} if name == "erl" else ALIASES)
     _model_flags(p.add_argument_group("model"))
     _training_flags(p.add_argument_group("training"))
     _answer_flags(p.add_argument_group("generated answers"))
-    g = p.add_argument_group("the run")
-    g.add_argument("--eval-every", type=count, help="steps between evaluations; default: ten in a run")
-    g.add_argument("--eval-samples", type=natural, help="windows or examples of an evaluation on the way; 0: all")
-    g.add_argument("--test-samples", type=natural, help="of the final evaluation; default: all, of large task sets 500")
-    g.add_argument("--checkpoint-every", type=count, help="steps between checkpoints; default: with each evaluation")
-    g.add_argument("--out", help="run folder; default: a new one below runs/")
-    g.add_argument("--resume", action="store_true", help="continue the run in --out")
-    for name, theirs in options.items():
-        if algo == name:
-            add_options(p, f"options of {name}", theirs, {} if name == "erl" else ALIASES)
+    _run_flags(p.add_argument_group("the run"))
     if algo is None:
-        p.formatter_class = argparse.RawDescriptionHelpFormatter
         flags = {name: " ".join("--" + o.replace("_", "-") for o in theirs) for name, theirs in options.items()}
         lines = (f"  --algo {name:6} {theirs}" for name, theirs in flags.items())
-        p.epilog = "\n".join(["a loss's own options, explained by --algo NAME --help:", *lines])
+        p.epilog = "\n".join(["options of one algorithm, explained by --algo NAME --help:", *lines, "", EPILOG])
     return p
 
 
 def _data_flags(g):
     g.add_argument("--dataset", type=one_of("data set", tuple(data.DATASETS)), help=", ".join(data.DATASETS))
-    g.add_argument("--data-dir", help="read the set from files below this folder instead of the hub")
-    g.add_argument("--tokenizer", type=one_of("tokenizer", ("gpt2", "bytes")), help="default: fits the data set")
+    g.add_argument("--data-dir", metavar="DIR", help="read the set from files below DIR instead of the hub")
+    g.add_argument("--tokenizer", type=one_of("tokenizer", ("gpt2", "bytes")), help="gpt2, bytes; default: the set's")
 
 
 def _model_flags(g):
     g.add_argument("--model", type=one_of("model", tuple(SIZES)), default="tiny", help=", ".join(SIZES))
-    g.add_argument("--n-expert", type=count, default=8, help="experts per MoE layer")
-    g.add_argument("--top-k", type=count, help="experts a token passes; default 1, for generated answers 2")
+    g.add_argument("--n-expert", type=count, default=8, help="experts of a MoE layer [ERL table 10: 8]")
+    g.add_argument(
+        "--top-k", type=count, help="experts of a token; default 1, for generated answers 2 [ERL table 10: 1]"
+    )
     few = number(int, low=0, high=1000)  # each is a module
     g.add_argument("--n-shared-expert", type=few, default=0, help="further experts that every token passes")
     g.add_argument("--moe-every", type=count, default=2, help="every n-th block holds experts")
     gates = one_of("gate", ("renorm", "prob", "straight"))
-    g.add_argument("--gate", type=gates, default="renorm", help="weights of chosen experts: renorm, prob, straight")
-    g.add_argument("--expert-capacity", type=natural, default=0, help="tokens of a sequence an expert takes; 0: all")
-    g.add_argument("--init", default="scratch", help="scratch, gpt2, a run folder, a checkpoint, a folder of GPT-2's")
+    g.add_argument("--gate", type=gates, default="renorm", help="weights of the chosen experts: renorm, prob, straight")
+    g.add_argument("--expert-capacity", type=natural, default=0, help="tokens of a sequence an expert takes, 0: all")
+    sources = "scratch, gpt2, a run folder, a checkpoint, or a folder with GPT-2's weights"
+    g.add_argument("--init", default="scratch", metavar="FROM", help=sources)
 
 
 def _training_flags(g):
-    g.add_argument("--pretrain-steps", type=natural, help="steps of next-token prediction before the algorithm")
-    g.add_argument("--pretrain-lr", type=positive, default=1e-3, help="learning rate of those steps")
-    g.add_argument("--steps", type=count, help="steps of the algorithm")
-    g.add_argument("--epochs", type=positive, help="instead of --steps: passes over the training data")
-    g.add_argument("--batch-size", type=count, help="sequences a step, where the model learns from text")
-    g.add_argument("--lr", type=positive, help="peak learning rate of the algorithm (ERL table 7: 1e-5)")
+    g.add_argument(
+        "--pretrain-steps", type=natural, help="next-token prediction before the algorithm; default 600-1000"
+    )
+    g.add_argument("--pretrain-lr", type=positive, default=1e-3, help="peak learning rate of those steps")
+    g.add_argument("--steps", type=count, help="steps of the algorithm; default 1000, for generated answers 400")
+    g.add_argument("--epochs", type=positive, help="in place of --steps: passes over the training data [ERL 5, 10, 15]")
+    g.add_argument(
+        "--batch-size", type=count, help="sequences a step, from text; default 4-32 [ERL table 7: 4, tasks 8]"
+    )
+    g.add_argument("--lr", type=positive, help="peak learning rate; default 1e-4 to 1e-3 [ERL table 7: 1e-5]")
     g.add_argument("--router-lr-factor", type=not_negative, default=1.0, help="the routers' rate is this times --lr")
     g.add_argument("--freeze-router", action="store_true", help="routers keep their weights")
-    g.add_argument("--weight-decay", type=not_negative, default=0.1, help="of matrices (ERL table 7: 0.1)")
-    g.add_argument(
-        "--clip-grad", type=not_negative, default=1.0, help="largest norm of the gradient; 0: no limit (in no paper)"
-    )
+    g.add_argument("--weight-decay", type=not_negative, default=0.1, help="of matrices [ERL table 7: 0.1]")
+    g.add_argument("--clip-grad", type=not_negative, default=1.0, help="largest norm of the gradient, 0: no limit")
     g.add_argument("--balance-coef", type=not_negative, default=1e-3, help="of Switch's balance loss on text")
     g.add_argument("--z-coef", type=not_negative, default=1e-3, help="of Switch's router z loss on text")
-    g.add_argument("--jitter", type=share, default=0.0, help="noise on the routers' input (lm, erl; Switch: 0.01)")
+    g.add_argument(
+        "--jitter", type=share, default=0.0, help="noise on the routers' input, for lm and erl [Switch: 0.01]"
+    )
     gradients = one_of("gradient", ("all", "router"))
     g.add_argument(
-        "--erl-grad", type=gradients, default="router", help="how far ERL's RL loss goes: router or all (ERL eq. 14)"
+        "--erl-grad", type=gradients, default="router", help="how far ERL's RL loss reaches: router, all [ERL eq. 14]"
     )
-    g.add_argument("--seed", type=natural, default=0)
-    g.add_argument("--device", type=one_of("device", ("auto", "cpu", "cuda", "mps")), default="auto")
+    g.add_argument("--seed", type=natural, default=0, help="of weights, order of data, routes and answers")
+    devices = one_of("device", ("auto", "cpu", "cuda", "mps"))
+    g.add_argument("--device", type=devices, default="auto", help="auto, cpu, cuda, mps")
     dtypes = one_of("dtype", ("float32", "bfloat16"))
-    g.add_argument("--dtype", type=dtypes, default="float32", help="of autocast; router and losses stay in float32")
+    g.add_argument("--dtype", type=dtypes, default="float32", help="of autocast: float32, bfloat16; routers: float32")
     g.add_argument("--compile", action="store_true", help="torch.compile the forward")
 
 
 def _answer_flags(g):
+    pair = number(int, low=2, high=10**8)
+    g.add_argument("--group-size", type=pair, default=8, help="responses to a prompt [ERPO section 5.1: 4 or 8]")
+    g.add_argument("--prompts-per-step", type=count, help="default 16, of short problems 64 [ERPO section 5.1: 128]")
     g.add_argument(
-        "--group-size", type=number(int, low=2, high=10**8), default=8, help="responses a prompt (ERPO: 4 or 8)"
+        "--minibatches", type=count, default=4, help="updates on one batch of responses [ERPO section 5.1: 4]"
     )
-    g.add_argument("--prompts-per-step", type=count, help="default 16; 64 for the generated problems, which are short")
-    g.add_argument("--minibatches", type=count, default=4, help="optimizer steps on one batch of responses (ERPO: 4)")
-    g.add_argument("--max-new-tokens", type=count, help="longest response; default: fits the data set")
-    g.add_argument("--temperature", type=positive, default=1.0)
-    g.add_argument("--top-p", type=number(float, above=0, high=1), default=1.0)
+    g.add_argument("--max-new-tokens", type=count, help="longest response; default: the set's")
+    g.add_argument("--temperature", type=positive, default=1.0, help="of sampling")
+    g.add_argument("--top-p", type=number(float, above=0, high=1), default=1.0, help="of sampling")
     g.add_argument("--answer-balance-coef", type=not_negative, default=0.0, help="of the balance loss in the updates")
     replays = one_of("replay", ("none", "routing"))
-    g.add_argument("--replay", type=replays, default="none", help="routing: updates use the experts of the rollout")
-    g.add_argument("--beams", type=count, help="beams of the evaluation; default 6 for samsum, xsum and squad, else 1")
+    g.add_argument("--replay", type=replays, default="none", help="none, routing: updates use the rollout's experts")
+    g.add_argument(
+        "--beams", type=count, help="of evaluation; default 6 for samsum, xsum, squad, else 1 [ERL table 7: 6]"
+    )
+
+
+def _run_flags(g):
+    g.add_argument("--eval-every", type=count, help="steps between evaluations; default: ten in a run")
+    g.add_argument("--eval-samples", type=natural, help="windows or examples of an evaluation on the way, 0: all")
+    g.add_argument(
+        "--test-samples", type=natural, help="of the last evaluation, 0: all; default: all, of large sets 500"
+    )
+    g.add_argument("--checkpoint-every", type=count, help="steps between checkpoints; default: with each evaluation")
+    g.add_argument("--out", metavar="DIR", help="run folder; default: a new one below runs/")
+    g.add_argument("--resume", action="store_true", help="continue the run in --out")
 
 
 def parse(argv: list[str], description: str, options: dict[str, dict[str, Option]]) -> argparse.Namespace:

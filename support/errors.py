@@ -2,6 +2,7 @@
 
 import difflib
 import os
+import signal
 import sys
 from collections.abc import Sequence
 
@@ -39,6 +40,19 @@ def sentence(error: Exception) -> str | None:
     return None
 
 
+def begin_program():
+    """For a program's first lines, before it imports torch.
+
+    Nothing is to be saved in those seconds: Ctrl-C ends it, without a traceback. Streams that the shell closed (`2>&-`)
+    end in nothing: Python has None for them, which libraries do not expect, and the next file opened would get their
+    number, and what a library says to "2".
+    """
+    signal.signal(signal.SIGINT, lambda *_: os._exit(130))
+    for name in ("stdin", "stdout", "stderr"):
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, "r" if name == "stdin" else "w"))
+
+
 def say(text: str, stream=None):
     """Print on stdout, or on another stream. Where nobody reads on (`| head`), or there is no room, silence is no
     error: a run goes on and is saved."""
@@ -47,14 +61,3 @@ def say(text: str, stream=None):
         print(text, file=stream, flush=True)
     except OSError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())  # or Python tries once more when it exits
-
-
-def open_streams():
-    """For a program's first line: streams that the shell closed (`2>&-`) end in nothing.
-
-    Python has None for them, which libraries do not expect, and the next file opened would get their number: what a
-    library says to "2" would go into it.
-    """
-    for name in ("stdin", "stdout", "stderr"):
-        if getattr(sys, name) is None:
-            setattr(sys, name, open(os.devnull, "r" if name == "stdin" else "w"))

@@ -13,8 +13,13 @@ import warnings
 from collections import defaultdict
 from typing import NamedTuple
 
+if __name__ == "__main__":
+    from support.errors import begin_program
+
+    begin_program()
+
 from support.arguments import Parser, check_types, read_config
-from support.errors import UserError, open_streams, say, sentence
+from support.errors import UserError, say, sentence
 from support.run_folder import read_metrics
 
 WIDTH = 8  # inches; saved at 150 dots an inch
@@ -47,7 +52,7 @@ def plain(text: str) -> str:
 PREDICTION = ("supervised", "dense", "lm", "erl")  # phases whose loss is one of next-token prediction, in nats
 PANELS = (  # name in metrics.jsonl, title, unit; panels without a point are left out
     ("loss", "Training loss", "nats a token"),
-    ("perplexity", "Validation perplexity", "a token"),
+    ("perplexity", "Validation perplexity", "exp of nats a token"),
     ("accuracy", "Validation accuracy", "share of the answers"),
     ("f1", "Validation F1", "mean over the answers"),
     ("rouge2", "Validation ROUGE-2", "mean over the answers"),
@@ -226,7 +231,8 @@ def draw_routing(result: dict, out: str):
     _draw_robustness(result, f"{run}, {split}", f"{score} ({better})", path("robustness"))
     _draw_top1(result, f"{run}, {split}: {result['top1_above_0.9']:.1%} of the decisions above 0.9", path("top1"))
     entropies = [f"{i}  (entropy {h:.2f})" for i, h in enumerate(result["relative_router_entropy_by_layer"])]
-    title = f"{run}, {split}: share of each layer's tokens (even: {1 / E:.3f})\nentropy of the router over log {E}"
+    title = f"{run}, {split}: share of a layer's tokens that an expert gets (even: {1 / E:.3f})\n"
+    title += f"in brackets: entropy of the layer's router, as a share of log {E}"
     heat_map(result["expert_load"], entropies, title, None, path("load"))
     if "expert_consistency" in result:
         other, least = plain(os.path.basename(os.path.abspath(result["compared_with"]))), result["smallest_cluster"]
@@ -261,7 +267,8 @@ def _draw_ranks(result: dict, title: str, score: str, better: str, path: str):
     )
     leave_room(left)
     x, y = result["original_scores"], result["perturbed_scores"]
-    right.axhline(0, label="equal", **BY_CHANCE)
+    side = "above" if score == "perplexity" else "below"
+    right.axhline(0, label=f"{side} this line the router's own route is better", **BY_CHANCE)
     right.scatter(x, [b - a for a, b in zip(x, y, strict=True)], s=14, alpha=0.5, label="a sample")
     right.set(xlabel=f"{score}, original route", ylabel=f"{score}, perturbed - original")
     right.set_title(
@@ -269,7 +276,9 @@ def _draw_ranks(result: dict, title: str, score: str, better: str, path: str):
         f"best of {routes - 1}: {result['best_of_99_score']:.4g} ({better})",
         fontsize=10,
     )
-    right.legend(fontsize=9)
+    low, high = right.get_ylim()
+    right.set_ylim(low, high + 0.25 * (high - low))  # room for the legend
+    right.legend(loc="upper right", fontsize=8)
     if result["warnings"]:
         text = "\n".join(textwrap.fill(f"Warning: {doubt}", 120) for doubt in result["warnings"])
         figure.supxlabel(text, color="firebrick", fontsize=8)
@@ -333,9 +342,10 @@ def heat_map(rows: list[list[float | None]], names: list[str], title: str, highe
 
 
 def main(argv: list[str] | None = None) -> int:
-    p = Parser(prog="python -m support.pictures", description="Curves of several runs in one picture.")
+    about = "Curves of several runs in one picture: a line an algorithm, the mean and range over its seeds."
+    p = Parser(prog="python -m support.pictures", description=about)
     p.add_argument("runs", nargs="+", metavar="RUN", help="run folders of train.py, on one data set")
-    p.add_argument("--out", required=True, metavar="FILE.png")
+    p.add_argument("--out", required=True, metavar="FILE.png", help="where the picture goes")
     try:
         args = p.parse_args(argv)
         if not args.out.endswith(".png"):
@@ -353,5 +363,4 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    open_streams()
     sys.exit(main())

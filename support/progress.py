@@ -17,6 +17,7 @@ class Progress(tqdm):
         super().__init__(*args, **{"disable": None, "leave": False, "file": sys.stderr} | kwargs)
         self.what, self.shown = kwargs.get("desc") or "", ""
         self.begun = self.told = time.perf_counter()
+        self.timed_from = None  # when the first step ended: it takes longer than the others, and tells little of them
         self.done = self.first = kwargs.get("initial", 0)
         self.whole = kwargs.get("total") or (len(args[0]) if args and hasattr(args[0], "__len__") else None)
 
@@ -31,10 +32,12 @@ class Progress(tqdm):
     def update(self, n=1):
         super().update(n)
         self.done += n
-        now, steps = time.perf_counter(), self.done - self.first
-        if self.disable and (now - self.told > EVERY or self.told == self.begun and now - self.begun > 3):
-            self.told = now
-            left = (now - self.begun) / steps * (self.whole - self.done) if self.whole else 0
+        now = time.perf_counter()
+        if self.timed_from is None:
+            self.timed_from, self.first = now, self.done
+        elif self.disable and (now - self.told > EVERY or self.told == self.begun and now - self.begun > 3):
+            self.told, each = now, (now - self.timed_from) / (self.done - self.first)
+            left = each * (self.whole - self.done) if self.whole else 0
             words = [f"{self.what}: {self.done} of {self.whole}", self.shown, f"about {duration(left)} left"]
             say(", ".join(w for w in words if w), sys.stderr)
 

@@ -11,6 +11,10 @@ from matplotlib.patches import Rectangle
 from torch import Tensor
 
 WIDTH, FONT_SIZE = 100, 9  # characters in a line, points
+EXPLAINED = (
+    "Each token in the colour of the expert it goes to. Below, of each expert: its share of the layer's",
+    "tokens, and its most frequent ones (12/40: 12 of the 40 times that the token stands in the text).",
+)
 
 
 def tokens_by_expert(
@@ -23,13 +27,12 @@ def tokens_by_expert(
     layers   those to show (None: all); shown: tokens of the text (the counts are of all T); most: tokens an expert
     ends     indices of tokens that end a text: a gap follows them
 
-    Counts read 12/40: of 40 times that the token stands in the text this expert got it 12 times.
     ValueError: experts of another length or shape.
     """
     if experts.dim() not in (2, 3) or len(experts) != len(tokens):
         raise ValueError(f"experts must have shape [{len(tokens)}, L] or [{len(tokens)}, L, K], not {experts.shape}")
     experts = experts.cpu().view(len(tokens), experts.shape[1], -1)  # [T, L, K]
-    tokens, lines = [visible(token) for token in tokens], []
+    tokens, lines = [visible(token) for token in tokens], [[(words, None)] for words in (*EXPLAINED, "")]
     for layer in range(experts.shape[1]) if layers is None else layers:
         chosen = experts[:, layer].tolist()
         lines += [[(f"layer {layer}", None)], *wrap(tokens[:shown], [k[0] for k in chosen[:shown]], ends), []]

@@ -1,7 +1,6 @@
 """The programs as a user runs them: every algorithm on every data set, what a run folder holds, and bad input."""
 
 import hashlib
-import importlib.util
 import json
 import math
 import os
@@ -21,6 +20,7 @@ from training import bare, rows_of, summary_of
 import data
 import eval_routing
 import train
+from erl import explore
 from moe import SIZES
 from support import command_line, errors, run_folder
 from support.checkpoints import load_model, save_model
@@ -364,11 +364,23 @@ def test_the_commands(tmp_path):
 
 
 @pytest.mark.skipif(os.name != "posix", reason="signals")
-@pytest.mark.parametrize("moment", ["torch", "torch.nn", "tqdm"])
-def test_ctrl_c_in_the_first_seconds_is_no_traceback(moment, tmp_path):
+@pytest.mark.parametrize(
+    ("moment", "program"),
+    [
+        ("torch", "train.py --algo lm --out r"),
+        ("torch.nn", "train.py --algo lm --out r"),
+        ("tqdm", "train.py --algo lm --out r"),
+        ("torch", "eval_routing.py r"),
+        ("tqdm", "eval_routing.py r"),
+        ("torch", "support/pictures.py r --out r"),
+    ],
+)
+def test_ctrl_c_in_the_first_seconds_is_no_traceback(moment, program, tmp_path, monkeypatch):
     """While PyTorch and the rest are imported: Python says which module it has just read."""
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    script, *flags = program.split()
     process = subprocess.Popen(
-        [sys.executable, "-X", "importtime", str(ROOT / "train.py"), "--algo", "lm", "--out", "r"],
+        [sys.executable, "-X", "importtime", str(ROOT / script), *flags],
         cwd=tmp_path,
         text=True,
         stderr=subprocess.PIPE,
@@ -430,7 +442,9 @@ def test_the_demo(here, monkeypatch, capsys):
     at = next(i for i, line in enumerate(lines) if "perplexity" in line and "MRR" in line)
     end = next(i for i, line in enumerate(lines) if line.startswith("chance"))
     table = {line.split()[0]: line.split()[1:] for line in lines[at + 1 : end]}
-    assert list(table)[:3] == ["dense", "MoE", "ERL"] and float(table["dense"][0]) > 1
+    assert list(table) == ["dense", "MoE", "ERL", "ERL-random"] and float(table["dense"][0]) > 1
+    ours, control = (Path("runs/demo-2", n, "checkpoint/model.safetensors").read_bytes() for n in ("ERL", "ERL-random"))
+    assert ours != control and train.explore is explore  # the control is another run, and nothing is left of it
     for name in list(table)[1:]:  # perplexity, of perturbed routes, MRR, Hit@1
         assert len(table[name]) >= 4 and all(math.isfinite(float(cell)) for cell in table[name])
     assert lines[end].split()[-2:] == ["0.052", "0.010"] and "runs/demo-2" in lines[-1]
@@ -506,7 +520,10 @@ def refused(flags, folder, capsys):
         ("--algo rais --shift-base ppo", "unknown base"),
         ("--algo grpo --dataset addition --max-new-tokens 48", "leaves no room for a prompt"),
         ("--algo erl --init nowhere", "there is no run, checkpoint file or GPT-2 folder"),
-        ("--algo erl --dataset samsum --tokenizer bytes --data-dir nowhere", "nowhere/samsum/train.jsonl is missing"),
+        (
+            "--algo erl --dataset samsum --tokenizer bytes --data-dir nowhere",
+            "--data-dir nowhere: there is no such folder",
+        ),
         ("--resume", "--resume needs --out"),
         ("--resume --out nowhere", "holds no run"),
     ],
@@ -774,36 +791,3 @@ def test_what_the_user_hears_of_the_machine():
     assert "--batch-size" in errors.sentence(RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried"))
     assert "--batch-size" in errors.sentence(torch.OutOfMemoryError("CUDA out of memory"))
     assert errors.sentence(RuntimeError("shape mismatch")) is None  # the program's fault: a traceback
-
-
-# ------------------------------------------------------------------------------------------------------- compare_runs
-
-
-@pytest.fixture
-def compare_runs():
-    spec = importlib.util.spec_from_file_location("compare_runs", ROOT / "bench" / "compare_runs.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module.main
-
-
-def test_compare_runs(runs, capsys, compare_runs):
-    run("--algo lm --dataset addition --seed 1", "second")
-    capsys.readouterr()
-    summary = json.loads(Path("second/summary.json").read_text()) | {"accuracy": 0.75}  # to tell the two apart
-    Path("second/summary.json").write_text(json.dumps(summary))
-    assert compare_runs(["second", "lm", "dense", "--out", "x/v1.2"]) == 0
-    table = json.loads(Path("x/v1.2.json").read_text())
-    assert table["lm"]["after"][1] == 0.75 != table["lm"]["after"][0]
-    assert table["lm"]["seeds"] == [0, 1] and table["dense"]["seeds"] == [0] and Path("x/v1.2.png").exists()
-    assert "| `lm` | 2 |" in capsys.readouterr().out
-    run("--algo lm --dataset countdown", "other")
-    for bad, says in (
-        (["lm", "other"], "ran on countdown"),
-        (["lm", "lm"], "was given before"),
-        (["nowhere"], "is no finished run"),
-        (["lm", "--metric", "algo"], "has no algo"),
-    ):
-        assert compare_runs([*bad, "--out", "y"]) == 2
-        assert says in capsys.readouterr().err
-    assert not Path("y.json").exists()

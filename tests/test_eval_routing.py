@@ -535,7 +535,12 @@ def test_the_tokens_in_the_terminal(runs, tmp_path, capsys):
     tokens, config = random_window()[0], json.loads((runs / "small" / "config.json").read_text())
     assert eval_routing.main(["small", "--samples", "2", "--show-tokens", "--out", str(tmp_path)]) == 0
     out = capsys.readouterr().out
-    assert out.startswith("layer 0\n") and "layer 1\n" in out and out.count("\x1b[30;48;2;") > 2 * 24
+    assert (
+        out.startswith("Each token")
+        and "\nlayer 0\n" in out
+        and "layer 1\n" in out
+        and out.count("\x1b[30;48;2;") > 2 * 24
+    )
     model, _, _ = eval_routing.load_run("small")
     samples = eval_routing.load_samples(eval_routing.parse(["small"]), model, config)
     words = samples.tokenizer.decode([samples.items[0][0][0].item()])  # the first token of the first sample

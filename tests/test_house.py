@@ -16,8 +16,8 @@ BUDGET = {
     "erpo.py": 240,
     "rais.py": 180,
     "baselines.py": 165,
-    "data.py": 690,  # a set is a row of a table, with its files, columns and rules
-    "train.py": 465,  # the demo is 40 lines of it
+    "data.py": 696,  # a set is a row of a table, with its files, columns and rules
+    "train.py": 430,
     "eval_routing.py": 345,
     "support/*.py": 430,
     "recipes/*.py": 270,
@@ -59,7 +59,7 @@ def test_no_circle_of_imports():
         if name in done:
             return
         open_.append(name)
-        for other in GRAPH[name] - {"eval_routing"} if name == "train" else GRAPH[name]:  # the demo shows both
+        for other in GRAPH[name]:
             visit(other)
         done.add(open_.pop())
 
@@ -71,7 +71,9 @@ def test_arrows_go_one_way():
     for name, others in GRAPH.items():
         if name.startswith("support.") or name in ("data", "moe", "eval_routing", *LOSSES):
             assert not others & set(PROGRAMS), f"{name} imports a program"
-    assert "train" not in GRAPH["eval_routing"]
+    assert not GRAPH["eval_routing"] & {"train"} and not GRAPH["train"] & {"eval_routing"}
+    for name, path in OURS.items():  # results/ stands on top; train.py without flags begins its demo
+        assert not any(m.startswith("results") for m in imports_of(path)) or name == "train"
 
 
 @pytest.mark.parametrize("name", ["moe", *LOSSES])

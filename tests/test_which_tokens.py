@@ -25,7 +25,7 @@ def test_each_token_has_its_experts_colour_in_every_layer():
     legend = [(f" {e:3} ", e) for e in range(3)]
     assert pieces(first, 3) == [*zip(text, EXPERTS[:, 0].tolist(), strict=True), *legend]
     assert pieces(second, 3) == [*zip(text, EXPERTS[:, 1].tolist(), strict=True), *legend]
-    assert first.startswith("layer 0\n") and " cat 2/2" not in second and " cat 1/2" in second
+    assert "\n\nlayer 0\n" in first and " cat 2/2" not in second and " cat 1/2" in second
 
 
 def test_counts_are_of_all_tokens_and_all_experts_of_a_token():
@@ -52,11 +52,11 @@ def test_lines_are_no_wider_than_the_page_and_nothing_is_lost():
 
 def test_a_gap_follows_the_end_of_a_text():
     text = tokens_by_expert(WORDS, EXPERTS, 3, layers=[0], ends={1, 6})
-    gaps = re.sub(r"\x1b\[30;48[^m]*m(.*?)\x1b\[0m", r"<\1>", text).split("\n")[1]
+    gaps = re.sub(r"\x1b\[30;48[^m]*m(.*?)\x1b\[0m", r"<\1>", text).split("\n")[4]
     assert gaps == "<The>< cat> < sat>< on>< the>< mat><↵> < cat>"
     words = ["x" * 50] * 4  # where a line is full, its end is gap enough
     text = tokens_by_expert(words, torch.zeros(4, 1, dtype=torch.long), 1, ends={1})
-    assert re.sub(r"\x1b\[[\d;]*m", "", text).split("\n")[1:3] == ["x" * 100] * 2
+    assert re.sub(r"\x1b\[[\d;]*m", "", text).split("\n")[4:6] == ["x" * 100] * 2
 
 
 def test_the_picture_has_as_much_of_a_colour_as_its_expert_has_letters(tmp_path):
