@@ -65,7 +65,16 @@ def commands_of(page: Path) -> list[str]:
     return [c for c in blocks_of(text) + quoted if PROGRAM.match(c)]
 
 
-DOCUMENTED = sorted({(page.name, part) for page in PAGES for c in commands_of(page) for part in c.split(" && ")})
+def commands_in(program: Path) -> list[str]:
+    """The commands in a program's docstring, a line each, with two blanks or a comment before what is said of them."""
+    lines = (ast.get_docstring(ast.parse(program.read_text(encoding="utf-8"))) or "").splitlines()
+    lines = [re.split(r"\s{2,}|\s#", line.strip())[0] for line in lines if line.startswith("    ")]
+    return [line for line in lines if PROGRAM.match(line)]
+
+
+PROGRAMS = sorted(p for folder in (".", "recipes", "bench", "results", "support") for p in ROOT.glob(f"{folder}/*.py"))
+SOURCES = [(p, commands_of(p)) for p in PAGES] + [(p, commands_in(p)) for p in PROGRAMS]
+DOCUMENTED = sorted({(p.name, part) for p, commands in SOURCES for c in commands for part in c.split(" && ")})
 
 
 # ----------------------------------------------------------------------------------------------------------- commands
