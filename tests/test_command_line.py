@@ -317,3 +317,27 @@ def test_help_names_every_flag_and_every_option(capsys):
         out = capsys.readouterr().out
         assert all("--" + name.replace("_", "-") in out for name in options)
         assert all(o.help for o in options.values()), algo  # each has its line in the loss's docstring
+
+
+@pytest.mark.parametrize("algo", [None, *ALGORITHMS])
+def test_help_is_short_and_says_defaults_and_the_papers_values(algo):
+    """Every flag has its words in one column, under a short line on usage; [...] is a paper's value with its place."""
+    p = command_line.parser("about", algo, train.OPTIONS)
+    text = p.format_help()
+    assert all(a.help for a in p._actions) and len(text.splitlines()) < 90
+    assert text.startswith("usage: python train.py [--algo NAME]") and text.index("\n") < 110
+    assert "--lr X " in text and "[ERL table 7: 1e-5]" in text and "--z-coef X " in text and "(default 0.001)" in text
+    assert "--jitter X" in text and "[Switch: 0.01] (default 0.0)" in text and "LR_FACTOR" not in text
+    if algo == "erl":
+        assert text.index("--alpha X") < text.index("--model NAME") and "[table 7: 3] (default 3)" in text
+
+
+def test_help_of_the_other_programs(capsys):
+    import eval_routing
+    from support import pictures
+
+    for program, words in ((eval_routing, "--samples N "), (pictures, "--out FILE.png ")):
+        with pytest.raises(SystemExit) as stop:
+            program.main(["--help"])
+        out = capsys.readouterr().out
+        assert stop.value.code == 0 and words in out and len(out.splitlines()) < 35
