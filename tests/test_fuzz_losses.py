@@ -9,7 +9,7 @@ of that term: where they differ by 1e-7, float32's rounding of them is a tenth o
 stands on.
 
     python -m pytest tests/test_fuzz_losses.py                      60 cases a function
-    FUZZ_CASES=10000 python -m pytest tests/test_fuzz_losses.py     the long way, about half an hour
+    FUZZ_CASES=10000 python -m pytest tests/test_fuzz_losses.py     the long way, about half an hour of a core
 """
 
 import inspect
