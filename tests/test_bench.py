@@ -61,7 +61,7 @@ def test_naive_erl_is_the_same_algorithm(tmp_path):
     """The slow peer of the ERL benchmark and the program's own losses agree on the same routes: loss and gradient."""
     args = bench.parse(["erl", "--quick", "--out", str(tmp_path)])
     # advantage "log": a sign would turn the rounding of other matrix shapes into +1 or -1
-    run = bench.Steps(bench.build(args, 50), args, "erl", advantage="log")
+    run = bench.Steps(bench.build(args, 50), args, "erl", advantage="log", erl_grad="all")
     batch, results = run.task.batch(0), []
     for f in (bench.train.erl_losses, bench.naive_erl_losses):
         ((loss, _),) = f(run.model, batch, run.args, 0)
