@@ -210,6 +210,9 @@ def write(findings=FINDINGS, picture=ROOT / "results" / "erl.png", folder=RUNS):
     before, after = findings.read_text().split(MARKS[0])[0], findings.read_text().split(MARKS[1])[1]
     findings.write_text(before + MARKS[0] + "\n\n" + generated(runs) + "\n" + MARKS[1] + after)
     experiments = [n for n in EXPERIMENTS if any(k[0] == n and "mrr" in r.get("figures", {}) for k, r in runs.items())]
+    if "erl-domains" in experiments:
+        experiments.remove("erl-domains")  # whose own route is the best one in every arm: another picture
+        draw_domains(runs, picture.with_name("domains.png"))
     if experiments:
         draw(runs, experiments, picture)
 
@@ -227,6 +230,7 @@ COLOURS = {
     "erl-mean": "tab:olive",
     "erl-router": "tab:orange",
     "erl-router-random": "tab:green",
+    "erl-delta-0.1": "gold",
     "erl-wpl": "tab:pink",
     "erl-published": "tab:brown",
     "sharpen": "tab:gray",
@@ -253,13 +257,47 @@ def draw(runs, experiments: list[str], path):
         top.invert_xaxis()
     axes[0, 0].set_ylabel("MRR of the router's own route among 100")
     axes[1, 0].set_ylabel("perplexity against MoE\nof the same start [%] (lower is better)")
-    axes[0, 0].legend(labels.values(), labels.keys(), loc="upper left", title="a dot is a run", fontsize=9)
+    figure.legend(
+        labels.values(), labels.keys(), loc="outside lower center", title="a dot is a run", fontsize=9, ncols=2
+    )
     figure.suptitle(
         "Does ERL find better experts, or does its router only get sharper?\n"
         "On the grey line: no more than sharpening gives.\n"
         "Blue: ERL with the credit given to random experts, so what it does is not learnt credit.",
         fontsize=11,
     )
+    figure.savefig(path, dpi=110)
+
+
+def draw_domains(runs, path):
+    """Perplexity against MoE over the share of decisions for the right expert, a dot a run, a line to the control."""
+    figure = Figure(figsize=(8, 5), layout="constrained")
+    axis = figure.subplots()
+    found = {
+        (a, s): r["figures"] for (e, a, s), r in runs.items() if e == "erl-domains" and "mrr" in r.get("figures", {})
+    }
+    first = FIRST_START if any(s >= FIRST_START for _, s in found) else 0
+    bases = {s: f["best_perplexity"] for (a, s), f in found.items() if a == "lm" and s >= first}
+    dots = {
+        key: (f["right_expert"], 100 * (f["best_perplexity"] / bases[key[1]] - 1))
+        for key, f in found.items()
+        if key[1] in bases
+    }
+    for arm in [a for a in COLOURS if any(a == arm for arm, _ in dots)]:
+        mine = [dot for (a, _), dot in sorted(dots.items()) if a == arm]
+        label = f"{EXPERIMENTS['erl-domains'].arms[arm].about}, {len(mine)} starts"
+        axis.scatter(*zip(*mine, strict=True), color=COLOURS[arm], alpha=0.8, label=label)
+    for (arm, s), dot in dots.items():
+        if (RANDOM.get(arm), s) in dots:
+            axis.plot(*zip(dot, dots[RANDOM[arm], s], strict=True), color="tab:gray", lw=0.8, zorder=0)
+    axis.axvline(1 / 8, color="black", ls=":", lw=1, label="one in eight is right by chance")
+    axis.axhline(0, color="black", lw=1)
+    axis.set_xlabel("share of decisions for the expert that was trained on the window's alphabet")
+    axis.set_ylabel("perplexity against MoE\nof the same start [%] (lower is better)")
+    axis.set_title(
+        "A right route exists. Does ERL find it? (erl-domains; a line joins the arms of a start)", fontsize=11
+    )
+    figure.legend(loc="outside lower center", fontsize=9, ncols=1)
     figure.savefig(path, dpi=110)
 
 

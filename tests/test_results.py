@@ -400,6 +400,11 @@ def test_runs_that_have_a_json_are_not_run_again_and_primary_arms_come_first(tmp
 def test_the_report_is_made_of_the_json_and_leaves_other_words_alone(tmp_path):
     from results import report
 
+    def write(arm, start, figures, experiment="erl-text"):
+        path = tmp_path / "runs" / experiment / f"{arm}-{start}.json"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps({"experiment": experiment, "arm": arm, "start": start, "figures": figures}))
+
     draw = random.Random(0)
     for start in range(100, 110):
         for arm, entropy, mrr, perplexity in (
@@ -415,9 +420,14 @@ def test_the_report_is_made_of_the_json_and_leaves_other_words_alone(tmp_path):
                 "mrr": mrr * noise,
                 "best_perplexity": perplexity * noise,
             }
-            path = tmp_path / "runs" / "erl-text" / f"{arm}-{start}.json"
-            path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_text(json.dumps({"experiment": "erl-text", "arm": arm, "start": start, "figures": figures}))
+            write(arm, start, figures)
+        for arm, right, perplexity in (
+            ("lm", 0.12, 21.0),
+            ("erl-router", 0.2, 20.0),
+            ("erl-router-random", 0.12, 20.5),
+        ):
+            figures = {key: 1.0 for key, _, _ in report.COLUMNS} | {"windows": 60, "right_expert": right}
+            write(arm, start, figures | {"best_perplexity": perplexity}, "erl-domains")
     findings = tmp_path / "findings.md"
     findings.write_text("Before.\n" + "\nold\n".join(report.MARKS) + "\nAfter.\n")
     for _ in range(2):
@@ -428,4 +438,6 @@ def test_the_report_is_made_of_the_json_and_leaves_other_words_alone(tmp_path):
     assert "**opposite**" in claims[0] and "-3.2" in claims[0] and "| 10 |" in claims[0]
     assert "**same direction**" in claims[1] and "**not decidable here** (0 of at least 10 starts ran" in claims[2]
     assert "| `erl` | 10 | 0." in text and "| `lm` | 0 | - | 10 | 0." in text
-    assert "| `answers` | - | - | `none`" in text and (tmp_path / "erl.png").stat().st_size > 10_000
+    assert "| `erl-router` | `erl-router-random` | +2.47 [+2.47, +2.47] |" in text
+    assert "| `answers` | - | - | `none`" in text
+    assert all((tmp_path / name).stat().st_size > 10_000 for name in ("erl.png", "domains.png"))
