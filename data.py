@@ -542,7 +542,7 @@ def load_text(
         spec = _local(spec, data_dir)
         text = _read_file(spec, split, data_dir)
         variants = {".raw": "wikitext-2-raw-v1", ".tokens": "wikitext-2-v1 (tokenised, <unk>)"}
-        variant = variants.get(Path(spec.files[split]).suffix, name)
+        variant = variants.get(Path(spec.files[split]).suffix, name) if spec.hub else name
         if list(spec.files.values()).count(spec.files[split]) > 1:  # one file: each paragraph belongs to one split
             text = "\n\n".join(p for p in text.split("\n\n") if _belongs(p, split, spec.files)) + "\n"
             if not text.strip():

@@ -373,13 +373,13 @@ class Experiment(NamedTuple):
 
 
 SHARPENING = (0.01, 0.03, 0.1, 0.3)
-ERL = "--algo erl --erl-grad all"  # as the paper writes it
+ERL, ROUTER = "--algo erl --erl-grad all", "--algo erl --erl-grad router"  # as the paper writes it; train.py's default
 ERL_ARMS = {
     "lm": Arm("--algo lm", "MoE", tier=0),
     "erl": Arm(ERL, "ERL, gradient through the whole network (eq. 14)", tier=0),
     "erl-expert-random": Arm(ERL, "ERL that credits random experts", explore_then(random_expert), 0),
-    "erl-router": Arm("--algo erl", "ERL, gradient to the routers alone (default)"),
-    "erl-router-random": Arm("--algo erl", "ERL to the routers alone, random experts", explore_then(random_expert)),
+    "erl-router": Arm(ROUTER, "ERL, gradient to the routers alone (default)"),
+    "erl-router-random": Arm(ROUTER, "ERL to the routers alone, random experts", explore_then(random_expert)),
     "erl-centred": Arm(ERL, "ERL, advantages centred within each position", explore_then(centred)),
     "erl-shuffled": Arm(ERL, "ERL, advantages shuffled", explore_then(shuffled)),
     "erl-mean": Arm(ERL, "ERL, the mean advantage alone", explore_then(mean_alone)),

@@ -283,8 +283,10 @@ def draw_domains(runs, path):
         for key, f in found.items()
         if key[1] in bases
     }
-    for arm in [a for a in COLOURS if any(a == arm for arm, _ in dots)]:
+    for arm in COLOURS:
         mine = [dot for (a, _), dot in sorted(dots.items()) if a == arm]
+        if not mine:
+            continue
         label = f"{EXPERIMENTS['erl-domains'].arms[arm].about}, {len(mine)} starts"
         axis.scatter(*zip(*mine, strict=True), color=COLOURS[arm], alpha=0.8, label=label)
     for (arm, s), dot in dots.items():

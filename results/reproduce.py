@@ -102,9 +102,10 @@ def figures_of(args, e: Experiment, arm: str, out: pathlib.Path) -> dict:
     figures = {k: v for k, v in summary.items() if isinstance(v, (int, float)) and k not in ("seed", "steps")}
     figures |= means_of(str(out), summary["algo"])
     if "perplexity" in summary:
-        model = load_run(str(out))[0]
-        own = e.figures(model, train.load_task(args, model.config.context, False)) if e.figures else {}
-        return figures | own if arm == "start" else figures | own | ranks(out)
+        if e.figures:
+            model = load_run(str(out))[0]
+            figures |= e.figures(model, train.load_task(args, model.config.context, False))
+        return figures if arm == "start" else figures | ranks(out)
     return figures | {"median_cluster": median_cluster(args, load_run(str(out))[0])}
 
 
