@@ -370,6 +370,7 @@ class Experiment(NamedTuple):
     arm_setup: Callable | None = None  # before the arm's own
     minutes: tuple[float, float] = (1.0, 1.0)  # of one core: the start's run, an arm
     figures: Callable | None = None  # (model, task) -> figures of its own, of every arm
+    recipe: bool = False  # a run of recipes/erl_hf.py, which begins from its model by itself: no start's run
 
 
 SHARPENING = (0.01, 0.03, 0.1, 0.3)
@@ -394,6 +395,7 @@ ERL_ARMS = {
 }
 
 
+MORE = "--prompts-per-step 32 --lr 6e-5"  # four times the answers an update, which bear twice the learning rate
 REPLAY, FROZEN = "--replay routing", "--freeze-router"
 ANSWER_ARMS = {
     "none": Arm("--algo none --steps 1", "no update", method("none", no_update)),
@@ -416,6 +418,16 @@ ANSWER_ARMS = {
     ),
     "rais-grpo": Arm("--algo rais-grpo", "RAIS over GRPO", method("rais-grpo", rais_over("grpo"))),
     "rais-gspo": Arm("--algo rais-gspo", "RAIS over GSPO", method("rais-gspo", rais_over("gspo"))),
+    **{
+        f"{name}-more": Arm(f"--algo {algo} {MORE}", f"{about}, four times the answers", setup)
+        for name, algo, about, setup in (
+            ("gspo", "gspo", "GSPO", None),
+            ("erpo", "erpo", "ERPO", None),
+            ("gmpo", "gmpo", "GMPO", None),
+            ("rais", "rais", "RAIS over GMPO", None),
+            ("rais-yoked", "rais-yoked", "GMPO, the update's mean gamma", method("rais-yoked", yoked)),
+        )
+    },
     "rais-no-floor": Arm("--algo rais --floor 0", "RAIS without a floor", tier=2),
     "rais-sum": Arm("--algo rais --layers sum", "RAIS, layers multiplied", tier=2),
     "gmpo-replay": Arm(f"--algo gmpo {REPLAY}", "GMPO, routes replayed", tier=2),
@@ -485,5 +497,19 @@ EXPERIMENTS = {
         begin_answers,
         answers_are_drawn,
         minutes=(4.0, 2.0),
+    ),
+    "erl-real": Experiment(
+        "SmolLM2-135M upcycled to 413 M parameters, WikiText-2; the gradient of ERL to the routers alone",
+        "--model smollm2 --dataset wikitext2 --steps 50 --eval-windows 32 --checkpoint-every 50",
+        "",
+        "",
+        {
+            "lm": Arm("--arm lm", "MoE", tier=0),
+            "erl": Arm("--arm erl", "ERL", tier=0),
+            "expert-random": Arm("--arm expert-random", "ERL that credits random experts", tier=0),
+            "centred": Arm("--arm centred", "ERL, advantages centred within each position", tier=0),
+        },
+        minutes=(0.0, 9.0),
+        recipe=True,
     ),
 }

@@ -3,11 +3,14 @@
     python results/reproduce.py --list
     python results/reproduce.py erl-text --starts 100-109 --jobs 2 --minutes 150
     python results/reproduce.py erl-text --starts 0-2 --arms lm,erl,erl-router
+    python results/reproduce.py erl-text --starts 100 --arms lm,erl --again     once more, to results/again/
+    python results/reproduce.py erl-real --starts 100-102                       needs recipes/requirements.txt
     python results/reproduce.py report                tables, pictures and docs/findings.md from the JSON alone
 
 A start is a seed and a model trained from it, from which all its arms begin. Runs whose JSON is there are not run
 again, and a run that was stopped goes on from its last checkpoint; the arms that the primary contrasts need come first.
-Everything goes through train.run and eval_routing; models lie in runs/results/ while they are needed.
+Everything goes through train.run and eval_routing (erl-real: recipes/erl_hf.py); models lie in runs/results/ while
+they are needed.
 """
 
 import argparse
@@ -43,6 +46,13 @@ from support.tasks import rng  # noqa: E402
 
 WORK = ROOT / "runs" / "results"
 WINDOWS = 30  # ranked (the pilot, starts 0 and 1: 60); the paper ranks 300 samples, at half a second a window
+# glibc gives large blocks back to the system as soon as they are freed and gets them anew, page by page, for the next
+# step: a quarter of the time of a step of 413 M parameters. The figures do not depend on it.
+KEEP_MEMORY = {
+    "MALLOC_MMAP_THRESHOLD_": "2000000000",
+    "MALLOC_TRIM_THRESHOLD_": "20000000000",
+    "MALLOC_TOP_PAD_": "268435456",
+}
 
 
 def json_path(experiment: str, arm: str, start: int) -> pathlib.Path:
@@ -54,34 +64,33 @@ def json_path(experiment: str, arm: str, start: int) -> pathlib.Path:
 # ---------------------------------------------------------------------------------------------------------------------
 
 
+def run_again():
+    """What runs now goes to results/again/, as if nothing had run before."""
+    global RUNS, WORK
+    RUNS, WORK = RUNS.with_name("again"), WORK / "again"
+
+
 def flags_of(experiment: str, arm: str, start: int) -> list[str]:
-    """The command line of a run of train.py."""
+    """The command line of a run of train.py, or of the experiment's recipe."""
     e, folder = EXPERIMENTS[experiment], WORK / experiment / str(start)
     own = e.start if arm == "start" else f"{e.then} --init {folder / 'start'} {e.arms[arm].flags}"
     return f"{e.common} {own} --seed {start} --device cpu --out {folder / arm}".split()
 
 
-def run_one(experiment: str, arm: str, start: int):
+def run_one(experiment: str, arm: str, start: int, data_dir: str | None = None):
     """Run it, or what is left of it, and write its JSON. A user's error (a loss that is not finite) is a result."""
-    e = EXPERIMENTS[experiment]
+    e, out = EXPERIMENTS[experiment], WORK / experiment / str(start) / arm
     setups = (e.start_setup,) if arm == "start" else (e.arm_setup, e.arms[arm].setup)
     for setup in filter(None, setups):
         setup()
-    train.plot_curves = lambda *_: None  # two seconds a run
-    flags, out = flags_of(experiment, arm, start), WORK / experiment / str(start) / arm
-    if not find_checkpoint(str(out)):
-        shutil.rmtree(out, ignore_errors=True)
-    elif not (out / "summary.json").exists():
-        flags = ["--resume", "--out", str(out), "--algo", json.loads((out / "config.json").read_text())["algo"]]
+    flags = flags_of(experiment, arm, start) + (["--data-dir", data_dir] if data_dir else [])
     record = {"experiment": experiment, "arm": arm, "start": start, "versions": versions()}
     record["date"] = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
     try:
-        begun, args = time.process_time(), train.parse(flags)
-        if not (out / "summary.json").exists():
-            train.run(args)
+        begun = time.process_time()
+        record["figures"] = run_recipe(flags, out) if e.recipe else run_train(flags, out, e, arm)
         settings = json.loads((out / "config.json").read_text())
         record["settings"] = {k: v for k, v in settings.items() if k not in ("out", "init", "data_dir")}
-        record["figures"] = figures_of(args, e, arm, out)
         record["cpu_seconds"] = round(time.process_time() - begun, 1)
     except UserError as error:
         record["failed"] = sentence(error).replace(str(ROOT), ".")
@@ -91,10 +100,43 @@ def run_one(experiment: str, arm: str, start: int):
         shutil.rmtree(out, ignore_errors=True)
 
 
+def run_train(flags: list[str], out: pathlib.Path, e: Experiment, arm: str) -> dict:
+    """A run of train.py in the folder `out`, begun, continued or already there -> its figures."""
+    train.plot_curves = lambda *_: None  # two seconds a run
+    if not find_checkpoint(str(out)):
+        shutil.rmtree(out, ignore_errors=True)
+    elif not (out / "summary.json").exists():
+        flags = ["--resume", "--out", str(out), "--algo", json.loads((out / "config.json").read_text())["algo"]]
+    args = train.parse(flags)
+    if not (out / "summary.json").exists():
+        train.run(args)
+    return figures_of(args, e, arm, out)
+
+
+def run_recipe(flags: list[str], out: pathlib.Path) -> dict:
+    """A run of recipes/erl_hf.py, the same way -> what it says of the held-out windows, before and after, and means."""
+    from accelerate import Accelerator  # only erl-real needs the packages of the recipes
+
+    from recipes import erl_hf
+
+    if (out / "checkpoint.pt").exists():
+        flags = [*flags, "--resume"]
+    else:
+        shutil.rmtree(out, ignore_errors=True)
+    erl_hf.train(erl_hf.parse(flags), Accelerator(cpu=True))
+    rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    steps = [r for r in rows if "loss" in r]
+    names = sorted({k for r in steps for k in r} - {"step", "seconds"})
+    means = {f"mean_{k}": statistics.fmean(r[k] for r in steps if k in r) for k in names}
+    before, after = (r for r in rows if "perplexity" in r)
+    return {f"before_{k}": before[k] for k in ("perplexity", "router_entropy")} | means | after
+
+
 def versions() -> dict:
     git = ["git", "-C", str(ROOT), "rev-parse", "HEAD"]
     commit = subprocess.run(git, capture_output=True, text=True).stdout.strip()
-    return {"commit": commit, "python": platform.python_version(), "torch": torch.__version__}
+    cpu = torch.backends.cpu.get_cpu_capability()  # another instruction set rounds otherwise
+    return {"commit": commit, "python": platform.python_version(), "torch": torch.__version__, "cpu": cpu}
 
 
 def figures_of(args, e: Experiment, arm: str, out: pathlib.Path) -> dict:
@@ -110,7 +152,8 @@ def figures_of(args, e: Experiment, arm: str, out: pathlib.Path) -> dict:
 
 
 def means_of(out: str, algo: str) -> dict:
-    """Mean over the algorithm's steps of what they logged; of the gradient's norm the spread too."""
+    """Mean over the algorithm's steps of what they logged; of the gradient's norm the spread too, and of the reward the
+    mean of the last third, which is thousands of answers where the test split has hundreds."""
     rows = [r for r in read_metrics(out) if r["phase"] == algo]
     names = {k for r in rows for k, v in r.items() if isinstance(v, (int, float))}
     names -= {"step", "seconds", "tokens_per_second", "lr"}
@@ -118,6 +161,9 @@ def means_of(out: str, algo: str) -> dict:
     norms = [r["grad_norm"] for r in rows if "grad_norm" in r]
     if len(norms) > 1:
         found["spread_grad_norm"] = statistics.stdev(norms)
+    rewards = [r["reward_mean"] for r in rows if "reward_mean" in r]
+    if len(rewards) >= 3:
+        found["late_reward"] = statistics.fmean(rewards[-(len(rewards) // 3) :])
     if found.get("mean_clusters"):
         dropped = found["mean_dropped_clusters"]
         found["dropped_share"] = dropped / (dropped + found["mean_clusters"])
@@ -160,7 +206,7 @@ def missing(experiment: str, starts: list[int], arms: list[str]) -> list[tuple[s
         for start in starts:
             todo = [n for n in arms if e.arms[n].tier == tier and not json_path(experiment, n, start).exists()]
             if todo:
-                runs += [(experiment, name, start) for name in ["start", *todo]]
+                runs += [(experiment, name, start) for name in ([] if e.recipe else ["start"]) + todo]
     have_model = {s for s in starts if (WORK / experiment / str(s) / "start" / "summary.json").exists()}
     done = {(experiment, "start", s) for s in have_model if json_path(experiment, "start", s).exists()}
     return [r for r in dict.fromkeys(runs) if r not in done]
@@ -179,8 +225,9 @@ def minutes_of(runs) -> list[float]:
     return expected
 
 
-def run_all(runs, jobs: int, minutes: float):
-    """Each in a process of its own, `jobs` at a time; none is begun that would not end within `minutes`."""
+def run_all(runs, jobs: int, minutes: float, more: list[str]):
+    """Each in a process of its own with the flags `more`, `jobs` at a time; none is begun that would not end within
+    `minutes`."""
     expected, begun, running = minutes_of(runs), time.monotonic(), {}
     print(f"{len(runs)} runs, {sum(expected):.0f} minutes of a core; {jobs} at a time for {minutes:g} minutes at most")
     waiting = list(zip(runs, expected, strict=True))
@@ -195,8 +242,9 @@ def run_all(runs, jobs: int, minutes: float):
             ready = [w for w in waiting if w[1] <= left and not start_is_awaited(w[0], waiting, running)]
             if len(running) < jobs and ready:
                 waiting.remove(ready[0])
-                command = [sys.executable, __file__, "--one", *map(str, ready[0][0])]
-                running[subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=log_of(ready[0][0]))] = ready[0][0]
+                command = [sys.executable, __file__, "--one", *map(str, ready[0][0]), *more]
+                streams = {"stdout": subprocess.DEVNULL, "stderr": log_of(ready[0][0])}
+                running[subprocess.Popen(command, **streams, env=os.environ | KEEP_MEMORY)] = ready[0][0]
             elif not running:
                 break
             else:
@@ -262,10 +310,16 @@ def main(argv=None) -> int:
     p.add_argument(
         "--minutes", type=float, default=150.0, help="no run begins that would not end in them (default 150)"
     )
+    p.add_argument(
+        "--again", action="store_true", help="to results/again/, as if nothing had run: does it come out alike?"
+    )
+    p.add_argument("--data-dir", help="erl-real: read the text below this folder, not from the hub")
     p.add_argument("--one", nargs=3, metavar=("NAME", "ARM", "START"), help=argparse.SUPPRESS)
     args = p.parse_args(argv)
+    if args.again:
+        run_again()
     if args.one:
-        run_one(args.one[0], args.one[1], int(args.one[2]))
+        run_one(args.one[0], args.one[1], int(args.one[2]), args.data_dir)
     elif args.list or not args.name:
         show_experiments()
     elif args.name == "report":
@@ -279,7 +333,8 @@ def main(argv=None) -> int:
         arms = args.arms.split(",") if args.arms else [n for n, a in known.items() if a.tier <= args.tier]
         if unknown := [n for n in arms if n not in known]:
             p.error(f"{args.name} has no arm {unknown[0]}: {', '.join(known)}")
-        run_all(missing(args.name, args.starts, arms), args.jobs, args.minutes)
+        more = ["--again"] * args.again + (["--data-dir", args.data_dir] if args.data_dir else [])
+        run_all(missing(args.name, args.starts, arms), args.jobs, args.minutes, more)
     return 0
 
 

@@ -366,7 +366,7 @@ def test_a_start_and_an_arm_run_and_leave_their_json(tmp_path):
     record = json.loads((tmp_path / "json" / "erl-domains" / "erl-published-3.json").read_text())
     assert (record["experiment"], record["arm"], record["start"]) == ("erl-domains", "erl-published", 3)
     assert record["settings"]["seed"] == 3 and record["settings"]["algo"] == "erl" and "failed" not in record
-    assert {"torch", "python", "commit"} == set(record["versions"])
+    assert {"torch", "python", "commit", "cpu"} == set(record["versions"])
     wanted = (
         "perplexity best_perplexity mrr hit1 best_of_99_score router_entropy load_max top1_above_0.9 mean_grad_norm"
     )

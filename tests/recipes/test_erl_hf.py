@@ -392,3 +392,24 @@ def test_mistakes_are_told_in_one_sentence(parent, tmp_path, capsys, monkeypatch
         assert erl_hf.main([*command(parent, tmp_path / word), *more]) == 2
         error = capsys.readouterr().err.splitlines()
         assert error[-1].startswith("erl_hf: ") and word in error[-1]
+
+
+def test_a_run_of_the_experiment_gives_its_figures_and_goes_on_after_a_stop(parent, tmp_path, monkeypatch):
+    from results import reproduce
+
+    monkeypatch.chdir(tmp_path)
+    whole = reproduce.run_recipe(command(parent, tmp_path / "whole", "--steps", "3"), tmp_path / "whole")
+    rows = [json.loads(line) for line in open(tmp_path / "whole" / "metrics.jsonl")]
+    assert whole["before_perplexity"] == rows[0]["perplexity"] != whole["perplexity"] == rows[-1]["perplexity"]
+    assert whole["mean_loss"] == pytest.approx(sum(r["loss"] for r in rows[1:4]) / 3)
+    assert 0 < whole["router_entropy"] <= math.log(8) and "mean_advantage_positive" in whole
+
+    def stop(*_):
+        raise KeyboardInterrupt
+
+    out, evaluate, calls = tmp_path / "parts", erl_hf.evaluate, []
+    monkeypatch.setattr(erl_hf, "evaluate", lambda *a: calls.append(a) or (evaluate if len(calls) < 2 else stop)(*a))
+    with pytest.raises(KeyboardInterrupt):
+        reproduce.run_recipe(command(parent, out, "--steps", "3"), out)
+    monkeypatch.setattr(erl_hf, "evaluate", evaluate)
+    assert reproduce.run_recipe(command(parent, out, "--steps", "3"), out) == whole
