@@ -3,6 +3,7 @@
 `write()` replaces what stands between the two marks of docs/findings.md; the words around them are a person's.
 """
 
+import datetime
 import math
 import pathlib
 import statistics
@@ -10,7 +11,17 @@ import statistics
 from matplotlib.figure import Figure
 
 from results.arms import ERL_ARMS, EXPERIMENTS
-from results.verdict import FIRST_START, RUNS, Contrast, above_line, differences, estimate, read_runs, verdicts
+from results.verdict import (
+    FIRST_START,
+    RUNS,
+    Contrast,
+    above_line,
+    differences,
+    estimate,
+    prediction_interval,
+    read_runs,
+    verdicts,
+)
 
 ROOT = pathlib.Path(__file__).parent.parent
 FINDINGS = ROOT / "docs" / "findings.md"
@@ -33,6 +44,21 @@ COLUMNS = (
 )
 # The control of an arm that credits random experts instead: what it lacks is learnt credit.
 RANDOM = {"erl": "erl-expert-random", "erl-router": "erl-router-random"}
+# Arms of `answers` and what each is to be compared with; so too those that end in -more.
+AGAINST = {
+    "erpo": ("gspo", "erpo-none", "erpo-permuted"),
+    "erpo-absolute": ("erpo-none",),
+    "rais": ("gmpo", "rais-yoked", "rais-shuffled", "rais-gradient", "rais-no-floor", "rais-sum"),
+    "rais-yoked": ("gmpo",),
+    "rais-grpo": ("grpo",),
+    "rais-gspo": ("gspo",),
+    "positive": ("grpo",),
+    "gmpo-frozen": ("gmpo",),
+    "gmpo-replay": ("gmpo",),
+    "gmpo-balance": ("gmpo",),
+    "gmpo-balance-frozen": ("gmpo-frozen",),
+    "gmpo-balance-replay": ("gmpo-replay",),
+}
 
 
 def row(*cells) -> str:
@@ -142,6 +168,8 @@ def answer_tables(runs, first: int) -> list[str]:
     columns = (
         ("accuracy", "accuracy"),
         ("before_accuracy", "before"),
+        ("mean_reward_mean", "training reward"),
+        ("late_reward", "of the last third"),
         ("mean_clip_share", "clip share"),
         ("mean_ratio_neg_log_later", "mean -log ratio"),
         ("mean_gamma_mean", "gamma"),
@@ -161,8 +189,66 @@ def answer_tables(runs, first: int) -> list[str]:
         cells = [interval(differences(runs, c, first)) if c.control != arm else "-" for c in pairs]
         if set(cells) != {"-"}:
             lines.append(row(f"`{arm}`", *cells))
+    lines += ["", "Against what differs from the arm in one thing (exploratory, but for the primary contrasts):", ""]
+    lines += heading("arm", "less", "starts", "accuracy", "training reward", "of the last third")
+    for more in ("", "-more"):
+        for arm, control in ((a + more, c + more) for a, cs in AGAINST.items() for c in cs):
+            names = ("accuracy", "mean_reward_mean", "late_reward")
+            gaps = [differences(runs, Contrast("", "", "answers", arm, control, f, 1, 1), first) for f in names]
+            if len(gaps[0]) > 1:
+                lines.append(row(f"`{arm}`", f"`{control}`", len(gaps[0]), *map(interval, gaps)))
     sizes = values_of(runs, "answers", "start", "median_cluster", first)
     return lines + ["", f"Median cluster of the starting models: {shown(sizes, 1)} tokens."]
+
+
+def real_tables(runs, first: int) -> list[str]:
+    columns = (
+        ("before_perplexity", "before", 3),
+        ("perplexity", "perplexity", 3),
+        ("before_router_entropy", "entropy before", 3),
+        ("router_entropy", "entropy", 3),
+        ("load_max", "largest load", 3),
+        ("agreement", "routes kept", 3),
+        ("mean_advantage_positive", "advantage +1", 3),
+        ("mean_advantage_negative", "-1", 3),
+        ("mean_grad_norm", "gradient norm", 2),
+    )
+    lines, arms = heading("arm", "starts", *(name for _, name, _ in columns)), EXPERIMENTS["erl-real"].arms
+    for arm in arms:
+        if ran := values_of(runs, "erl-real", arm, "perplexity", first):
+            cells = [shown(values_of(runs, "erl-real", arm, key, first), digits) for key, _, digits in columns]
+            lines.append(row(f"`{arm}`", len(ran), *cells))
+    lines += [
+        "",
+        "Paired within the start, 95 % intervals, unadjusted (exploratory; positive is lower perplexity):",
+        "",
+    ]
+    lines += heading("arm", "less", "starts", "perplexity, %", "entropy")
+    for arm, control in [(a, "lm") for a in arms if a != "lm"] + [("erl", "expert-random"), ("erl", "centred")]:
+        perplexity = differences(runs, Contrast("", "", "erl-real", arm, control, "perplexity", 1, 1, True), first)
+        entropy = differences(runs, Contrast("", "", "erl-real", arm, control, "router_entropy", 1, 1), first)
+        cells = interval(perplexity, scale=100, digits=2), interval(entropy)
+        lines.append(row(f"`{arm}`", f"`{control}`", len(perplexity), *cells))
+    return lines
+
+
+def again_table(runs, again) -> list[str]:
+    """Runs that were run once more, and where one more start of the same arm would lie."""
+    lines = heading("run", "figure", "first", "again", "days between", "one more start, 95 %", "inside")
+    for (experiment, arm, start), run in sorted(again.items()):
+        first = runs.get((experiment, arm, start))
+        if arm == "start" or first is None:
+            continue
+        then, now = (datetime.datetime.fromisoformat(r["date"]) for r in (first, run))
+        for name in ("best_perplexity", "mrr", "router_entropy", "accuracy"):
+            values = values_of(runs, experiment, arm, name, FIRST_START)
+            if name not in run["figures"] or len(values) < 2:
+                continue
+            (low, high), value = prediction_interval(values), run["figures"][name]
+            cells = f"{first['figures'][name]:.7g}", f"{value:.7g}", (now - then).days, f"{low:.3f} to {high:.3f}"
+            inside = "yes" if low <= value <= high else "no"
+            lines.append(row(f"`{experiment}/{arm}-{start}`", name.replace("_", " "), *cells, inside))
+    return lines
 
 
 def not_run(runs) -> list[str]:
@@ -180,15 +266,16 @@ def not_run(runs) -> list[str]:
     return lines + (["", "Runs that broke off: " + "; ".join(failed)] if failed else [])
 
 
-def generated(runs) -> str:
+def generated(runs, again) -> str:
     parts = ["## Claims", *claims(runs)]
     for name, e in EXPERIMENTS.items():
         for first, which in ((FIRST_START, "confirmatory starts"), (0, "tuning starts, which decide nothing")):
             some = {k: r for k, r in runs.items() if k[0] == name and (k[2] >= FIRST_START) == (first > 0)}
             if any(k[1] != "start" for k in some):
-                parts += [f"## `{name}`: {which}", e.about.capitalize() + "."]
-                parts += [erl_table_words(some)] if name != "answers" else []
-                parts += erl_tables(some, name, first) if name != "answers" else answer_tables(some, first)
+                parts += [f"## `{name}`: {which}", e.about[0].upper() + e.about[1:] + "."]
+                tables = {"answers": answer_tables, "erl-real": real_tables}.get(name)
+                parts += tables(some, first) if tables else [erl_table_words(some), *erl_tables(some, name, first)]
+    parts += ["## The same runs once more", *again_table(runs, again)] if again else []
     parts += ["## What has not run", *not_run(runs)]
     text = []
     for part in filter(None, parts):  # a blank line between paragraphs, none within a table
@@ -208,7 +295,8 @@ def erl_table_words(runs) -> str:
 def write(findings=FINDINGS, picture=ROOT / "results" / "erl.png", folder=RUNS):
     runs = read_runs(folder)
     before, after = findings.read_text().split(MARKS[0])[0], findings.read_text().split(MARKS[1])[1]
-    findings.write_text(before + MARKS[0] + "\n\n" + generated(runs) + "\n" + MARKS[1] + after)
+    text = generated(runs, read_runs(folder.with_name("again")))
+    findings.write_text(before + MARKS[0] + "\n\n" + text + "\n" + MARKS[1] + after)
     experiments = [n for n in EXPERIMENTS if any(k[0] == n and "mrr" in r.get("figures", {}) for k, r in runs.items())]
     if "erl-domains" in experiments:
         experiments.remove("erl-domains")  # whose own route is the best one in every arm: another picture

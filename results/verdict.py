@@ -135,6 +135,13 @@ def estimate(values: list[float], margin: float) -> Estimate | None:
     return Estimate(n, mean, spread, mean - reach, mean + reach, p_difference, p_equivalence)
 
 
+def prediction_interval(values: list[float]) -> tuple[float, float]:
+    """Where one more value lies with 95 % chance, if these are normal and it is like them."""
+    n = len(values)
+    reach = student_quantile(0.975, n - 1) * statistics.stdev(values) * math.sqrt(1 + 1 / n)
+    return statistics.fmean(values) - reach, statistics.fmean(values) + reach
+
+
 def holm(p: list[float], family: int) -> list[float]:
     """Adjusted p-values; `family` counts the tests that were planned, those that could not run included."""
     adjusted, highest = [1.0] * len(p), 0.0

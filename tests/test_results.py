@@ -49,6 +49,17 @@ def test_an_estimate_by_hand():
     assert found.p_equivalence == pytest.approx(1 - student_tail(1.5 / error, 3))
 
 
+def test_a_prediction_interval_holds_one_more_value_as_often_as_it_says():
+    low, high = verdict.prediction_interval([1.0, 2.0, 3.0, 4.0])
+    assert (low + high) / 2 == 2.5 and high - 2.5 == pytest.approx(3.1824 * (5 / 3) ** 0.5 * 1.25**0.5, rel=1e-4)
+    draw, inside = random.Random(1), 0
+    for _ in range(2000):
+        *seen, new = (draw.gauss(3, 2) for _ in range(6))
+        low, high = verdict.prediction_interval(seen)
+        inside += low <= new <= high
+    assert 0.93 < inside / 2000 < 0.97
+
+
 def test_equal_differences_and_a_single_one():
     assert estimate([0.5], 1.0) is None
     same = estimate([0.5] * 10, 0.1)
@@ -400,10 +411,11 @@ def test_runs_that_have_a_json_are_not_run_again_and_primary_arms_come_first(tmp
 def test_the_report_is_made_of_the_json_and_leaves_other_words_alone(tmp_path):
     from results import report
 
-    def write(arm, start, figures, experiment="erl-text"):
-        path = tmp_path / "runs" / experiment / f"{arm}-{start}.json"
+    def write(arm, start, figures, experiment="erl-text", folder="runs", day="2026-11-25"):
+        path = tmp_path / folder / experiment / f"{arm}-{start}.json"
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps({"experiment": experiment, "arm": arm, "start": start, "figures": figures}))
+        record = {"experiment": experiment, "arm": arm, "start": start, "figures": figures, "date": f"{day}T12:00:00"}
+        path.write_text(json.dumps(record))
 
     draw = random.Random(0)
     for start in range(100, 110):
@@ -428,6 +440,15 @@ def test_the_report_is_made_of_the_json_and_leaves_other_words_alone(tmp_path):
         ):
             figures = {key: 1.0 for key, _, _ in report.COLUMNS} | {"windows": 60, "right_expert": right}
             write(arm, start, figures | {"best_perplexity": perplexity}, "erl-domains")
+    # The machine that runs once more is another one: the first figure is like the others, the second is not.
+    write("erl", 100, {"mrr": 0.3003, "best_perplexity": 9.9}, folder="again", day="2026-11-27")
+    for start in (100, 101, 102):
+        for arm, perplexity in (("lm", 20.0), ("erl", 19.0), ("expert-random", 19.5)):
+            figures = {"before_perplexity": 30.0, "perplexity": perplexity, "router_entropy": 1.0 + start / 100}
+            write(arm, start, figures, "erl-real")
+        for arm, accuracy in (("gmpo-more", 0.5), ("rais-more", 0.6 + start / 10000)):
+            figures = {"accuracy": accuracy, "mean_reward_mean": accuracy / 2, "late_reward": accuracy / 4}
+            write(arm, start, figures, "answers")
     findings = tmp_path / "findings.md"
     findings.write_text("Before.\n" + "\nold\n".join(report.MARKS) + "\nAfter.\n")
     for _ in range(2):
@@ -439,5 +460,10 @@ def test_the_report_is_made_of_the_json_and_leaves_other_words_alone(tmp_path):
     assert "**same direction**" in claims[1] and "**not decidable here** (0 of at least 10 starts ran" in claims[2]
     assert "| `erl` | 10 | 0." in text and "| `lm` | 0 | - | 10 | 0." in text
     assert "| `erl-router` | `erl-router-random` | +2.47 [+2.47, +2.47] |" in text
-    assert "| `answers` | - | - | `none`" in text
+    assert "| `answers` | - | `gmpo-more` (3), `rais-more` (3) | `none`" in text
+    assert "| `erl-text/erl-100` | mrr | 0.29" in text and "| 0.3003 | 2 | 0.29" in text
+    assert [line.split(" | ")[-1] for line in text.splitlines() if "/erl-100`" in line] == ["no |", "yes |"]
+    assert "| `erl` | `lm` | 3 | +5.13 [+5.13, +5.13] | +0.000" in text
+    assert "| `erl` | `expert-random` | 3 | +2.60 [+2.60, +2.60] |" in text
+    assert "| `rais-more` | `gmpo-more` | 3 | +0.110 [+0.110, +0.110] | +0.055 [+0.055, +0.055] | +0.028" in text
     assert all((tmp_path / name).stat().st_size > 10_000 for name in ("erl.png", "domains.png"))
