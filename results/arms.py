@@ -426,7 +426,12 @@ ANSWER_ARMS = {
             ("gmpo", "gmpo", "GMPO", None),
             ("rais", "rais", "RAIS over GMPO", None),
             ("rais-yoked", "rais-yoked", "GMPO, the update's mean gamma", method("rais-yoked", yoked)),
-            ("erpo-permuted", "erpo-permuted", "ERPO, clusters without meaning", method("erpo-permuted", erpo_permuted)),
+            (
+                "erpo-permuted",
+                "erpo-permuted",
+                "ERPO, clusters without meaning",
+                method("erpo-permuted", erpo_permuted),
+            ),
         )
     },
     "rais-no-floor": Arm("--algo rais --floor 0", "RAIS without a floor", tier=2),
