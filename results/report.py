@@ -85,6 +85,11 @@ def shown(values: list[float], digits: int) -> str:
     return f"{statistics.fmean(values):.{digits}f}{spread}"
 
 
+def of_starts(values: list[float], all_values: list[float]) -> str:
+    """How many starts have a figure, where that is not all of them."""
+    return f" ({len(values)} starts)" if 0 < len(values) < len(all_values) else ""
+
+
 def interval(values: list[float], margin: float = 1.0, scale: float = 1.0, digits: int = 3) -> str:
     found = estimate(values, margin)
     if found is None:
@@ -180,8 +185,8 @@ def answer_tables(runs, first: int) -> list[str]:
     lines = heading("arm", "starts", *(name for _, name in columns))
     for arm in EXPERIMENTS["answers"].arms:
         if ran := values_of(runs, "answers", arm, "accuracy", first):
-            cells = [shown(values_of(runs, "answers", arm, key, first), 3) for key, _ in columns]
-            lines.append(row(f"`{arm}`", len(ran), *cells))
+            found = [values_of(runs, "answers", arm, key, first) for key, _ in columns]
+            lines.append(row(f"`{arm}`", len(ran), *(shown(v, 3) + of_starts(v, ran) for v in found)))
     lines += ["", "Accuracy, paired within the start, 95 % intervals, unadjusted (exploratory):", ""]
     lines += heading("arm", "less `none`", "less `gmpo`", "less `gspo`")
     for arm in EXPERIMENTS["answers"].arms:
@@ -189,14 +194,18 @@ def answer_tables(runs, first: int) -> list[str]:
         cells = [interval(differences(runs, c, first)) if c.control != arm else "-" for c in pairs]
         if set(cells) != {"-"}:
             lines.append(row(f"`{arm}`", *cells))
-    lines += ["", "Against what differs from the arm in one thing (exploratory, but for the primary contrasts):", ""]
-    lines += heading("arm", "less", "starts", "accuracy", "training reward", "of the last third")
+    rows = []
     for more in ("", "-more"):
         for arm, control in ((a + more, c + more) for a, cs in AGAINST.items() for c in cs):
             names = ("accuracy", "mean_reward_mean", "late_reward")
             gaps = [differences(runs, Contrast("", "", "answers", arm, control, f, 1, 1), first) for f in names]
             if len(gaps[0]) > 1:
-                lines.append(row(f"`{arm}`", f"`{control}`", len(gaps[0]), *map(interval, gaps)))
+                cells = [interval(v) + of_starts(v, gaps[0]) for v in gaps]
+                rows.append(row(f"`{arm}`", f"`{control}`", len(gaps[0]), *cells))
+    if rows:
+        words = "Against what differs from the arm in one thing (exploratory, but for the primary contrasts):"
+        lines += ["", words, "", *heading("arm", "less", "starts", "accuracy", "training reward", "of the last third")]
+    lines += rows
     sizes = values_of(runs, "answers", "start", "median_cluster", first)
     return lines + ["", f"Median cluster of the starting models: {shown(sizes, 1)} tokens."]
 
@@ -245,7 +254,12 @@ def again_table(runs, again) -> list[str]:
             if name not in run["figures"] or len(values) < 2:
                 continue
             (low, high), value = prediction_interval(values), run["figures"][name]
-            cells = f"{first['figures'][name]:.7g}", f"{value:.7g}", (now - then).days, f"{low:.3f} to {high:.3f}"
+            cells = (
+                f"{first['figures'][name]:.7g}",
+                f"{value:.7g}",
+                (now.date() - then.date()).days,
+                f"{low:.3f} to {high:.3f}",
+            )
             inside = "yes" if low <= value <= high else "no"
             lines.append(row(f"`{experiment}/{arm}-{start}`", name.replace("_", " "), *cells, inside))
     return lines
