@@ -53,6 +53,10 @@ def centred(paths, generator):
     return paths._replace(advantages=(A - A.mean(0)).flatten(0, 1))
 
 
+def centred_random_expert(paths, generator):
+    return random_expert(centred(paths, generator), generator)
+
+
 def shuffled(paths, generator):
     """The same advantages in random places."""
     A, counts = paths.advantages.clone(), paths.S.any(-1)
@@ -382,6 +386,7 @@ ERL_ARMS = {
     "erl-router": Arm(ROUTER, "ERL, gradient to the routers alone (default)"),
     "erl-router-random": Arm(ROUTER, "ERL to the routers alone, random experts", explore_then(random_expert)),
     "erl-centred": Arm(ERL, "ERL, advantages centred within each position", explore_then(centred)),
+    "erl-centred-random": Arm(ERL, "the same, random experts credited", explore_then(centred_random_expert)),
     "erl-shuffled": Arm(ERL, "ERL, advantages shuffled", explore_then(shuffled)),
     "erl-mean": Arm(ERL, "ERL, the mean advantage alone", explore_then(mean_alone)),
     **{f"sharpen-{s:g}": Arm("--algo lm", f"MoE + {s:g} x router entropy", sharpening(s)) for s in SHARPENING},

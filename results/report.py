@@ -43,7 +43,7 @@ COLUMNS = (
     ("right_expert", "right expert", 3),
 )
 # The control of an arm that credits random experts instead: what it lacks is learnt credit.
-RANDOM = {"erl": "erl-expert-random", "erl-router": "erl-router-random"}
+RANDOM = {"erl": "erl-expert-random", "erl-centred": "erl-centred-random", "erl-router": "erl-router-random"}
 # Arms of `answers` and what each is to be compared with; so too those that end in -more.
 AGAINST = {
     "erpo": ("gspo", "erpo-none", "erpo-permuted"),
@@ -328,6 +328,7 @@ COLOURS = {
     "erl": "tab:red",
     "erl-expert-random": "tab:blue",
     "erl-centred": "tab:purple",
+    "erl-centred-random": "navy",
     "erl-shuffled": "tab:cyan",
     "erl-mean": "tab:olive",
     "erl-router": "tab:orange",
