@@ -64,6 +64,14 @@ def shuffled(paths, generator):
     return paths._replace(advantages=A)
 
 
+def positive_alone(paths, _):
+    return paths._replace(advantages=paths.advantages.clamp(min=0))
+
+
+def negative_alone(paths, _):
+    return paths._replace(advantages=paths.advantages.clamp(max=0))
+
+
 def mean_alone(paths, generator):
     """The mean of the step's advantages everywhere."""
     counts = paths.S.any(-1)
@@ -389,6 +397,8 @@ ERL_ARMS = {
     "erl-centred-random": Arm(ERL, "ERL, centred advantages, random experts", explore_then(centred_random_expert)),
     "erl-shuffled": Arm(ERL, "ERL, advantages shuffled", explore_then(shuffled)),
     "erl-mean": Arm(ERL, "ERL, the mean advantage alone", explore_then(mean_alone)),
+    "erl-positive": Arm(ERL, "ERL, positive advantages alone", explore_then(positive_alone)),
+    "erl-negative": Arm(ERL, "ERL, negative advantages alone", explore_then(negative_alone)),
     **{f"sharpen-{s:g}": Arm("--algo lm", f"MoE + {s:g} x router entropy", sharpening(s)) for s in SHARPENING},
     "dense": Arm("--algo dense", "the dense model, trained on", tier=2),
     "erl-wpl": Arm(f"{ERL} --wpl", "ERL with the perturbed passes' LM loss (wPL)", tier=2),

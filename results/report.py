@@ -331,6 +331,8 @@ COLOURS = {
     "erl-centred-random": "navy",
     "erl-shuffled": "tab:cyan",
     "erl-mean": "tab:olive",
+    "erl-positive": "limegreen",
+    "erl-negative": "maroon",
     "erl-router": "tab:orange",
     "erl-router-random": "tab:green",
     "erl-delta-0.1": "gold",
