@@ -64,6 +64,14 @@ def shuffled(paths, generator):
     return paths._replace(advantages=A)
 
 
+def positive_alone(paths, _):
+    return paths._replace(advantages=paths.advantages.clamp(min=0))
+
+
+def negative_alone(paths, _):
+    return paths._replace(advantages=paths.advantages.clamp(max=0))
+
+
 def mean_alone(paths, generator):
     """The mean of the step's advantages everywhere."""
     counts = paths.S.any(-1)
@@ -386,10 +394,13 @@ ERL_ARMS = {
     "erl-router": Arm(ROUTER, "ERL, gradient to the routers alone (default)"),
     "erl-router-random": Arm(ROUTER, "ERL to the routers alone, random experts", explore_then(random_expert)),
     "erl-centred": Arm(ERL, "ERL, advantages centred within each position", explore_then(centred)),
-    "erl-centred-random": Arm(ERL, "the same, random experts credited", explore_then(centred_random_expert)),
+    "erl-centred-random": Arm(ERL, "ERL, centred advantages, random experts", explore_then(centred_random_expert)),
     "erl-shuffled": Arm(ERL, "ERL, advantages shuffled", explore_then(shuffled)),
     "erl-mean": Arm(ERL, "ERL, the mean advantage alone", explore_then(mean_alone)),
+    "erl-positive": Arm(ERL, "ERL, positive advantages alone", explore_then(positive_alone)),
+    "erl-negative": Arm(ERL, "ERL, negative advantages alone", explore_then(negative_alone)),
     **{f"sharpen-{s:g}": Arm("--algo lm", f"MoE + {s:g} x router entropy", sharpening(s)) for s in SHARPENING},
+    "dense": Arm("--algo dense", "the dense model, trained on", tier=2),
     "erl-wpl": Arm(f"{ERL} --wpl", "ERL with the perturbed passes' LM loss (wPL)", tier=2),
     "erl-published": Arm(ERL, "ERL as published", as_published, 2),
     "lm-straight": Arm("--algo lm --gate straight", "MoE, gate with a gradient", tier=2),
@@ -482,7 +493,7 @@ EXPERIMENTS = {
         TEXT,
         "--algo lm --pretrain-steps 0 --lr 1e-3 --steps 600 --eval-every 600",
         "--steps 120 --eval-every 40 --checkpoint-every 120",
-        ERL_ARMS,
+        {name: arm for name, arm in ERL_ARMS.items() if name != "dense"},  # its start is a MoE
         one_expert_a_domain,
         new_routers,
         minutes=(1.3, 1.0),

@@ -121,12 +121,12 @@ def claims(runs) -> list[str]:
 
 
 def erl_tables(runs, experiment: str, first: int) -> list[str]:
-    arms = [a for a in EXPERIMENTS[experiment].arms if values_of(runs, experiment, a, "mrr", first)]
+    arms = [a for a in EXPERIMENTS[experiment].arms if values_of(runs, experiment, a, "perplexity", first)]
     columns = [c for c in COLUMNS if any(values_of(runs, experiment, a, c[0], first) for a in arms)]
     lines = heading("arm", "starts", *(name for _, name, _ in columns))
     for arm in arms:
         cells = [shown(values_of(runs, experiment, arm, key, first), digits) for key, _, digits in columns]
-        lines.append(row(f"`{arm}`", len(values_of(runs, experiment, arm, "mrr", first)), *cells))
+        lines.append(row(f"`{arm}`", len(values_of(runs, experiment, arm, "perplexity", first)), *cells))
     lines += [
         "",
         "Paired within the start, 95 % intervals, unadjusted (exploratory, but for the primary contrasts; positive "
@@ -331,6 +331,8 @@ COLOURS = {
     "erl-centred-random": "navy",
     "erl-shuffled": "tab:cyan",
     "erl-mean": "tab:olive",
+    "erl-positive": "limegreen",
+    "erl-negative": "maroon",
     "erl-router": "tab:orange",
     "erl-router-random": "tab:green",
     "erl-delta-0.1": "gold",

@@ -147,7 +147,7 @@ def figures_of(args, e: Experiment, arm: str, out: pathlib.Path) -> dict:
         if e.figures:
             model = load_run(str(out))[0]
             figures |= e.figures(model, train.load_task(args, model.config.context, False))
-        return figures if arm == "start" else figures | ranks(out)
+        return figures if arm == "start" or summary["algo"] == "dense" else figures | ranks(out)
     return figures | {"median_cluster": median_cluster(args, load_run(str(out))[0])}
 
 

@@ -227,6 +227,11 @@ def test_controls_keep_what_they_say_and_change_the_rest(arms):
     assert found["centred"].advantages.view(3, 2, 5).mean(0).abs().max() < 1e-6
     counts = plain.S.any(-1)
     assert found["mean"].advantages.unique().tolist() == [pytest.approx(plain.advantages[counts].mean().item())]
+    positive, negative = (change(plain, None).advantages for change in (arms.positive_alone, arms.negative_alone))
+    assert torch.equal(positive + negative, plain.advantages) and positive.min() == 0 == negative.max()
+    assert positive.max() == 1 and negative.min() == -1
+    both = arms.centred_random_expert(plain, torch.Generator().manual_seed(4))
+    assert torch.equal(both.experts, random_one.experts) and torch.equal(both.advantages, found["centred"].advantages)
     mixed = arms.shuffled(plain, torch.Generator().manual_seed(4))
     assert not torch.equal(mixed.advantages, plain.advantages)
     assert torch.equal(mixed.advantages[counts].sort().values, plain.advantages[counts].sort().values)
