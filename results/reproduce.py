@@ -73,6 +73,8 @@ def run_again():
 def flags_of(experiment: str, arm: str, start: int) -> list[str]:
     """The command line of a run of train.py, or of the experiment's recipe."""
     e, folder = EXPERIMENTS[experiment], WORK / experiment / str(start)
+    if e.recipe:
+        return f"{e.common} {e.arms[arm].flags} --seed {start} --out {folder / arm}".split()
     own = e.start if arm == "start" else f"{e.then} --init {folder / 'start'} {e.arms[arm].flags}"
     return f"{e.common} {own} --seed {start} --device cpu --out {folder / arm}".split()
 

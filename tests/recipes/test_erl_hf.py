@@ -413,3 +413,12 @@ def test_a_run_of_the_experiment_gives_its_figures_and_goes_on_after_a_stop(pare
         reproduce.run_recipe(command(parent, out, "--steps", "3"), out)
     monkeypatch.setattr(erl_hf, "evaluate", evaluate)
     assert reproduce.run_recipe(command(parent, out, "--steps", "3"), out) == whole
+
+
+def test_the_program_understands_the_flags_of_the_experiment():
+    from results import reproduce
+
+    for arm in reproduce.EXPERIMENTS["erl-real"].arms:
+        args = erl_hf.parse([*reproduce.flags_of("erl-real", arm, 101), "--data-dir", "somewhere"])
+        assert (args.arm, args.seed, args.steps, args.model) == (arm, 101, 50, "smollm2")
+        assert args.out.endswith(f"erl-real/101/{arm}")
