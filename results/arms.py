@@ -6,6 +6,7 @@ called before train.parse and says which. Everything else of a run is train.py a
 
 import dataclasses
 import itertools
+import math
 from collections.abc import Callable
 from typing import Literal, NamedTuple
 
@@ -70,6 +71,17 @@ def positive_alone(paths, _):
 
 def negative_alone(paths, _):
     return paths._replace(advantages=paths.advantages.clamp(max=0))
+
+
+def from_uniform(paths, _):
+    """The policy that drew the experts is the uniform one, so the ratio is P / (1/E). What each expert is worth then
+    weighs as much as the router would choose it, and the gradient of a constant advantage is 0 on average."""
+    uniform = -math.log(paths.original[1].shape[-1])
+    return paths._replace(old_router_log_probs=torch.full_like(paths.old_router_log_probs, uniform))
+
+
+def from_uniform_random_expert(paths, generator):
+    return from_uniform(random_expert(paths, generator), generator)
 
 
 def mean_alone(paths, generator):
@@ -399,6 +411,16 @@ ERL_ARMS = {
     "erl-mean": Arm(ERL, "ERL, the mean advantage alone", explore_then(mean_alone)),
     "erl-positive": Arm(ERL, "ERL, positive advantages alone", explore_then(positive_alone)),
     "erl-negative": Arm(ERL, "ERL, negative advantages alone", explore_then(negative_alone)),
+    "erl-clipped": Arm(ERL, "ERL, ratio to the uniform policy", explore_then(from_uniform)),
+    "erl-weighted": Arm(f"{ERL} --clip-eps 100", "ERL, weighted by P / (1/E)", explore_then(from_uniform)),
+    "erl-router-weighted": Arm(
+        f"{ROUTER} --clip-eps 100", "ERL to the routers alone, weighted", explore_then(from_uniform)
+    ),
+    "erl-router-weighted-random": Arm(
+        f"{ROUTER} --clip-eps 100",
+        "ERL to the routers alone, weighted, random experts",
+        explore_then(from_uniform_random_expert),
+    ),
     **{f"sharpen-{s:g}": Arm("--algo lm", f"MoE + {s:g} x router entropy", sharpening(s)) for s in SHARPENING},
     "dense": Arm("--algo dense", "the dense model, trained on", tier=2),
     "erl-wpl": Arm(f"{ERL} --wpl", "ERL with the perturbed passes' LM loss (wPL)", tier=2),

@@ -43,7 +43,12 @@ COLUMNS = (
     ("right_expert", "right expert", 3),
 )
 # The control of an arm that credits random experts instead: what it lacks is learnt credit.
-RANDOM = {"erl": "erl-expert-random", "erl-centred": "erl-centred-random", "erl-router": "erl-router-random"}
+RANDOM = {
+    "erl": "erl-expert-random",
+    "erl-centred": "erl-centred-random",
+    "erl-router": "erl-router-random",
+    "erl-router-weighted": "erl-router-weighted-random",
+}
 # Arms of `answers` and what each is to be compared with; so too those that end in -more.
 AGAINST = {
     "erpo": ("gspo", "erpo-none", "erpo-permuted"),
@@ -333,6 +338,10 @@ COLOURS = {
     "erl-mean": "tab:olive",
     "erl-positive": "limegreen",
     "erl-negative": "maroon",
+    "erl-clipped": "deeppink",
+    "erl-weighted": "turquoise",
+    "erl-router-weighted": "saddlebrown",
+    "erl-router-weighted-random": "darkgray",
     "erl-router": "tab:orange",
     "erl-router-random": "tab:green",
     "erl-delta-0.1": "gold",

@@ -232,9 +232,27 @@ def test_controls_keep_what_they_say_and_change_the_rest(arms):
     assert positive.max() == 1 and negative.min() == -1
     both = arms.centred_random_expert(plain, torch.Generator().manual_seed(4))
     assert torch.equal(both.experts, random_one.experts) and torch.equal(both.advantages, found["centred"].advantages)
+    uniform = arms.from_uniform(plain, None)
+    torch.testing.assert_close(uniform.old_router_log_probs.exp(), torch.full_like(plain.old_router_log_probs, 1 / 4))
+    assert torch.equal(uniform.experts, plain.experts) and torch.equal(uniform.advantages, plain.advantages)
     mixed = arms.shuffled(plain, torch.Generator().manual_seed(4))
     assert not torch.equal(mixed.advantages, plain.advantages)
     assert torch.equal(mixed.advantages[counts].sort().values, plain.advantages[counts].sort().values)
+
+
+@pytest.mark.parametrize("weighted, drift", [(False, True), (True, False)])
+def test_a_constant_advantage_drifts_unless_it_is_weighted(arms, weighted, drift):
+    """The mean gradient over all experts, each as often as it is drawn: that of a lower or higher mean log P, or 0."""
+    logits = torch.tensor([1.0, 0.5, -1.0, 0.0], dtype=torch.float64, requires_grad=True)
+    log_p = logits.log_softmax(-1).view(4, 1, 1, 1)  # four rows, in each another expert
+    old = torch.full_like(log_p, -torch.tensor(4.0).log().item()) if weighted else log_p
+    from erl import erl_loss
+
+    erl_loss(log_p, old, -torch.ones(4, 1), torch.ones(4, 1, 1, dtype=torch.bool), clip_eps=100)[0].backward()
+    assert (logits.grad.abs().max() > 0.1) == drift and logits.grad.abs().max() * (not drift) < 1e-12
+    if drift:  # a step down the gradient sharpens
+        entropy = [-(x.exp() * x).sum() for x in (y.log_softmax(-1) for y in (logits, logits - 0.1 * logits.grad))]
+        assert entropy[1] < entropy[0]
 
 
 def policies(B=4, T=12, L=2, K=2, E=4):
