@@ -377,7 +377,8 @@ def draw(runs, experiments: list[str], path):
     figure.suptitle(
         "Does ERL find better experts, or does its router only get sharper?\n"
         "On the grey line: no more than sharpening gives.\n"
-        "Blue: ERL with the credit given to random experts, so what it does is not learnt credit.",
+        "Both blues: the credit goes to random experts, so what ERL does is not learnt credit.\n"
+        "Dark red: ERL's negative advantages alone.",
         fontsize=11,
     )
     figure.savefig(path, dpi=110)
