@@ -46,6 +46,7 @@ COLUMNS = (
 RANDOM = {
     "erl": "erl-expert-random",
     "erl-centred": "erl-centred-random",
+    "erl-level": "erl-level-random",
     "erl-router": "erl-router-random",
     "erl-router-weighted": "erl-router-weighted-random",
 }
@@ -334,6 +335,9 @@ COLOURS = {
     "erl-expert-random": "tab:blue",
     "erl-centred": "tab:purple",
     "erl-centred-random": "navy",
+    "erl-level": "mediumpurple",
+    "erl-level-random": "slateblue",
+    "erl-constant": "indianred",
     "erl-shuffled": "tab:cyan",
     "erl-mean": "tab:olive",
     "erl-positive": "limegreen",
