@@ -236,7 +236,7 @@ def real_tables(runs, first: int) -> list[str]:
             lines.append(row(f"`{arm}`", len(ran), *cells))
     lines += [
         "",
-        "Paired within the start, 95 % intervals, unadjusted (exploratory; positive is lower perplexity; 100 x log ratio):",
+        "Paired within the start, 95 % intervals, unadjusted (exploratory; positive is lower; 100 x log ratio):",
         "",
     ]
     lines += heading("arm", "less", "starts", "perplexity, %", "entropy")
