@@ -58,6 +58,24 @@ def centred_random_expert(paths, generator):
     return random_expert(centred(paths, generator), generator)
 
 
+def level(paths, _):
+    """Advantages less their mean over the replaced decisions at the same position: those that the loss counts, where
+    `centred` counts all passes, and the worse ones have more replaced decisions."""
+    shape, rows = paths.advantages.shape, len(paths.original[0])
+    A, count = (x.unflatten(0, (-1, rows)) for x in (paths.advantages, paths.S.sum(-1)))  # [m, B, T]
+    mean = (A * count).sum(0) / count.sum(0).clamp(min=1)
+    return paths._replace(advantages=(A - mean).view(shape))
+
+
+def level_random_expert(paths, generator):
+    return random_expert(level(paths, generator), generator)
+
+
+def constant(paths, _):
+    """The same small negative advantage everywhere, about the mean that `centred` leaves: nothing is said."""
+    return paths._replace(advantages=torch.full_like(paths.advantages, -0.13))
+
+
 def shuffled(paths, generator):
     """The same advantages in random places."""
     A, counts = paths.advantages.clone(), paths.S.any(-1)
@@ -407,6 +425,9 @@ ERL_ARMS = {
     "erl-router-random": Arm(ROUTER, "ERL to the routers alone, random experts", explore_then(random_expert)),
     "erl-centred": Arm(ERL, "ERL, advantages centred within each position", explore_then(centred)),
     "erl-centred-random": Arm(ERL, "ERL, centred advantages, random experts", explore_then(centred_random_expert)),
+    "erl-level": Arm(ERL, "ERL, mean 0 at each position", explore_then(level)),
+    "erl-level-random": Arm(ERL, "ERL, mean 0 at each position, random experts", explore_then(level_random_expert)),
+    "erl-constant": Arm(ERL, "ERL, advantage -0.13 everywhere", explore_then(constant)),
     "erl-shuffled": Arm(ERL, "ERL, advantages shuffled", explore_then(shuffled)),
     "erl-mean": Arm(ERL, "ERL, the mean advantage alone", explore_then(mean_alone)),
     "erl-positive": Arm(ERL, "ERL, positive advantages alone", explore_then(positive_alone)),

@@ -46,6 +46,7 @@ COLUMNS = (
 RANDOM = {
     "erl": "erl-expert-random",
     "erl-centred": "erl-centred-random",
+    "erl-level": "erl-level-random",
     "erl-router": "erl-router-random",
     "erl-router-weighted": "erl-router-weighted-random",
 }
@@ -334,6 +335,9 @@ COLOURS = {
     "erl-expert-random": "tab:blue",
     "erl-centred": "tab:purple",
     "erl-centred-random": "navy",
+    "erl-level": "mediumpurple",
+    "erl-level-random": "slateblue",
+    "erl-constant": "indianred",
     "erl-shuffled": "tab:cyan",
     "erl-mean": "tab:olive",
     "erl-positive": "limegreen",
@@ -377,7 +381,8 @@ def draw(runs, experiments: list[str], path):
     figure.suptitle(
         "Does ERL find better experts, or does its router only get sharper?\n"
         "On the grey line: no more than sharpening gives.\n"
-        "Blue: ERL with the credit given to random experts, so what it does is not learnt credit.",
+        "Both blues: the credit goes to random experts, so what ERL does is not learnt credit.\n"
+        "Dark red: ERL's negative advantages alone.",
         fontsize=11,
     )
     figure.savefig(path, dpi=110)

@@ -235,6 +235,10 @@ def test_controls_keep_what_they_say_and_change_the_rest(arms):
     uniform = arms.from_uniform(plain, None)
     torch.testing.assert_close(uniform.old_router_log_probs.exp(), torch.full_like(plain.old_router_log_probs, 1 / 4))
     assert torch.equal(uniform.experts, plain.experts) and torch.equal(uniform.advantages, plain.advantages)
+    flat = arms.level(plain, None).advantages
+    counted = (flat[..., None] * plain.S).sum(-1).view(3, 2, 5).sum(0)  # over the replaced decisions of a position
+    assert counted.abs().max() < 1e-6 and flat.abs().max() > 0.5
+    torch.testing.assert_close((flat - plain.advantages).view(3, 2, 5).std(0), torch.zeros(2, 5), rtol=0, atol=1e-6)
     mixed = arms.shuffled(plain, torch.Generator().manual_seed(4))
     assert not torch.equal(mixed.advantages, plain.advantages)
     assert torch.equal(mixed.advantages[counts].sort().values, plain.advantages[counts].sort().values)
