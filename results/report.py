@@ -136,7 +136,8 @@ def erl_tables(runs, experiment: str, first: int) -> list[str]:
     lines += [
         "",
         "Paired within the start, 95 % intervals, unadjusted (exploratory, but for the primary contrasts; positive "
-        "is lower perplexity, larger MRR):",
+        "is lower perplexity, larger MRR; percents are 100 x the log ratio). The line: MRR of sharpening alone at the "
+        "same entropy.",
         "",
     ]
     lines += heading("arm", "perplexity against `lm`, %", "MRR less that of `lm`", "above the line")
@@ -235,7 +236,7 @@ def real_tables(runs, first: int) -> list[str]:
             lines.append(row(f"`{arm}`", len(ran), *cells))
     lines += [
         "",
-        "Paired within the start, 95 % intervals, unadjusted (exploratory; positive is lower perplexity):",
+        "Paired within the start, 95 % intervals, unadjusted (exploratory; positive is lower; 100 x log ratio):",
         "",
     ]
     lines += heading("arm", "less", "starts", "perplexity, %", "entropy")
@@ -252,7 +253,7 @@ def again_table(runs, again) -> list[str]:
     lines = heading("run", "figure", "first", "again", "days between", "one more start, 95 %", "inside")
     for (experiment, arm, start), run in sorted(again.items()):
         first = runs.get((experiment, arm, start))
-        if arm == "start" or first is None:
+        if first is None:
             continue
         then, now = (datetime.datetime.fromisoformat(r["date"]) for r in (first, run))
         for name in ("best_perplexity", "mrr", "router_entropy", "accuracy"):
