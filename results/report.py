@@ -50,6 +50,25 @@ RANDOM = {
     "erl-router": "erl-router-random",
     "erl-router-weighted": "erl-router-weighted-random",
 }
+# What the arms of `erl-text` keep of ERL with gradient `all`.
+LEFT = {
+    "lm": "nothing: MoE",
+    "erl": "everything, as the paper sets it",
+    "erl-expert-random": "advantages and positions; random experts credited",
+    "erl-negative": "negative advantages alone",
+    "erl-positive": "positive advantages alone",
+    "erl-constant": "nothing but an advantage of -0.13 everywhere",
+    "erl-centred": "centred within each position over all passes (still -0.13 on average over what the loss counts)",
+    "erl-centred-random": "the same, random experts credited",
+    "erl-level": "mean 0 over what the loss counts at each position",
+    "erl-level-random": "the same, random experts credited",
+    "erl-shuffled": "advantages in random places",
+    "erl-mean": "the mean of each step alone (about 0)",
+    "erl-weighted": "everything, ratio to the uniform policy, no clip",
+    "erl-clipped": "everything, ratio to the uniform policy, clipped",
+    "erl-router": "everything, gradient to the routers alone (default)",
+    "sharpen-0.3": "nothing; an entropy penalty instead",
+}
 # Arms of `answers` and what each is to be compared with; so too those that end in -more.
 AGAINST = {
     "erpo": ("gspo", "erpo-none", "erpo-permuted"),
@@ -176,6 +195,19 @@ def by_load(runs, experiment: str, first: int) -> list[str]:
     return lines
 
 
+def left_of_erl(runs) -> list[str]:
+    """MRR, entropy and perplexity by what an arm keeps of ERL, and the range of MRR over starts."""
+    lines = heading("what is left of ERL", "arm", "starts", "MRR", "from - to", "entropy", "perplexity against MoE, %")
+    for arm, words in LEFT.items():
+        found = [values_of(runs, "erl-text", arm, figure, FIRST_START) for figure in ("mrr", "router_entropy")]
+        if found[0]:
+            gaps = differences(runs, Contrast("", "", "erl-text", arm, "lm", "best_perplexity", 1, 1, True))
+            cost = "" if arm == "lm" else interval([-x for x in gaps], scale=100, digits=2)
+            ends = f"{min(found[0]):.2f} - {max(found[0]):.2f}"
+            lines.append(row(words, f"`{arm}`", len(found[0]), shown(found[0], 2), ends, shown(found[1], 2), cost))
+    return lines
+
+
 def answer_tables(runs, first: int) -> list[str]:
     columns = (
         ("accuracy", "accuracy"),
@@ -289,6 +321,9 @@ def not_run(runs) -> list[str]:
 
 def generated(runs, again) -> str:
     parts = ["## Claims", *claims(runs)]
+    if values_of(runs, "erl-text", "erl", "mrr", FIRST_START):
+        words = "`erl-text`, means over starts; perplexity paired within the start (100 x log ratio, lower is better):"
+        parts += ["## What is left of ERL, and what it does", words, *left_of_erl(runs)]
     for name, e in EXPERIMENTS.items():
         for first, which in ((FIRST_START, "confirmatory starts"), (0, "tuning starts, which decide nothing")):
             some = {k: r for k, r in runs.items() if k[0] == name and (k[2] >= FIRST_START) == (first > 0)}

@@ -485,6 +485,7 @@ def test_the_report_is_made_of_the_json_and_leaves_other_words_alone(tmp_path):
     claims = [line for line in text.splitlines() if line.startswith(("| `erl`: ", "| `credit`: ", "| `erpo`: "))]
     assert "**opposite**" in claims[0] and "-3.2" in claims[0] and "| 10 |" in claims[0]
     assert "**same direction**" in claims[1] and "**not decidable here** (0 of at least 10 starts ran" in claims[2]
+    assert "| everything, as the paper sets it | `erl` | 10 | 0.30 ± 0.00 | 0.30 - 0.30 | 1.20 ± 0.00 | +3.2" in text
     assert "| `erl` | 10 | 0." in text and "| `lm` | 0 | - | 10 | 0." in text
     assert "| `erl-router` | `erl-router-random` | +2.47 [+2.47, +2.47] |" in text
     assert "| `answers` | - | `gmpo-more` (3), `rais-more` (3) | `none`" in text
