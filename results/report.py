@@ -10,7 +10,7 @@ import statistics
 
 from matplotlib.figure import Figure
 
-from results.arms import ERL_ARMS, EXPERIMENTS
+from results.arms import EXPERIMENTS
 from results.verdict import (
     FIRST_START,
     RUNS,
@@ -365,35 +365,39 @@ def write(findings=FINDINGS, picture=ROOT / "results" / "erl.png", folder=RUNS):
 # The picture
 # ---------------------------------------------------------------------------------------------------------------------
 
-COLOURS = {
+# Colour, words of the legend, arms
+GROUPS = (
+    ("black", "MoE", ("lm",)),
+    ("tab:red", "ERL as the paper sets it, gradient through the whole network", ("erl",)),
+    ("tab:blue", "the same with random experts credited (two arms)", ("erl-expert-random", "erl-centred-random")),
+    ("tab:purple", "ERL, centred within a position (-0.13 is left of the mean)", ("erl-centred",)),
+    ("tab:orange", "an advantage of -0.13 everywhere: no information", ("erl-constant",)),
+    ("maroon", "ERL, negative advantages alone", ("erl-negative",)),
+    (
+        "tab:green",
+        "ERL with the mean taken out, or + alone, or against the uniform policy (7 arms)",
+        "erl-level erl-level-random erl-shuffled erl-mean erl-positive erl-weighted erl-clipped".split(),
+    ),
+    (
+        "gold",
+        "ERL, gradient to the routers alone (default), or a fifth of the weight (3 arms)",
+        ("erl-router", "erl-router-random", "erl-delta-0.1"),
+    ),
+)
+DOMAINS = {
     "lm": "black",
     "erl": "tab:red",
-    "erl-expert-random": "tab:blue",
-    "erl-centred": "tab:purple",
-    "erl-centred-random": "navy",
-    "erl-level": "mediumpurple",
-    "erl-level-random": "slateblue",
-    "erl-constant": "indianred",
-    "erl-shuffled": "tab:cyan",
-    "erl-mean": "tab:olive",
-    "erl-positive": "limegreen",
-    "erl-negative": "maroon",
-    "erl-clipped": "deeppink",
-    "erl-weighted": "turquoise",
-    "erl-router-weighted": "saddlebrown",
-    "erl-router-weighted-random": "darkgray",
+    "erl-expert-random": "tab:pink",
     "erl-router": "tab:orange",
     "erl-router-random": "tab:green",
-    "erl-delta-0.1": "gold",
-    "erl-wpl": "tab:pink",
-    "erl-published": "tab:brown",
-    "sharpen": "tab:gray",
+    "erl-router-weighted": "tab:blue",
+    "erl-router-weighted-random": "tab:cyan",
 }
 
 
 def draw(runs, experiments: list[str], path):
     """MRR against router entropy, a dot a run; below it what the run cost or gained in perplexity."""
-    figure = Figure(figsize=(max(8, 6.4 * len(experiments)), 9), layout="constrained")
+    figure = Figure(figsize=(max(8, 6.4 * len(experiments)), 9.5), layout="constrained")
     axes = figure.subplots(2, len(experiments), sharex="col", squeeze=False, height_ratios=(3, 2))
     labels = {}
     for column, experiment in enumerate(experiments):
@@ -409,16 +413,13 @@ def draw(runs, experiments: list[str], path):
         top.set_title(f"{experiment}: {len(starts)} {kind} starts ({starts[0]}-{starts[-1]})")
         bottom.set_xlabel(f"router entropy [nats] (all experts alike: {math.log(8):.2f}); sharper to the right")
         top.invert_xaxis()
-    axes[0, 0].set_ylabel("MRR of the router's own route among 100")
-    axes[1, 0].set_ylabel("perplexity against MoE\nof the same start [%] (lower is better)")
-    figure.legend(
-        labels.values(), labels.keys(), loc="outside lower center", title="a dot is a run", fontsize=9, ncols=2
-    )
+    axes[0, 0].set_ylabel("MRR of the own route among 100")
+    axes[1, 0].set_ylabel("perplexity against MoE [%]\n(lower is better)")
+    figure.legend(labels.values(), labels.keys(), loc="outside lower center", fontsize=9, ncols=1)
     figure.suptitle(
-        "Does ERL find better experts, or does its router only get sharper?\n"
-        "On the grey line: no more than sharpening gives.\n"
-        "Both blues: the credit goes to random experts, so what ERL does is not learnt credit.\n"
-        "Dark red: ERL's negative advantages alone.",
+        "Does ERL find better experts? A dot is a run, ten starts an arm.\n"
+        "Orange and blue know nothing of any expert, and rank the own route as high as ERL does or higher.\n"
+        "Green: without that drift there is nothing to see.",
         fontsize=11,
     )
     figure.savefig(path, dpi=110)
@@ -438,12 +439,12 @@ def draw_domains(runs, path):
         for key, f in found.items()
         if key[1] in bases
     }
-    for arm in COLOURS:
+    for arm in DOMAINS:
         mine = [dot for (a, _), dot in sorted(dots.items()) if a == arm]
         if not mine:
             continue
         label = f"{EXPERIMENTS['erl-domains'].arms[arm].about}, {len(mine)} starts"
-        axis.scatter(*zip(*mine, strict=True), color=COLOURS[arm], alpha=0.8, label=label)
+        axis.scatter(*zip(*mine, strict=True), color=DOMAINS[arm], alpha=0.8, label=label)
     for (arm, s), dot in dots.items():
         if (RANDOM.get(arm), s) in dots:
             axis.plot(*zip(dot, dots[RANDOM[arm], s], strict=True), color="tab:gray", lw=0.8, zorder=0)
@@ -459,17 +460,19 @@ def draw_domains(runs, path):
 
 
 def draw_column(figures: dict, top, bottom, labels: dict):
-    for arm in [*COLOURS, *sorted({a for a, _ in figures} - set(COLOURS))]:
-        dots = [(f, s) for (a, s), f in figures.items() if (a.startswith("sharpen") if arm == "sharpen" else a == arm)]
-        if not dots or arm.startswith("sharpen-"):
+    named = {arm for _, _, arms in GROUPS for arm in arms}
+    sharpening = tuple(sorted({a for a, _ in figures if a.startswith("sharpen-")}))
+    others = tuple(sorted({a for a, _ in figures} - named - set(sharpening)))
+    last = (("tab:brown", "other arms", others), ("tab:gray", "MoE + entropy penalty: sharpening alone", sharpening))
+    for colour, about, arms in (*GROUPS, *last):
+        dots = [(f, s) for (a, s), f in figures.items() if a in arms]
+        if not dots:
             continue
-        about = "sharpening alone: MoE + entropy penalty" if arm == "sharpen" else ERL_ARMS[arm].about
-        colour, marker = COLOURS.get(arm), "x" if arm == "sharpen" else "o"
-        entropy = [f["router_entropy"] for f, _ in dots]
-        labels[about] = top.scatter(entropy, [f["mrr"] for f, _ in dots], s=34, color=colour, marker=marker, alpha=0.8)
+        style = {"color": colour, "marker": "x" if arms is sharpening else "o", "s": 34, "alpha": 0.8}
+        labels[about] = top.scatter([f["router_entropy"] for f, _ in dots], [f["mrr"] for f, _ in dots], **style)
         changes = [(f["router_entropy"], f["best_perplexity"], figures.get(("lm", s))) for f, s in dots]
         changes = [(h, 100 * (p / base["best_perplexity"] - 1)) for h, p, base in changes if base]
-        bottom.scatter(*zip(*changes, strict=True), s=34, color=colour, marker=marker, alpha=0.8) if changes else None
+        bottom.scatter(*zip(*changes, strict=True), **style) if changes else None
     line = {}  # arm -> its mean point
     for arm in {a for a, _ in figures if a == "lm" or a.startswith("sharpen-")}:
         ran = [f for (a, _), f in figures.items() if a == arm]
