@@ -433,13 +433,15 @@ ERL_ARMS = {
     "erl-positive": Arm(ERL, "ERL, positive advantages alone", explore_then(positive_alone)),
     "erl-negative": Arm(ERL, "ERL, negative advantages alone", explore_then(negative_alone)),
     "erl-clipped": Arm(ERL, "ERL, ratio to the uniform policy", explore_then(from_uniform)),
-    "erl-weighted": Arm(f"{ERL} --clip-eps 100", "ERL, weighted by P / (1/E)", explore_then(from_uniform)),
+    "erl-weighted": Arm(
+        f"{ERL} --clip-eps 100", "ERL, ratio to the uniform policy, no clip", explore_then(from_uniform)
+    ),
     "erl-router-weighted": Arm(
-        f"{ROUTER} --clip-eps 100", "ERL to the routers alone, weighted", explore_then(from_uniform)
+        f"{ROUTER} --clip-eps 100", "ERL to the routers alone, ratio to the uniform policy", explore_then(from_uniform)
     ),
     "erl-router-weighted-random": Arm(
         f"{ROUTER} --clip-eps 100",
-        "ERL to the routers alone, weighted, random experts",
+        "ERL to the routers alone, ratio to the uniform policy, random experts",
         explore_then(from_uniform_random_expert),
     ),
     **{f"sharpen-{s:g}": Arm("--algo lm", f"MoE + {s:g} x router entropy", sharpening(s)) for s in SHARPENING},
