@@ -28,11 +28,14 @@ from support.tasks import rng
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def explore_then(change: Callable):
-    """A setup: what `explore` found is passed through change(paths, generator)."""
+def explore_then(*changes: Callable):
+    """A setup: what `explore` found is passed through every change(paths, generator) in turn."""
 
     def variant(forward, mask, top_k, *, generator=None, **options):
-        return change(explore(forward, mask, top_k, generator=generator, **options), generator)
+        paths = explore(forward, mask, top_k, generator=generator, **options)
+        for change in changes:
+            paths = change(paths, generator)
+        return paths
 
     def setup():
         train.explore = variant
@@ -54,10 +57,6 @@ def centred(paths, generator):
     return paths._replace(advantages=(A - A.mean(0)).flatten(0, 1))
 
 
-def centred_random_expert(paths, generator):
-    return random_expert(centred(paths, generator), generator)
-
-
 def level(paths, _):
     """Advantages less their mean over the replaced decisions at the same position: those that the loss counts, where
     `centred` counts all passes, and the worse ones have more replaced decisions."""
@@ -65,10 +64,6 @@ def level(paths, _):
     A, count = (x.unflatten(0, (-1, rows)) for x in (paths.advantages, paths.S.sum(-1)))  # [m, B, T]
     mean = (A * count).sum(0) / count.sum(0).clamp(min=1)
     return paths._replace(advantages=(A - mean).view(shape))
-
-
-def level_random_expert(paths, generator):
-    return random_expert(level(paths, generator), generator)
 
 
 def constant(paths, _):
@@ -96,10 +91,6 @@ def from_uniform(paths, _):
     weighs as much as the router would choose it, and the gradient of a constant advantage is 0 on average."""
     uniform = -math.log(paths.original[1].shape[-1])
     return paths._replace(old_router_log_probs=torch.full_like(paths.old_router_log_probs, uniform))
-
-
-def from_uniform_random_expert(paths, generator):
-    return from_uniform(random_expert(paths, generator), generator)
 
 
 def mean_alone(paths, generator):
@@ -424,9 +415,9 @@ ERL_ARMS = {
     "erl-router": Arm(ROUTER, "ERL, gradient to the routers alone (default)"),
     "erl-router-random": Arm(ROUTER, "ERL to the routers alone, random experts", explore_then(random_expert)),
     "erl-centred": Arm(ERL, "ERL, advantages centred within each position", explore_then(centred)),
-    "erl-centred-random": Arm(ERL, "ERL, centred advantages, random experts", explore_then(centred_random_expert)),
+    "erl-centred-random": Arm(ERL, "ERL, centred advantages, random experts", explore_then(centred, random_expert)),
     "erl-level": Arm(ERL, "ERL, mean 0 at each position", explore_then(level)),
-    "erl-level-random": Arm(ERL, "ERL, mean 0 at each position, random experts", explore_then(level_random_expert)),
+    "erl-level-random": Arm(ERL, "ERL, mean 0 at each position, random experts", explore_then(level, random_expert)),
     "erl-constant": Arm(ERL, "ERL, advantage -0.13 everywhere", explore_then(constant)),
     "erl-shuffled": Arm(ERL, "ERL, advantages shuffled", explore_then(shuffled)),
     "erl-mean": Arm(ERL, "ERL, the mean advantage alone", explore_then(mean_alone)),
@@ -442,7 +433,7 @@ ERL_ARMS = {
     "erl-router-weighted-random": Arm(
         f"{ROUTER} --clip-eps 100",
         "ERL to the routers alone, ratio to the uniform policy, random experts",
-        explore_then(from_uniform_random_expert),
+        explore_then(random_expert, from_uniform),
     ),
     **{f"sharpen-{s:g}": Arm("--algo lm", f"MoE + {s:g} x router entropy", sharpening(s)) for s in SHARPENING},
     "dense": Arm("--algo dense", "the dense model, trained on", tier=2),

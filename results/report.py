@@ -145,13 +145,20 @@ def claims(runs) -> list[str]:
     return lines
 
 
+def means_table(runs, experiment: str, columns, counted: str, first: int) -> list[str]:
+    """A row an arm that has the figure `counted`; columns: name in the JSON, heading, digits."""
+    lines = heading("arm", "starts", *(name for _, name, _ in columns))
+    for arm in EXPERIMENTS[experiment].arms:
+        if ran := values_of(runs, experiment, arm, counted, first):
+            found = [(values_of(runs, experiment, arm, key, first), digits) for key, _, digits in columns]
+            lines.append(row(f"`{arm}`", len(ran), *(shown(v, digits) + of_starts(v, ran) for v, digits in found)))
+    return lines
+
+
 def erl_tables(runs, experiment: str, first: int) -> list[str]:
     arms = [a for a in EXPERIMENTS[experiment].arms if values_of(runs, experiment, a, "perplexity", first)]
     columns = [c for c in COLUMNS if any(values_of(runs, experiment, a, c[0], first) for a in arms)]
-    lines = heading("arm", "starts", *(name for _, name, _ in columns))
-    for arm in arms:
-        cells = [shown(values_of(runs, experiment, arm, key, first), digits) for key, _, digits in columns]
-        lines.append(row(f"`{arm}`", len(values_of(runs, experiment, arm, "perplexity", first)), *cells))
+    lines = means_table(runs, experiment, columns, "perplexity", first)
     lines += [
         "",
         "Paired within the start, 95 % intervals, unadjusted (exploratory, but for the primary contrasts; positive "
@@ -221,11 +228,7 @@ def answer_tables(runs, first: int) -> list[str]:
         ("spread_grad_norm", "spread of gradient norm"),
         ("dropped_share", "pairs without ratio"),
     )
-    lines = heading("arm", "starts", *(name for _, name in columns))
-    for arm in EXPERIMENTS["answers"].arms:
-        if ran := values_of(runs, "answers", arm, "accuracy", first):
-            found = [values_of(runs, "answers", arm, key, first) for key, _ in columns]
-            lines.append(row(f"`{arm}`", len(ran), *(shown(v, 3) + of_starts(v, ran) for v in found)))
+    lines = means_table(runs, "answers", [(*c, 3) for c in columns], "accuracy", first)
     lines += ["", "Accuracy, paired within the start, 95 % intervals, unadjusted (exploratory):", ""]
     lines += heading("arm", "less `none`", "less `gmpo`", "less `gspo`")
     for arm in EXPERIMENTS["answers"].arms:
@@ -261,11 +264,7 @@ def real_tables(runs, first: int) -> list[str]:
         ("mean_advantage_negative", "-1", 3),
         ("mean_grad_norm", "gradient norm", 2),
     )
-    lines, arms = heading("arm", "starts", *(name for _, name, _ in columns)), EXPERIMENTS["erl-real"].arms
-    for arm in arms:
-        if ran := values_of(runs, "erl-real", arm, "perplexity", first):
-            cells = [shown(values_of(runs, "erl-real", arm, key, first), digits) for key, _, digits in columns]
-            lines.append(row(f"`{arm}`", len(ran), *cells))
+    lines, arms = means_table(runs, "erl-real", columns, "perplexity", first), EXPERIMENTS["erl-real"].arms
     lines += [
         "",
         "Paired within the start, 95 % intervals, unadjusted (exploratory; positive is lower; 100 x log ratio):",

@@ -127,9 +127,7 @@ def run_recipe(flags: list[str], out: pathlib.Path) -> dict:
         shutil.rmtree(out, ignore_errors=True)
     erl_hf.train(erl_hf.parse(flags), Accelerator(cpu=True))
     rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
-    steps = [r for r in rows if "loss" in r]
-    names = sorted({k for r in steps for k in r} - {"step", "seconds"})
-    means = {f"mean_{k}": statistics.fmean(r[k] for r in steps if k in r) for k in names}
+    means = step_means([r for r in rows if "loss" in r])
     before, after = (r for r in rows if "perplexity" in r)
     return {f"before_{k}": before[k] for k in ("perplexity", "router_entropy")} | means | after
 
@@ -153,13 +151,17 @@ def figures_of(args, e: Experiment, arm: str, out: pathlib.Path) -> dict:
     return figures | {"median_cluster": median_cluster(args, load_run(str(out))[0])}
 
 
+def step_means(rows: list[dict]) -> dict:
+    names = {k for r in rows for k, v in r.items() if isinstance(v, (int, float))}
+    names -= {"step", "seconds", "tokens_per_second", "lr"}
+    return {f"mean_{k}": statistics.fmean(r[k] for r in rows if k in r) for k in sorted(names)}
+
+
 def means_of(out: str, algo: str) -> dict:
     """Mean over the algorithm's steps of what they logged; of the gradient's norm the spread too, and of the reward the
     mean of the last third, which is thousands of answers where the test split has hundreds."""
     rows = [r for r in read_metrics(out) if r["phase"] == algo]
-    names = {k for r in rows for k, v in r.items() if isinstance(v, (int, float))}
-    names -= {"step", "seconds", "tokens_per_second", "lr"}
-    found = {f"mean_{k}": statistics.fmean(r[k] for r in rows if k in r) for k in sorted(names)}
+    found = step_means(rows)
     norms = [r["grad_norm"] for r in rows if "grad_norm" in r]
     if len(norms) > 1:
         found["spread_grad_norm"] = statistics.stdev(norms)

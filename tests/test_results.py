@@ -230,7 +230,8 @@ def test_controls_keep_what_they_say_and_change_the_rest(arms):
     positive, negative = (change(plain, None).advantages for change in (arms.positive_alone, arms.negative_alone))
     assert torch.equal(positive + negative, plain.advantages) and positive.min() == 0 == negative.max()
     assert positive.max() == 1 and negative.min() == -1
-    both = arms.centred_random_expert(plain, torch.Generator().manual_seed(4))
+    arms.explore_then(arms.centred, lambda paths, _: arms.random_expert(paths, torch.Generator().manual_seed(4)))()
+    both = arms.train.explore(forward, mask, 1, generator=torch.Generator().manual_seed(3))
     assert torch.equal(both.experts, random_one.experts) and torch.equal(both.advantages, found["centred"].advantages)
     uniform = arms.from_uniform(plain, None)
     torch.testing.assert_close(uniform.old_router_log_probs.exp(), torch.full_like(plain.old_router_log_probs, 1 / 4))
