@@ -501,7 +501,7 @@ ANSWER_ARMS = {
 ANSWER_ARMS |= {
     f"{name}-more": a._replace(flags=f"{a.flags} {MORE}", about=f"{a.about}, four times the answers", tier=1)
     for name, a in ANSWER_ARMS.items()
-    if name in ("gspo", "erpo", "erpo-permuted", "gmpo", "rais", "rais-yoked")
+    if name in "gspo erpo erpo-permuted gmpo rais rais-yoked gmpo-replay gmpo-frozen gmpo-balance".split()
 }
 
 TEXT = "--dataset pydocs --batch-size 4 --eval-samples 40"
