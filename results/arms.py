@@ -100,17 +100,24 @@ def mean_alone(paths, generator):
     return paths._replace(advantages=torch.full_like(paths.advantages, mean))
 
 
-def sharpening(strength: float):
-    """A setup: plain LM training with `strength` times the routers' mean entropy added to the loss, ERL's suspected
-    side effect alone. Replaces train.original_loss."""
+def entropy(log_p):
+    return -(log_p.exp() * log_p).sum(-1)
+
+
+def mean_log_p(log_p):
+    """What ERL's loss is on average where the advantage is -1: the experts are drawn uniformly."""
+    return log_p.mean(-1)
+
+
+def router_loss(strength: float, of: Callable = entropy):
+    """A setup: plain LM training with `strength` times the mean of of(routers' log-probabilities [.., E]) added to the
+    loss. Of the entropy: sharpening, ERL's suspected side effect, alone. Replaces train.original_loss."""
     plain = train.original_loss
 
     def variant(model, features, routing, batch, args):
         loss, metrics, log_probs = plain(model, features, routing, batch, args)
         if routing.logits.shape[2]:
-            log_p = routing.logits.log_softmax(-1)
-            entropy = -(log_p.exp() * log_p).sum(-1)[batch.routed].mean()
-            loss = loss + strength * entropy
+            loss = loss + strength * of(routing.logits.log_softmax(-1))[batch.routed].mean()
         return loss, metrics, log_probs
 
     def setup():
@@ -419,6 +426,9 @@ ERL_ARMS = {
     "erl-level": Arm(ERL, "ERL, mean 0 at each position", explore_then(level)),
     "erl-level-random": Arm(ERL, "ERL, mean 0 at each position, random experts", explore_then(level, random_expert)),
     "erl-constant": Arm(ERL, "ERL, advantage -0.13 everywhere", explore_then(constant)),
+    "erl-router-constant": Arm(
+        ROUTER, "ERL to the routers alone, advantage -0.13 everywhere", explore_then(constant)
+    ),
     "erl-shuffled": Arm(ERL, "ERL, advantages shuffled", explore_then(shuffled)),
     "erl-mean": Arm(ERL, "ERL, the mean advantage alone", explore_then(mean_alone)),
     "erl-positive": Arm(ERL, "ERL, positive advantages alone", explore_then(positive_alone)),
@@ -435,7 +445,9 @@ ERL_ARMS = {
         "ERL to the routers alone, ratio to the uniform policy, random experts",
         explore_then(random_expert, from_uniform),
     ),
-    **{f"sharpen-{s:g}": Arm("--algo lm", f"MoE + {s:g} x router entropy", sharpening(s)) for s in SHARPENING},
+    **{f"sharpen-{s:g}": Arm("--algo lm", f"MoE + {s:g} x router entropy", router_loss(s)) for s in SHARPENING},
+    # 0.065 = delta times the 0.13 of `erl-constant`
+    "mean-log-p": Arm("--algo lm", "MoE + 0.065 x mean over the experts of log P", router_loss(0.065, mean_log_p)),
     "dense": Arm("--algo dense", "the dense model, trained on", tier=2),
     "erl-wpl": Arm(f"{ERL} --wpl", "ERL with the perturbed passes' LM loss (wPL)", tier=2),
     "erl-published": Arm(ERL, "ERL as published", as_published, 2),

@@ -319,7 +319,7 @@ def test_permuted_clusters_keep_their_sizes_and_the_pairing_of_old_and_new(arms,
             assert sorted(map(tuple, before.tolist())) == sorted(map(tuple, after.tolist()))
 
 
-def test_sharpening_adds_the_entropy_of_the_routers(arms):
+def test_sharpening_adds_the_entropy_of_the_routers_and_its_rival_their_mean_log_p(arms):
     import train
     from moe import GPT, MoEConfig
     from support.tasks import Batch
@@ -331,10 +331,16 @@ def test_sharpening_adds_the_entropy_of_the_routers(arms):
     args = train.parse(["--algo", "lm", "--steps", "1"])
     features, routing = model.branch(model.stem(tokens[:, :-1]))
     plain = train.original_loss(model, features, routing, batch, args)[0]
-    arms.sharpening(0.5)()
+    arms.router_loss(0.5)()
     sharper = train.original_loss(model, features, routing, batch, args)[0]
     entropy = torch.distributions.Categorical(logits=routing.logits).entropy().mean()
     assert (sharper - plain).item() == pytest.approx(0.5 * entropy.item(), rel=1e-4)
+    arms.router_loss(0.065, arms.mean_log_p)()
+    both = train.original_loss(model, features, routing, batch, args)[0]
+    # ERL's loss with the advantage -0.13, averaged over the experts that it may draw
+    P = routing.logits.double().softmax(-1)
+    drawn = sum(0.5 * -(-0.13 * P[..., e].log()).mean() for e in range(8)) / 8
+    assert (both - sharper).item() == pytest.approx(drawn.item(), rel=1e-3)
 
 
 @pytest.mark.parametrize("name", ["erl-text", "erl-overfit", "erl-domains", "answers"])
