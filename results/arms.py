@@ -264,11 +264,18 @@ def new_routers():
 
 @torch.no_grad()
 def right_experts(model, task) -> dict:
-    """Share of the decisions, in the first 64 windows of the test split, for the expert of the window's alphabet."""
+    """Of the first 64 windows of the test split: the share of decisions for the expert of the window's alphabet, and
+    the perplexity were all decisions for it."""
     windows = itertools.islice(text_windows(task.held_out["test"].tokens, model.config.context), 64)
-    experts = model(torch.stack([window for window, _ in windows])[:, :-1]).routing.experts[..., 0]  # [64, T, L]
-    domain = torch.arange(len(experts)) % DOMAINS  # a window is as long as the pieces that eight_domains writes
-    return {"right_expert": (experts == domain[:, None, None]).float().mean().item()}
+    tokens = torch.stack([window for window, _ in windows])
+    experts = model(tokens[:, :-1]).routing.experts  # [64, T, L, K]
+    domain = torch.arange(len(tokens)) % DOMAINS  # a window is as long as the pieces that eight_domains writes
+    right = domain[:, None, None, None].expand_as(experts)
+    routes = Routes(right, torch.ones_like(right[..., 0], dtype=torch.bool))
+    features, _ = model.branch(model.stem(tokens[:, :-1]), routes)
+    log_probs = model.token_log_probs(features, tokens[:, 1:])
+    share = (experts == right).float().mean().item()
+    return {"right_expert": share, "right_route_perplexity": (-log_probs.mean()).exp().item()}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -426,9 +433,7 @@ ERL_ARMS = {
     "erl-level": Arm(ERL, "ERL, mean 0 at each position", explore_then(level)),
     "erl-level-random": Arm(ERL, "ERL, mean 0 at each position, random experts", explore_then(level, random_expert)),
     "erl-constant": Arm(ERL, "ERL, advantage -0.13 everywhere", explore_then(constant)),
-    "erl-router-constant": Arm(
-        ROUTER, "ERL to the routers alone, advantage -0.13 everywhere", explore_then(constant)
-    ),
+    "erl-router-constant": Arm(ROUTER, "ERL to the routers alone, advantage -0.13 everywhere", explore_then(constant)),
     "erl-shuffled": Arm(ERL, "ERL, advantages shuffled", explore_then(shuffled)),
     "erl-mean": Arm(ERL, "ERL, the mean advantage alone", explore_then(mean_alone)),
     "erl-positive": Arm(ERL, "ERL, positive advantages alone", explore_then(positive_alone)),
@@ -542,6 +547,17 @@ EXPERIMENTS = {
         "--algo lm --pretrain-steps 0 --lr 1e-3 --steps 600 --eval-every 600",
         "--steps 120 --eval-every 40 --checkpoint-every 120",
         {name: arm for name, arm in ERL_ARMS.items() if name != "dense"},  # its start is a MoE
+        one_expert_a_domain,
+        new_routers,
+        minutes=(1.3, 1.0),
+        figures=right_experts,
+    ),
+    "erl-still": Experiment(
+        "positive control: the same, and all but the routers stays nearly as it is (learning rate 3e-6, routers 3e-3)",
+        TEXT,
+        "--algo lm --pretrain-steps 0 --lr 1e-3 --steps 600 --eval-every 600",
+        "--steps 120 --eval-every 40 --checkpoint-every 120 --lr 3e-6 --router-lr-factor 1000",
+        {name: ERL_ARMS[name] for name in ("lm", *(a for a in ERL_ARMS if a.startswith("erl-router")))},
         one_expert_a_domain,
         new_routers,
         minutes=(1.3, 1.0),

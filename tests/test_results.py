@@ -1,6 +1,7 @@
 """results/: verdicts from synthetic runs whose truth is known, and the arms' variants on small tensors."""
 
 import json
+import math
 import random
 import subprocess
 import sys
@@ -385,9 +386,17 @@ def test_the_right_expert_is_the_one_of_the_windows_alphabet(arms):
         experts = torch.stack([number % 8, torch.ones_like(number)], -1)[:, None, :, None].expand(rows, T, 2, 1)
         return SimpleNamespace(routing=SimpleNamespace(experts=experts))
 
+    def branch(tokens, routes):  # log 1/5 a token where both layers are sent to the window's number, worse elsewhere
+        assert routes[1].all()
+        right = (routes[0][..., 0] == (tokens[:, :, None] // 256 % 8)).all(-1)
+        return torch.where(right, math.log(1 / 5), -100.0), None
+
+    model.branch, model.stem = branch, lambda tokens: tokens
+    model.token_log_probs = lambda features, targets: features
     model.config = SimpleNamespace(context=256)
     task = SimpleNamespace(held_out={"test": SimpleNamespace(tokens=torch.arange(100 * 256 + 1).numpy())})
-    assert arms.right_experts(model, task) == {"right_expert": (1 + 1 / 8) / 2}
+    found = arms.right_experts(model, task)
+    assert found == {"right_expert": (1 + 1 / 8) / 2, "right_route_perplexity": pytest.approx(5)}
 
 
 # ---- runs and the report
