@@ -41,6 +41,7 @@ COLUMNS = (
     ("load_max", "largest load", 3),
     ("top1_above_0.9", "above 0.9", 3),
     ("right_expert", "right expert", 3),
+    ("right_route_perplexity", "perplexity along the right route", 3),
 )
 # The control of an arm that credits random experts instead: what it lacks is learnt credit.
 RANDOM = {
@@ -58,6 +59,7 @@ LEFT = {
     "erl-negative": "negative advantages alone",
     "erl-positive": "positive advantages alone",
     "erl-constant": "nothing but an advantage of -0.13 everywhere",
+    "mean-log-p": "nothing, no random route either: 0.065 x the mean of log P over all experts, added to MoE's loss",
     "erl-centred": "centred within each position over all passes (still -0.13 on average over what the loss counts)",
     "erl-centred-random": "the same, random experts credited",
     "erl-level": "mean 0 over what the loss counts at each position",
@@ -67,6 +69,7 @@ LEFT = {
     "erl-weighted": "everything, ratio to the uniform policy, no clip",
     "erl-clipped": "everything, ratio to the uniform policy, clipped",
     "erl-router": "everything, gradient to the routers alone (default)",
+    "erl-router-constant": "an advantage of -0.13 everywhere, gradient to the routers alone",
     "sharpen-0.3": "nothing; an entropy penalty instead",
 }
 # Arms of `answers` and what each is to be compared with; so too those that end in -more.
@@ -352,16 +355,15 @@ def write(findings=FINDINGS, picture=ROOT / "results" / "erl.png", folder=RUNS):
     before, after = findings.read_text().split(MARKS[0])[0], findings.read_text().split(MARKS[1])[1]
     text = generated(runs, read_runs(folder.with_name("again")))
     findings.write_text(before + MARKS[0] + "\n\n" + text + "\n" + MARKS[1] + after)
-    experiments = [n for n in EXPERIMENTS if any(k[0] == n and "mrr" in r.get("figures", {}) for k, r in runs.items())]
-    if "erl-domains" in experiments:
-        experiments.remove("erl-domains")  # whose own route is the best one in every arm: another picture
-        draw_domains(runs, picture.with_name("domains.png"))
-    if experiments:
+    drawn = [n for n in EXPERIMENTS if any(k[0] == n and "mrr" in r.get("figures", {}) for k, r in runs.items())]
+    if controls := [n for n in drawn if EXPERIMENTS[n].figures]:
+        draw_controls(runs, controls, picture.with_name("domains.png"))
+    if experiments := [n for n in drawn if n not in controls]:
         draw(runs, experiments, picture)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# The picture
+# The pictures
 # ---------------------------------------------------------------------------------------------------------------------
 
 # Colour, words of the legend, arms
@@ -371,6 +373,7 @@ GROUPS = (
     ("tab:blue", "the same with random experts credited (two arms)", ("erl-expert-random", "erl-centred-random")),
     ("tab:purple", "ERL, centred within a position (-0.13 is left of the mean)", ("erl-centred",)),
     ("tab:orange", "an advantage of -0.13 everywhere: no information", ("erl-constant",)),
+    ("tab:cyan", "no random route at all: 0.065 x mean log P added to MoE's loss", ("mean-log-p",)),
     ("maroon", "ERL, negative advantages alone", ("erl-negative",)),
     (
         "tab:green",
@@ -383,12 +386,13 @@ GROUPS = (
         ("erl-router", "erl-router-random", "erl-delta-0.1"),
     ),
 )
-DOMAINS = {
+CONTROLS = {
     "lm": "black",
     "erl": "tab:red",
     "erl-expert-random": "tab:pink",
     "erl-router": "tab:orange",
     "erl-router-random": "tab:green",
+    "erl-router-level": "tab:purple",
     "erl-router-weighted": "tab:blue",
     "erl-router-weighted-random": "tab:cyan",
 }
@@ -417,45 +421,55 @@ def draw(runs, experiments: list[str], path):
     figure.legend(labels.values(), labels.keys(), loc="outside lower center", fontsize=9, ncols=1)
     figure.suptitle(
         "Does ERL find better experts? A dot is a run, ten starts an arm.\n"
-        "Orange and blue know nothing of any expert, and rank the own route as high as ERL does or higher.\n"
+        "Orange, cyan and blue know nothing of any expert, and rank the own route as high as ERL does or higher.\n"
         "Green: without that drift there is nothing to see.",
         fontsize=11,
     )
     figure.savefig(path, dpi=110)
 
 
-def draw_domains(runs, path):
-    """Perplexity against MoE over the share of decisions for the right expert, a dot a run, a line to the control."""
-    figure = Figure(figsize=(8, 5), layout="constrained")
-    axis = figure.subplots()
-    found = {
-        (a, s): r["figures"] for (e, a, s), r in runs.items() if e == "erl-domains" and "mrr" in r.get("figures", {})
-    }
-    first = FIRST_START if any(s >= FIRST_START for _, s in found) else 0
-    bases = {s: f["best_perplexity"] for (a, s), f in found.items() if a == "lm" and s >= first}
+def draw_controls(runs, experiments: list[str], path):
+    """Perplexity over the share of decisions for the right expert, where there is one."""
+    figure = Figure(figsize=(max(8, 6 * len(experiments)), 6), layout="constrained")
+    axes, labels = figure.subplots(1, len(experiments), squeeze=False)[0], {}
+    for axis, experiment in zip(axes, experiments, strict=True):
+        mine = {(a, s): r["figures"] for (e, a, s), r in runs.items() if e == experiment and "figures" in r}
+        mine = {k: f for k, f in mine.items() if "mrr" in f}
+        first = FIRST_START if any(s >= FIRST_START for _, s in mine) else 0
+        starts = sorted({s for _, s in mine if s >= first})
+        draw_control({k: f for k, f in mine.items() if k[1] >= first}, experiment == "erl-still", axis, labels)
+        axis.set_title(f"{experiment}: {len(starts)} starts", fontsize=11)
+    figure.legend(labels.values(), labels.keys(), loc="outside lower center", fontsize=9, ncols=2)
+    figure.suptitle("A right route exists. Does ERL find it? A dot is a run, a line joins the arms of a start.")
+    figure.savefig(path, dpi=110)
+
+
+def draw_control(figures: dict, still: bool, axis, labels: dict):
+    """A dot a run, a line to the control that credits random experts; against MoE of the same start, or, where the
+    experts stay still, absolute and with the right route for comparison."""
+    bases = {s: f["best_perplexity"] for (a, s), f in figures.items() if a == "lm"}
     dots = {
-        key: (f["right_expert"], 100 * (f["best_perplexity"] / bases[key[1]] - 1))
-        for key, f in found.items()
-        if key[1] in bases
+        (a, s): (f["right_expert"], f["best_perplexity"] if still else 100 * (f["best_perplexity"] / bases[s] - 1))
+        for (a, s), f in figures.items()
+        if s in bases
     }
-    for arm in DOMAINS:
-        mine = [dot for (a, _), dot in sorted(dots.items()) if a == arm]
-        if not mine:
-            continue
-        label = f"{EXPERIMENTS['erl-domains'].arms[arm].about}, {len(mine)} starts"
-        axis.scatter(*zip(*mine, strict=True), color=DOMAINS[arm], alpha=0.8, label=label)
+    for arm, colour in CONTROLS.items():
+        if mine := [dot for (a, _), dot in sorted(dots.items()) if a == arm]:
+            about = EXPERIMENTS["erl-domains"].arms[arm].about
+            labels[about] = axis.scatter(*zip(*mine, strict=True), color=colour, alpha=0.8)
     for (arm, s), dot in dots.items():
         if (RANDOM.get(arm), s) in dots:
             axis.plot(*zip(dot, dots[RANDOM[arm], s], strict=True), color="tab:gray", lw=0.8, zorder=0)
-    axis.axvline(1 / 8, color="black", ls=":", lw=1, label="one in eight is right by chance")
-    axis.axhline(0, color="black", lw=1)
-    axis.set_xlabel("share of decisions for the expert that was trained on the window's alphabet")
-    axis.set_ylabel("perplexity against MoE\nof the same start [%] (lower is better)")
-    axis.set_title(
-        "A right route exists. Does ERL find it? (erl-domains; a line joins the arms of a start)", fontsize=11
-    )
-    figure.legend(loc="outside lower center", fontsize=9, ncols=1)
-    figure.savefig(path, dpi=110)
+    labels["one in eight is right by chance"] = axis.axvline(1 / 8, color="black", ls=":", lw=1)
+    axis.set_xlabel("share of decisions for the expert that was\ntrained on the window's alphabet")
+    if still:
+        right = statistics.fmean(f["right_route_perplexity"] for f in figures.values())
+        labels["along the right route"] = axis.scatter([1], [right], color="black", marker="*", s=120)
+        axis.set_yscale("log")
+        axis.set_ylabel("perplexity (lower is better)")
+    else:
+        axis.axhline(0, color="black", lw=1)
+        axis.set_ylabel("perplexity against MoE\nof the same start [%] (lower is better)")
 
 
 def draw_column(figures: dict, top, bottom, labels: dict):

@@ -344,7 +344,7 @@ def test_sharpening_adds_the_entropy_of_the_routers_and_its_rival_their_mean_log
     assert (both - sharper).item() == pytest.approx(drawn.item(), rel=1e-3)
 
 
-@pytest.mark.parametrize("name", ["erl-text", "erl-overfit", "erl-domains", "answers"])
+@pytest.mark.parametrize("name", ["erl-text", "erl-overfit", "erl-domains", "erl-still", "answers"])
 def test_every_arm_is_a_command_line_that_the_program_understands(arms, name):
     import train
 
@@ -483,7 +483,8 @@ def test_the_report_is_made_of_the_json_and_leaves_other_words_alone(tmp_path):
             ("erl-router-random", 0.12, 20.5),
         ):
             figures = {key: 1.0 for key, _, _ in report.COLUMNS} | {"windows": 60, "right_expert": right}
-            write(arm, start, figures | {"best_perplexity": perplexity}, "erl-domains")
+            for experiment in ("erl-domains", "erl-still"):
+                write(arm, start, figures | {"best_perplexity": perplexity}, experiment)
     # The machine that runs once more is another one: the first figure is like the others, the second is not.
     write("erl", 100, {"mrr": 0.3003, "best_perplexity": 9.9}, folder="again", day="2026-11-27")
     for start in (100, 101, 102):
