@@ -93,6 +93,27 @@ def from_uniform(paths, _):
     return paths._replace(old_router_log_probs=torch.full_like(paths.old_router_log_probs, uniform))
 
 
+def drawn_from_router():
+    """The experts are drawn from what the router gave them on the original pass, as the public code of ERL's first
+    author does by default: then it is the ratio 1 that belongs to them. Replaces train.explore."""
+
+    def variant(forward, mask, top_k, *, generator=None, **options):
+        router = []
+
+        def forward_drawn(routes):
+            if routes is not None:
+                P = router[0].repeat(len(routes[0]) // len(router[0]), 1, 1, 1)  # [m * B, T, L, E]
+                drawn = torch.multinomial(P.flatten(0, 2), top_k, generator=generator)
+                routes[0].copy_(drawn.view(routes[0].shape))  # the experts of `explore` too: the same tensor
+            passed = forward(routes)
+            router.append(passed[1].detach().exp().cpu())
+            return passed
+
+        return explore(forward_drawn, mask, top_k, generator=generator, **options)
+
+    train.explore = variant
+
+
 def mean_alone(paths, generator):
     """The mean of the step's advantages everywhere."""
     counts = paths.S.any(-1)
@@ -443,6 +464,8 @@ ERL_ARMS = {
     "erl-weighted": Arm(
         f"{ERL} --clip-eps 100", "ERL, ratio to the uniform policy, no clip", explore_then(from_uniform)
     ),
+    "erl-drawn": Arm(ERL, "ERL, experts drawn from the router", drawn_from_router),
+    "erl-router-drawn": Arm(ROUTER, "ERL to the routers alone, experts drawn from the router", drawn_from_router),
     "erl-router-weighted": Arm(
         f"{ROUTER} --clip-eps 100", "ERL to the routers alone, ratio to the uniform policy", explore_then(from_uniform)
     ),

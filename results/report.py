@@ -68,6 +68,7 @@ LEFT = {
     "erl-mean": "the mean of each step alone (about 0)",
     "erl-weighted": "everything, ratio to the uniform policy, no clip",
     "erl-clipped": "everything, ratio to the uniform policy, clipped",
+    "erl-drawn": "everything, experts drawn from the router",
     "erl-router": "everything, gradient to the routers alone (default)",
     "erl-router-constant": "an advantage of -0.13 everywhere, gradient to the routers alone",
     "sharpen-0.3": "nothing; an entropy penalty instead",
@@ -377,8 +378,8 @@ GROUPS = (
     ("maroon", "ERL, negative advantages alone", ("erl-negative",)),
     (
         "tab:green",
-        "ERL with the mean taken out, or + alone, or against the uniform policy (7 arms)",
-        "erl-level erl-level-random erl-shuffled erl-mean erl-positive erl-weighted erl-clipped".split(),
+        "ERL with the mean taken out, or + alone, or with a ratio that fits the draw (8 arms)",
+        "erl-level erl-level-random erl-shuffled erl-mean erl-positive erl-weighted erl-clipped erl-drawn".split(),
     ),
     (
         "gold",
@@ -393,6 +394,7 @@ CONTROLS = {
     "erl-router": "tab:orange",
     "erl-router-random": "tab:green",
     "erl-router-level": "tab:purple",
+    "erl-router-drawn": "gold",
     "erl-router-weighted": "tab:blue",
     "erl-router-weighted-random": "tab:cyan",
 }

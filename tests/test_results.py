@@ -246,6 +246,19 @@ def test_controls_keep_what_they_say_and_change_the_rest(arms):
     assert torch.equal(mixed.advantages[counts].sort().values, plain.advantages[counts].sort().values)
 
 
+def test_experts_are_drawn_as_often_as_the_router_gives_them(arms):
+    forward, mask = toy_forward(T=400)
+    arms.drawn_from_router()
+    paths = arms.train.explore(forward, mask, 1, alpha=1.0, generator=torch.Generator().manual_seed(5))
+    P, experts = paths.original[1].exp().repeat(3, 1, 1, 1), paths.experts[..., 0]
+    for e in range(4):  # each decision is a draw of its own with chance P(e)
+        expected, spread = P[..., e].sum().item(), (P[..., e] * (1 - P[..., e])).sum().sqrt().item()
+        assert abs((experts == e).sum().item() - expected) < 4 * spread
+    likely = (P.argmax(-1) == experts).float().mean().item()
+    assert likely == pytest.approx(P.max(-1).values.mean().item(), abs=0.04) and likely > 0.4
+    assert torch.equal(paths.old_router_log_probs, paths.perturbed[1].gather(-1, paths.experts))
+
+
 @pytest.mark.parametrize("weighted, drift", [(False, True), (True, False)])
 def test_a_constant_advantage_drifts_unless_it_is_weighted(arms, weighted, drift):
     """The mean gradient over all experts, each as often as it is drawn: that of a lower or higher mean log P, or 0."""
