@@ -162,37 +162,43 @@ def means_table(runs, experiment: str, columns, counted: str, first: int) -> lis
 def erl_tables(runs, experiment: str, first: int) -> list[str]:
     arms = [a for a in EXPERIMENTS[experiment].arms if values_of(runs, experiment, a, "perplexity", first)]
     columns = [c for c in COLUMNS if any(values_of(runs, experiment, a, c[0], first) for a in arms)]
+    right = "right_expert" in [name for name, _, _ in columns]  # then there is no line of sharpening alone
     lines = means_table(runs, experiment, columns, "perplexity", first)
     lines += [
         "",
         "Paired within the start, 95 % intervals, unadjusted (exploratory, but for the primary contrasts; positive "
-        "is lower perplexity, larger MRR; percents are 100 x the log ratio). The line: MRR of sharpening alone at the "
-        "same entropy.",
+        "is lower perplexity, larger MRR; percents are 100 x the log ratio)."
+        + ("" if right else " The line: MRR of sharpening alone at the same entropy."),
         "",
     ]
-    lines += heading("arm", "perplexity against `lm`, %", "MRR less that of `lm`", "above the line")
+    last = "right experts" if right else "above the line"
+    lines += heading("arm", "perplexity against `lm`, %", "MRR less that of `lm`", last)
     for arm in arms:
         if arm != "lm":
             line = "on it" if arm.startswith("sharpen") else interval(above_line(runs, experiment, arm, first))
-            lines.append(row(f"`{arm}`", *paired(runs, experiment, arm, "lm", first), line))
+            lines.append(
+                row(f"`{arm}`", *paired(runs, experiment, arm, "lm", first, right), *([] if right else [line]))
+            )
     if set(RANDOM.values()) & set(arms):
         lines += ["", "Credit: paired with the same arm when it credits random experts:", ""]
-        lines += heading("arm", "control", "perplexity, %", "MRR")
+        lines += heading("arm", "control", "perplexity, %", "MRR", *(["right experts"] if right else []))
     for arm, control in RANDOM.items():
         if control in arms:
-            lines.append(row(f"`{arm}`", f"`{control}`", *paired(runs, experiment, arm, control, first)))
+            lines.append(row(f"`{arm}`", f"`{control}`", *paired(runs, experiment, arm, control, first, right)))
     words = "Runs in which one expert took over a layer (exploratory; the bound was chosen after the runs):"
     return [*lines, "", words, "", *by_load(runs, experiment, first)]
 
 
-def paired(runs, experiment: str, arm: str, control: str, first: int) -> tuple[str, str]:
-    """Best perplexity in percent (positive is lower) and MRR, less those of the control in the same start."""
-    perplexity = Contrast("", "", experiment, arm, control, "best_perplexity", 1, 1, True)
-    mrr = Contrast("", "", experiment, arm, control, "mrr", 1, 1)
-    return (
-        interval(differences(runs, perplexity, first), scale=100, digits=2),
-        interval(differences(runs, mrr, first)),
-    )
+def paired(runs, experiment: str, arm: str, control: str, first: int, right: bool) -> list[str]:
+    """Best perplexity in percent (positive is lower), MRR and, where there is one, share of decisions for the right
+    expert, less those of the control in the same start."""
+
+    def gaps(figure: str):
+        c = Contrast("", "", experiment, arm, control, figure, 1, 1, figure == "best_perplexity")
+        return differences(runs, c, first)
+
+    cells = [interval(gaps("best_perplexity"), scale=100, digits=2), interval(gaps("mrr"))]
+    return cells + ([interval(gaps("right_expert"))] if right else [])
 
 
 def by_load(runs, experiment: str, first: int) -> list[str]:
