@@ -556,7 +556,7 @@ EXPERIMENTS = {
         minutes=(1.7, 1.3),
     ),
     "erl-overfit": Experiment(
-        "the same on 32 kB of it, long enough to overfit",
+        "as erl-text, on 32 kB of it, long enough to overfit",
         TEXT,
         "--algo dense --steps 500 --eval-every 500",
         "--steps 120 --eval-every 40 --checkpoint-every 120",
@@ -577,7 +577,7 @@ EXPERIMENTS = {
         figures=right_experts,
     ),
     "erl-still": Experiment(
-        "positive control: the same, and all but the routers stays nearly as it is (learning rate 3e-6, routers 3e-3)",
+        "positive control: as erl-domains, where all but the routers stays nearly as it is (rate 3e-6, routers 3e-3)",
         TEXT,
         "--algo lm --pretrain-steps 0 --lr 1e-3 --steps 600 --eval-every 600",
         "--steps 360 --eval-every 120 --checkpoint-every 360 --lr 3e-6 --router-lr-factor 1000",

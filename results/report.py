@@ -401,6 +401,7 @@ CONTROLS = {
     "erl-router-random": "tab:green",
     "erl-router-level": "tab:purple",
     "erl-router-drawn": "gold",
+    "erl-router-constant": "tab:gray",
     "erl-router-weighted": "tab:blue",
     "erl-router-weighted-random": "tab:cyan",
 }
@@ -409,7 +410,7 @@ CONTROLS = {
 def draw(runs, experiments: list[str], path):
     """MRR against router entropy, a dot a run; below it what the run cost or gained in perplexity."""
     figure = Figure(figsize=(max(8, 6.4 * len(experiments)), 9.5), layout="constrained")
-    axes = figure.subplots(2, len(experiments), sharex="col", squeeze=False, height_ratios=(3, 2))
+    axes = figure.subplots(2, len(experiments), sharex="col", sharey="row", squeeze=False, height_ratios=(3, 2))
     labels = {}
     for column, experiment in enumerate(experiments):
         mine = {
@@ -428,7 +429,7 @@ def draw(runs, experiments: list[str], path):
     axes[1, 0].set_ylabel("perplexity against MoE [%]\n(lower is better)")
     figure.legend(labels.values(), labels.keys(), loc="outside lower center", fontsize=9, ncols=1)
     figure.suptitle(
-        "Does ERL find better experts? A dot is a run, ten starts an arm.\n"
+        "Does ERL find better experts? A dot is a run.\n"
         "Orange, cyan and blue know nothing of any expert, and rank the own route as high as ERL does or higher.\n"
         "Green: without that drift there is nothing to see.",
         fontsize=11,
@@ -448,7 +449,9 @@ def draw_controls(runs, experiments: list[str], path):
         draw_control({k: f for k, f in mine.items() if k[1] >= first}, experiment == "erl-still", axis, labels)
         axis.set_title(f"{experiment}: {len(starts)} starts", fontsize=11)
     figure.legend(labels.values(), labels.keys(), loc="outside lower center", fontsize=9, ncols=2)
-    figure.suptitle("A right route exists. Does ERL find it? A dot is a run, a line joins the arms of a start.")
+    figure.suptitle(
+        "A right route exists. Does ERL find it? A line leads to the same start with random experts credited."
+    )
     figure.savefig(path, dpi=110)
 
 
@@ -474,6 +477,8 @@ def draw_control(figures: dict, still: bool, axis, labels: dict):
         right = statistics.fmean(f["right_route_perplexity"] for f in figures.values())
         labels["along the right route"] = axis.scatter([1], [right], color="black", marker="*", s=120)
         axis.set_yscale("log")
+        axis.set_yticks(ticks := [20, 40, 80, 160], ticks)
+        axis.minorticks_off()
         axis.set_ylabel("perplexity (lower is better)")
     else:
         axis.axhline(0, color="black", lw=1)
