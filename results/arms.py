@@ -94,8 +94,10 @@ def from_uniform(paths, _):
 
 
 def drawn_from_router():
-    """The experts are drawn from what the router gave them on the original pass, as the public code of ERL's first
-    author does by default: then it is the ratio 1 that belongs to them. Replaces train.explore."""
+    """The experts are drawn from what the router gave them on the original pass (the public code of ERL's first author
+    draws from the router by default): then it is the ratio 1 that belongs to them. That is exact in the first MoE
+    layer; the second router reads something else in a perturbed pass, and there a rest of the drift stays. Replaces
+    train.explore."""
 
     def variant(forward, mask, top_k, *, generator=None, **options):
         router = []
@@ -126,7 +128,7 @@ def entropy(log_p):
 
 
 def mean_log_p(log_p):
-    """What ERL's loss is on average where the advantage is -1: the experts are drawn uniformly."""
+    """Its gradient is ERL's, on average over the uniform draw of the experts, where the advantage is -1."""
     return log_p.mean(-1)
 
 

@@ -26,6 +26,7 @@ from results.verdict import (
 ROOT = pathlib.Path(__file__).parent.parent
 FINDINGS = ROOT / "docs" / "findings.md"
 MARKS = ("<!-- from here: python results/reproduce.py report -->", "<!-- to here -->")
+STILL = "erl-still"  # whose arms differ by factors, not by percents
 TAKEN_OVER = 0.85  # share of a layer's tokens at one expert
 CHANCE_MRR = sum(1 / r for r in range(1, 101)) / 100
 # Figures of the ERL tables: name in the JSON, heading, digits
@@ -127,6 +128,14 @@ def interval(values: list[float], margin: float = 1.0, scale: float = 1.0, digit
     return f"{mean:+.{digits}f} [{low:+.{digits}f}, {high:+.{digits}f}]"
 
 
+def factor(values: list[float]) -> str:
+    """Of perplexities whose logarithms differ by these values: the geometric mean of the ratios and its interval."""
+    found = estimate(values, 1.0)
+    if found is None:
+        return "-"
+    return "{:.2f} [{:.2f}, {:.2f}]".format(*(math.exp(-x) for x in (found.mean, found.high, found.low)))
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Tables
 # ---------------------------------------------------------------------------------------------------------------------
@@ -167,12 +176,13 @@ def erl_tables(runs, experiment: str, first: int) -> list[str]:
     lines += [
         "",
         "Paired within the start, 95 % intervals, unadjusted (exploratory, but for the primary contrasts; positive "
-        "is lower perplexity, larger MRR; percents are 100 x the log ratio)."
+        "is lower perplexity, larger MRR; percents are 100 x the log ratio, a factor below 1 is lower perplexity)."
         + ("" if right else " The line: MRR of sharpening alone at the same entropy."),
         "",
     ]
     last = "right experts" if right else "above the line"
-    lines += heading("arm", "perplexity against `lm`, %", "MRR less that of `lm`", last)
+    unit = "factor" if experiment == STILL else "%"
+    lines += heading("arm", f"perplexity against `lm`, {unit}", "MRR less that of `lm`", last)
     for arm in arms:
         if arm != "lm":
             line = "on it" if arm.startswith("sharpen") else interval(above_line(runs, experiment, arm, first))
@@ -181,7 +191,7 @@ def erl_tables(runs, experiment: str, first: int) -> list[str]:
             )
     if set(RANDOM.values()) & set(arms):
         lines += ["", "Credit: paired with the same arm when it credits random experts:", ""]
-        lines += heading("arm", "control", "perplexity, %", "MRR", *(["right experts"] if right else []))
+        lines += heading("arm", "control", f"perplexity, {unit}", "MRR", *(["right experts"] if right else []))
     for arm, control in RANDOM.items():
         if control in arms:
             lines.append(row(f"`{arm}`", f"`{control}`", *paired(runs, experiment, arm, control, first, right)))
@@ -190,14 +200,16 @@ def erl_tables(runs, experiment: str, first: int) -> list[str]:
 
 
 def paired(runs, experiment: str, arm: str, control: str, first: int, right: bool) -> list[str]:
-    """Best perplexity in percent (positive is lower), MRR and, where there is one, share of decisions for the right
-    expert, less those of the control in the same start."""
+    """Best perplexity in percent (positive is lower; of STILL a factor), MRR and, where there is one, the share of
+    decisions for the right expert, less those of the control in the same start."""
 
     def gaps(figure: str):
         c = Contrast("", "", experiment, arm, control, figure, 1, 1, figure == "best_perplexity")
         return differences(runs, c, first)
 
-    cells = [interval(gaps("best_perplexity"), scale=100, digits=2), interval(gaps("mrr"))]
+    perplexity = gaps("best_perplexity")
+    cells = [factor(perplexity) if experiment == STILL else interval(perplexity, scale=100, digits=2)]
+    cells.append(interval(gaps("mrr")))
     return cells + ([interval(gaps("right_expert"))] if right else [])
 
 
@@ -430,8 +442,8 @@ def draw(runs, experiments: list[str], path):
     figure.legend(labels.values(), labels.keys(), loc="outside lower center", fontsize=9, ncols=1)
     figure.suptitle(
         "Does ERL find better experts? A dot is a run.\n"
-        "Orange, cyan and blue know nothing of any expert, and rank the own route as high as ERL does or higher.\n"
-        "Green: without that drift there is nothing to see.",
+        "Orange and cyan know nothing of any expert or token, and rank the own route as high as ERL does or higher.\n"
+        "Green: without that drift MRR is that of MoE.",
         fontsize=11,
     )
     figure.savefig(path, dpi=110)
@@ -443,11 +455,12 @@ def draw_controls(runs, experiments: list[str], path):
     axes, labels = figure.subplots(1, len(experiments), squeeze=False)[0], {}
     for axis, experiment in zip(axes, experiments, strict=True):
         mine = {(a, s): r["figures"] for (e, a, s), r in runs.items() if e == experiment and "figures" in r}
-        mine = {k: f for k, f in mine.items() if "mrr" in f}
-        first = FIRST_START if any(s >= FIRST_START for _, s in mine) else 0
-        starts = sorted({s for _, s in mine if s >= first})
-        draw_control({k: f for k, f in mine.items() if k[1] >= first}, experiment == "erl-still", axis, labels)
-        axis.set_title(f"{experiment}: {len(starts)} starts", fontsize=11)
+        mine = {k: f for k, f in mine.items() if k[0] in CONTROLS and "right_expert" in f}
+        confirmatory = any(s >= FIRST_START for _, s in mine)
+        mine = {k: f for k, f in mine.items() if (k[1] >= FIRST_START) == confirmatory}
+        draw_control(mine, experiment == STILL, axis, labels)
+        kind = "confirmatory" if confirmatory else "tuning"
+        axis.set_title(f"{experiment}: {len({s for _, s in mine})} {kind} starts", fontsize=11)
     figure.legend(labels.values(), labels.keys(), loc="outside lower center", fontsize=9, ncols=2)
     figure.suptitle(
         "A right route exists. Does ERL find it? A line leads to the same start with random experts credited."
@@ -462,7 +475,7 @@ def draw_control(figures: dict, still: bool, axis, labels: dict):
     dots = {
         (a, s): (f["right_expert"], f["best_perplexity"] if still else 100 * (f["best_perplexity"] / bases[s] - 1))
         for (a, s), f in figures.items()
-        if s in bases
+        if still or s in bases
     }
     for arm, colour in CONTROLS.items():
         if mine := [dot for (a, _), dot in sorted(dots.items()) if a == arm]:
@@ -474,10 +487,10 @@ def draw_control(figures: dict, still: bool, axis, labels: dict):
     labels["one in eight is right by chance"] = axis.axvline(1 / 8, color="black", ls=":", lw=1)
     axis.set_xlabel("share of decisions for the expert that was\ntrained on the window's alphabet")
     if still:
-        right = statistics.fmean(f["right_route_perplexity"] for f in figures.values())
-        labels["along the right route"] = axis.scatter([1], [right], color="black", marker="*", s=120)
+        right = [f["right_route_perplexity"] for f in figures.values() if "right_route_perplexity" in f]
+        labels["along the right route"] = axis.scatter([1], [statistics.fmean(right)], color="black", marker="*", s=120)
         axis.set_yscale("log")
-        axis.set_yticks(ticks := [20, 40, 80, 160], ticks)
+        axis.set_yticks(ticks := [10, 20, 40, 80, 160], ticks)
         axis.minorticks_off()
         axis.set_ylabel("perplexity (lower is better)")
     else:

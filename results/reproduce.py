@@ -96,8 +96,10 @@ def run_one(experiment: str, arm: str, start: int, data_dir: str | None = None):
         record["cpu_seconds"] = round(time.process_time() - begun, 1)
     except UserError as error:
         record["failed"] = sentence(error).replace(str(ROOT), ".")
-    json_path(experiment, arm, start).parent.mkdir(parents=True, exist_ok=True)
-    write_json(str(json_path(experiment, arm, start)), record)
+    path = json_path(experiment, arm, start)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if arm != "start" or not path.exists():  # a start whose model was gone: what it gave the first time stays
+        write_json(str(path), record)
     if arm != "start":
         shutil.rmtree(out, ignore_errors=True)
 
