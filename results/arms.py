@@ -546,6 +546,12 @@ ANSWER_ARMS |= {
     for name, a in ANSWER_ARMS.items()
     if name in "gspo erpo erpo-permuted gmpo rais rais-yoked gmpo-replay gmpo-frozen gmpo-balance".split()
 }
+ANSWER_ARMS |= {  # half that learning rate: is it the rate that sets ERPO back?
+    f"{name}-slow": ANSWER_ARMS[name]._replace(
+        flags=f"{ANSWER_ARMS[name].flags} --lr 3e-5", about=f"{ANSWER_ARMS[name].about}, half the learning rate"
+    )
+    for name in ("gspo-more", "erpo-more")
+}
 
 TEXT = "--dataset pydocs --batch-size 4 --eval-samples 40"
 EXPERIMENTS = {

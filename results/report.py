@@ -74,7 +74,7 @@ LEFT = {
     "erl-router-constant": "an advantage of -0.13 everywhere, gradient to the routers alone",
     "sharpen-0.3": "nothing; an entropy penalty instead",
 }
-# Arms of `answers` and what each is to be compared with; so too those that end in -more.
+# Arms of `answers` and what each is to be compared with; so too those that end in -more and in -more-slow.
 AGAINST = {
     "erpo": ("gspo", "erpo-none", "erpo-permuted"),
     "erpo-absolute": ("erpo-none",),
@@ -259,7 +259,7 @@ def answer_tables(runs, first: int) -> list[str]:
         if set(cells) != {"-"}:
             lines.append(row(f"`{arm}`", *cells))
     rows = []
-    for more in ("", "-more"):
+    for more in ("", "-more", "-more-slow"):
         for arm, control in ((a + more, c + more) for a, cs in AGAINST.items() for c in cs):
             names = ("accuracy", "mean_reward_mean", "late_reward")
             gaps = [differences(runs, Contrast("", "", "answers", arm, control, f, 1, 1), first) for f in names]
