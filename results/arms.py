@@ -564,7 +564,7 @@ EXPERIMENTS = {
         minutes=(1.7, 1.3),
     ),
     "erl-overfit": Experiment(
-        "as erl-text, on 32 kB of it, which are read 19 times (and not overfitted)",
+        "as erl-text, on 32 kB of it, which are read 19 times and overfitted a little",
         TEXT,
         "--algo dense --steps 500 --eval-every 500",
         "--steps 120 --eval-every 40 --checkpoint-every 120",
