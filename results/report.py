@@ -439,7 +439,7 @@ def draw(runs, experiments: list[str], path):
         top.invert_xaxis()
     axes[0, 0].set_ylabel("MRR of the own route among 100")
     axes[1, 0].set_ylabel("perplexity against MoE [%]\n(lower is better)")
-    figure.legend(labels.values(), labels.keys(), loc="outside lower center", fontsize=9, ncols=1)
+    figure.legend(labels.values(), labels.keys(), loc="outside lower center", fontsize=9, ncols=len(experiments))
     figure.suptitle(
         "Does ERL find better experts? A dot is a run.\n"
         "Orange and cyan know nothing of any expert or token, and rank the own route as high as ERL does or higher.\n"
