@@ -100,7 +100,9 @@ def _draw(probs: Tensor, top_p: float, generator: torch.Generator | None) -> Ten
     device = probs.device if generator is None else generator.device
     if top_p < 1:
         probs, words = probs.sort(-1, descending=True)
-        probs = probs.masked_fill(probs.cumsum(-1) - probs >= top_p, 0.0)  # the first word always stays
+        outside = probs.cumsum(-1) - probs >= top_p
+        outside[:, 0] = False  # the first word always stays, also where top_p is 0 as a float32
+        probs = probs.masked_fill(outside, 0.0)
     u = torch.rand(len(probs), 1, generator=generator, device=device).to(probs.device)
     index = _invert_long_cdf(probs, u) if probs.shape[-1] > 4096 else _invert_cdf(probs, u)
     return (index if top_p >= 1 else words.gather(-1, index)).squeeze(-1)

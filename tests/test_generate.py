@@ -55,6 +55,14 @@ def nucleus(probs, top_p):
     return kept / kept.sum()
 
 
+@pytest.mark.parametrize("V", [50, 5000])
+@pytest.mark.parametrize("top_p", [1e-12, 1e-60])  # the second is 0 as a float32
+def test_the_smallest_nucleus_is_the_likeliest_word(top_p, V):
+    logits = torch.zeros(3, V)
+    logits[torch.arange(3), torch.tensor([0, 7, V - 1])] = 1.0
+    assert sample_tokens(logits, top_p, rng(0)).tolist() == [0, 7, V - 1]
+
+
 @pytest.mark.parametrize("top_p", [1.0, 0.8, 0.5, 0.01])
 def test_samples_follow_the_nucleus(top_p):
     """Frequencies of 40,000 draws within five standard deviations; no word outside of the nucleus."""
