@@ -78,9 +78,8 @@ def erl_loss(router_log_probs, old_router_log_probs, advantages, perturbed, *, c
     The gradient reaches the rest of the network through router_log_probs, or the routers alone where the caller
     detached their inputs.
     The experts are drawn uniformly: where A says nothing of the expert, a step moves the logit of expert e (K = 1,
-    ratio 1) along A (1/E - P(e)), so a mean advantage below 0 sharpens the router by itself. With -log E as
-    old_router_log_probs and clip_eps = E the ratio is E P(e), to the policy that drew the experts, and such an A has no
-    gradient on average (docs/findings.md).
+    ratio 1) along A (1/E - P(e)): a mean advantage below 0 sharpens the router by itself. With old_router_log_probs
+    -log E and clip_eps E the ratio is to that draw, and such an A has no mean gradient (docs/findings.md).
     For m perturbed forwards pass m * B rows. Entries outside S may hold anything. An empty S gives 0 with gradient 0.
     A log ratio above 40 counts as 40: exp would overflow later on.
     Reduction: sum over S and K, divided by |S| * K; so a long text weighs more than a short one.
