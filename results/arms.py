@@ -100,16 +100,18 @@ def drawn_from_router():
     train.explore."""
 
     def variant(forward, mask, top_k, *, generator=None, **options):
-        router = []
+        P = None  # [B, T, L, E], the router's on the original pass, which comes first
 
         def forward_drawn(routes):
-            if routes is not None:
-                P = router[0].repeat(len(routes[0]) // len(router[0]), 1, 1, 1)  # [m * B, T, L, E]
-                drawn = torch.multinomial(P.flatten(0, 2), top_k, generator=generator)
-                routes[0].copy_(drawn.view(routes[0].shape))  # the experts of `explore` too: the same tensor
-            passed = forward(routes)
-            router.append(passed[1].detach().exp().cpu())
-            return passed
+            nonlocal P
+            if routes is None:
+                passed = forward(None)
+                P = passed[1].detach().exp().cpu()
+                return passed
+            copies = P.repeat(len(routes[0]) // len(P), 1, 1, 1)  # [m * B, T, L, E]
+            drawn = torch.multinomial(copies.flatten(0, 2), top_k, generator=generator)
+            routes[0].copy_(drawn.view(routes[0].shape))  # the experts of `explore` too: the same tensor
+            return forward(routes)
 
         return explore(forward_drawn, mask, top_k, generator=generator, **options)
 
@@ -291,11 +293,11 @@ def right_experts(model, task) -> dict:
     the perplexity were all decisions for it."""
     windows = itertools.islice(text_windows(task.held_out["test"].tokens, model.config.context), 64)
     tokens = torch.stack([window for window, _ in windows])
-    experts = model(tokens[:, :-1]).routing.experts  # [64, T, L, K]
+    hidden = model.stem(tokens[:, :-1])
+    experts = model.branch(hidden)[1].experts  # [64, T, L, K]
     domain = torch.arange(len(tokens)) % DOMAINS  # a window is as long as the pieces that eight_domains writes
     right = domain[:, None, None, None].expand_as(experts)
-    routes = Routes(right, torch.ones_like(right[..., 0], dtype=torch.bool))
-    features, _ = model.branch(model.stem(tokens[:, :-1]), routes)
+    features, _ = model.branch(hidden, Routes(right, torch.ones_like(right[..., 0], dtype=torch.bool)))
     log_probs = model.token_log_probs(features, tokens[:, 1:])
     share = (experts == right).float().mean().item()
     return {"right_expert": share, "right_route_perplexity": (-log_probs.mean()).exp().item()}
@@ -554,6 +556,17 @@ ANSWER_ARMS |= {  # half that learning rate: is it the rate that sets ERPO back?
 }
 
 TEXT = "--dataset pydocs --batch-size 4 --eval-samples 40"
+ERL_DOMAINS = Experiment(
+    "positive control: each expert was trained on one of eight alphabets, then the routers are drawn anew",
+    TEXT,
+    "--algo lm --pretrain-steps 0 --lr 1e-3 --steps 600 --eval-every 600",
+    "--steps 120 --eval-every 40 --checkpoint-every 120",
+    {name: arm for name, arm in ERL_ARMS.items() if name != "dense"},  # its start is a MoE
+    one_expert_a_domain,
+    new_routers,
+    minutes=(1.3, 1.0),
+    figures=right_experts,
+)
 EXPERIMENTS = {
     "erl-text": Experiment(
         "a tiny dense byte model of the embedded text, upcycled; all arms from the same model",
@@ -573,27 +586,13 @@ EXPERIMENTS = {
         little_text,
         minutes=(1.4, 1.3),
     ),
-    "erl-domains": Experiment(
-        "positive control: each expert was trained on one of eight alphabets, then the routers are drawn anew",
-        TEXT,
-        "--algo lm --pretrain-steps 0 --lr 1e-3 --steps 600 --eval-every 600",
-        "--steps 120 --eval-every 40 --checkpoint-every 120",
-        {name: arm for name, arm in ERL_ARMS.items() if name != "dense"},  # its start is a MoE
-        one_expert_a_domain,
-        new_routers,
-        minutes=(1.3, 1.0),
-        figures=right_experts,
-    ),
-    "erl-still": Experiment(
-        "positive control: as erl-domains, where all but the routers stays nearly as it is (rate 3e-6, routers 3e-3)",
-        TEXT,
-        "--algo lm --pretrain-steps 0 --lr 1e-3 --steps 600 --eval-every 600",
-        "--steps 360 --eval-every 120 --checkpoint-every 360 --lr 3e-6 --router-lr-factor 1000",
-        {name: ERL_ARMS[name] for name in ("lm", *(a for a in ERL_ARMS if a.startswith("erl-router")))},
-        one_expert_a_domain,
-        new_routers,
+    "erl-domains": ERL_DOMAINS,
+    "erl-still": ERL_DOMAINS._replace(
+        about="positive control: as erl-domains, where all but the routers stays nearly as it is (rate 3e-6, "
+        "routers 3e-3)",
+        then="--steps 360 --eval-every 120 --checkpoint-every 360 --lr 3e-6 --router-lr-factor 1000",
+        arms={name: ERL_ARMS[name] for name in ("lm", *(a for a in ERL_ARMS if a.startswith("erl-router")))},
         minutes=(1.3, 2.0),
-        figures=right_experts,
     ),
     "answers": Experiment(
         "sums of two numbers of eight digits, worked out in writing; all arms from the same supervised model",

@@ -419,21 +419,24 @@ CONTROLS = {
 }
 
 
+def to_draw(runs, experiment: str) -> tuple[dict, str]:
+    """(arm, start) -> figures of the confirmatory starts, or, where there are none, of the tuning ones; and which."""
+    mine = {(a, s): r["figures"] for (e, a, s), r in runs.items() if e == experiment and "mrr" in r.get("figures", {})}
+    confirmatory = any(s >= FIRST_START for _, s in mine)
+    mine = {k: f for k, f in mine.items() if (k[1] >= FIRST_START) == confirmatory}
+    return mine, "confirmatory" if confirmatory else "tuning"
+
+
 def draw(runs, experiments: list[str], path):
     """MRR against router entropy, a dot a run; below it what the run cost or gained in perplexity."""
     figure = Figure(figsize=(max(8, 6.4 * len(experiments)), 9.5), layout="constrained")
     axes = figure.subplots(2, len(experiments), sharex="col", sharey="row", squeeze=False, height_ratios=(3, 2))
     labels = {}
     for column, experiment in enumerate(experiments):
-        mine = {
-            (a, s): r["figures"] for (e, a, s), r in runs.items() if e == experiment and "mrr" in r.get("figures", {})
-        }
-        confirmatory = any(s >= FIRST_START for _, s in mine)
-        mine = {k: f for k, f in mine.items() if (k[1] >= FIRST_START) == confirmatory}
+        mine, kind = to_draw(runs, experiment)
         top, bottom = axes[:, column]
         draw_column(mine, top, bottom, labels)
         starts = sorted({s for _, s in mine})
-        kind = "confirmatory" if confirmatory else "tuning"
         top.set_title(f"{experiment}: {len(starts)} {kind} starts ({starts[0]}-{starts[-1]})")
         bottom.set_xlabel(f"router entropy [nats] (all experts alike: {math.log(8):.2f}); sharper to the right")
         top.invert_xaxis()
@@ -454,12 +457,9 @@ def draw_controls(runs, experiments: list[str], path):
     figure = Figure(figsize=(max(8, 6 * len(experiments)), 6), layout="constrained")
     axes, labels = figure.subplots(1, len(experiments), squeeze=False)[0], {}
     for axis, experiment in zip(axes, experiments, strict=True):
-        mine = {(a, s): r["figures"] for (e, a, s), r in runs.items() if e == experiment and "figures" in r}
+        mine, kind = to_draw(runs, experiment)
         mine = {k: f for k, f in mine.items() if k[0] in CONTROLS and "right_expert" in f}
-        confirmatory = any(s >= FIRST_START for _, s in mine)
-        mine = {k: f for k, f in mine.items() if (k[1] >= FIRST_START) == confirmatory}
         draw_control(mine, experiment == STILL, axis, labels)
-        kind = "confirmatory" if confirmatory else "tuning"
         axis.set_title(f"{experiment}: {len({s for _, s in mine})} {kind} starts", fontsize=11)
     figure.legend(labels.values(), labels.keys(), loc="outside lower center", fontsize=9, ncols=2)
     figure.suptitle(

@@ -393,19 +393,18 @@ def test_alphabets_are_permutations_and_rows_take_turns(arms):
 def test_the_right_expert_is_the_one_of_the_windows_alphabet(arms):
     from types import SimpleNamespace
 
-    def model(tokens):  # the first layer sends a window to the expert of its number, the second all to expert 1
+    def branch(tokens, routes=None):
         rows, T = tokens.shape
         number = tokens[:, 0] // 256  # a window's first token is its place in the text
-        experts = torch.stack([number % 8, torch.ones_like(number)], -1)[:, None, :, None].expand(rows, T, 2, 1)
-        return SimpleNamespace(routing=SimpleNamespace(experts=experts))
-
-    def branch(tokens, routes):  # log 1/5 a token where both layers are sent to the window's number, worse elsewhere
+        if routes is None:  # the first layer sends a window to the expert of its number, the second all to expert 1
+            experts = torch.stack([number % 8, torch.ones_like(number)], -1)[:, None, :, None].expand(rows, T, 2, 1)
+            return None, SimpleNamespace(experts=experts)
         assert routes[1].all()
-        right = (routes[0][..., 0] == (tokens[:, :, None] // 256 % 8)).all(-1)
-        return torch.where(right, math.log(1 / 5), -100.0), None
+        right = (routes[0][..., 0] == (number % 8)[:, None, None]).all(-1)
+        return torch.where(right, math.log(1 / 5), -100.0), None  # worse where a layer is sent elsewhere
 
-    model.branch, model.stem = branch, lambda tokens: tokens
-    model.token_log_probs = lambda features, targets: features
+    stem, token_log_probs = (lambda tokens: tokens), (lambda features, targets: features)
+    model = SimpleNamespace(branch=branch, stem=stem, token_log_probs=token_log_probs)
     model.config = SimpleNamespace(context=256)
     task = SimpleNamespace(held_out={"test": SimpleNamespace(tokens=torch.arange(100 * 256 + 1).numpy())})
     found = arms.right_experts(model, task)
