@@ -74,6 +74,17 @@ LEFT = {
     "erl-router-constant": "an advantage of -0.13 everywhere, gradient to the routers alone",
     "sharpen-0.3": "nothing; an entropy penalty instead",
 }
+# The same of `erl-still`, with the gradient to the routers alone.
+RIGHT = {
+    "lm": "nothing: MoE, whose balance loss moves the routers",
+    "erl-router-constant": "nothing but an advantage of -0.13 everywhere",
+    "erl-router-random": "advantages and positions; random experts credited",
+    "erl-router": "everything",
+    "erl-router-level": "mean 0 over what the loss counts at each position",
+    "erl-router-drawn": "everything, experts drawn from the router",
+    "erl-router-weighted-random": "ratio to the uniform policy, random experts credited",
+    "erl-router-weighted": "everything, ratio to the uniform policy, no clip",
+}
 # Arms of `answers` and what each is to be compared with; so too those that end in -more and in -more-slow.
 AGAINST = {
     "erpo": ("gspo", "erpo-none", "erpo-permuted"),
@@ -224,16 +235,21 @@ def by_load(runs, experiment: str, first: int) -> list[str]:
     return lines
 
 
-def left_of_erl(runs) -> list[str]:
-    """MRR, entropy and perplexity by what an arm keeps of ERL, and the range of MRR over starts."""
-    lines = heading("what is left of ERL", "arm", "starts", "MRR", "from - to", "entropy", "perplexity against MoE, %")
-    for arm, words in LEFT.items():
-        found = [values_of(runs, "erl-text", arm, figure, FIRST_START) for figure in ("mrr", "router_entropy")]
+def worded(runs, experiment: str, words: dict[str, str], figures: dict[str, str]) -> list[str]:
+    """Arms in words: the first figure with its range over starts, the others, perplexity against MoE (lower is better).
+    figures: name in the JSON -> heading."""
+    names, unit = list(figures.values()), "factor" if experiment == STILL else "%"
+    lines = heading(
+        "what is left of ERL", "arm", "starts", names[0], "from - to", *names[1:], f"perplexity against MoE, {unit}"
+    )
+    for arm, about in words.items():
+        found = [values_of(runs, experiment, arm, figure, FIRST_START) for figure in figures]
         if found[0]:
-            gaps = differences(runs, Contrast("", "", "erl-text", arm, "lm", "best_perplexity", 1, 1, True))
-            cost = "" if arm == "lm" else interval([-x for x in gaps], scale=100, digits=2)
-            ends = f"{min(found[0]):.2f} - {max(found[0]):.2f}"
-            lines.append(row(words, f"`{arm}`", len(found[0]), shown(found[0], 2), ends, shown(found[1], 2), cost))
+            gaps = differences(runs, Contrast("", "", experiment, arm, "lm", "best_perplexity", 1, 1, True))
+            cost = factor(gaps) if experiment == STILL else interval([-x for x in gaps], scale=100, digits=2)
+            means, ends = [shown(f, 2) for f in found], f"{min(found[0]):.2f} - {max(found[0]):.2f}"
+            cells = (len(found[0]), means[0], ends, *means[1:], "" if arm == "lm" else cost)
+            lines.append(row(about, f"`{arm}`", *cells))
     return lines
 
 
@@ -244,6 +260,7 @@ def answer_tables(runs, first: int) -> list[str]:
         ("mean_reward_mean", "training reward"),
         ("late_reward", "of the last third"),
         ("mean_clip_share", "clip share"),
+        ("mean_clipped_share", "updates cut by the limit on the gradient"),
         ("mean_ratio_neg_log_later", "mean -log ratio"),
         ("mean_gamma_mean", "gamma"),
         ("mean_agreement", "routes kept"),
@@ -344,7 +361,14 @@ def generated(runs, again) -> str:
     parts = ["## Claims", *claims(runs)]
     if values_of(runs, "erl-text", "erl", "mrr", FIRST_START):
         words = "`erl-text`, means over starts; perplexity paired within the start (100 x log ratio, lower is better):"
-        parts += ["## What is left of ERL, and what it does", words, *left_of_erl(runs)]
+        figures = {"mrr": "MRR", "router_entropy": "entropy"}
+        parts += ["## What is left of ERL, and what it does", words, *worded(runs, "erl-text", LEFT, figures)]
+    if values_of(runs, STILL, "lm", "mrr", FIRST_START):
+        words = (
+            f"`{STILL}`, means over starts; one decision in eight is right by chance; perplexity as a factor of MoE's:"
+        )
+        figures = {"right_expert": "right experts", "router_entropy": "entropy", "mrr": "MRR"}
+        parts += ["## What finds the right experts", words, *worded(runs, STILL, RIGHT, figures)]
     for name, e in EXPERIMENTS.items():
         for first, which in ((FIRST_START, "confirmatory starts"), (0, "tuning starts, which decide nothing")):
             some = {k: r for k, r in runs.items() if k[0] == name and (k[2] >= FIRST_START) == (first > 0)}

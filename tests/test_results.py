@@ -523,6 +523,8 @@ def test_the_report_is_made_of_the_json_and_leaves_other_words_alone(tmp_path):
     credit = "| `erl-router` | `erl-router-random` |"
     assert f"{credit} +2.47 [+2.47, +2.47] | +0.000 [-0.000, +0.000] | +0.080 [+0.080, +0.080] |" in text
     assert f"{credit} 0.98 [0.98, 0.98] | +0.000 [-0.000, +0.000] | +0.080 [+0.080, +0.080] |" in text  # 20 / 20.5
+    found = "0.20 ± 0.00 | 0.20 - 0.20 | 1.00 ± 0.00 | 1.00 ± 0.00 | 0.95 [0.95, 0.95]"  # 20 / 21
+    assert f"| everything | `erl-router` | 10 | {found} |" in text
     assert "| `answers` | - | `gmpo-more` (3), `rais-more` (3) | `none`" in text
     assert "| `erl-text/erl-100` | mrr | 0.29" in text and "| 0.3003 | 2 | 0.29" in text
     assert [line.split(" | ")[-1] for line in text.splitlines() if "/erl-100`" in line] == ["no |", "yes |"]
