@@ -546,13 +546,20 @@ ANSWER_ARMS = {
 ANSWER_ARMS |= {
     f"{name}-more": a._replace(flags=f"{a.flags} {MORE}", about=f"{a.about}, four times the answers", tier=1)
     for name, a in ANSWER_ARMS.items()
-    if name in "gspo erpo erpo-permuted gmpo rais rais-yoked gmpo-replay gmpo-frozen gmpo-balance".split()
+    if name in "gspo erpo erpo-permuted erpo-none gmpo rais rais-yoked gmpo-replay gmpo-frozen gmpo-balance".split()
 }
 ANSWER_ARMS |= {  # half that learning rate: is it the rate that sets ERPO back?
     f"{name}-slow": ANSWER_ARMS[name]._replace(
         flags=f"{ANSWER_ARMS[name].flags} --lr 3e-5", about=f"{ANSWER_ARMS[name].about}, half the learning rate"
     )
     for name in ("gspo-more", "erpo-more")
+}
+ANSWER_ARMS |= {  # as many answers and updates; the last of 16 updates a batch is off the policy by 15
+    f"{name}-stale": ANSWER_ARMS[name]._replace(
+        flags=f"{ANSWER_ARMS[name].flags} --prompts-per-step 128 --minibatches 16 --steps 15",
+        about=f"{ANSWER_ARMS[name].about}, 16 updates a batch of 128 prompts",
+    )
+    for name in ("gspo-more", "erpo-more", "gmpo-more", "rais-more")
 }
 
 TEXT = "--dataset pydocs --batch-size 4 --eval-samples 40"

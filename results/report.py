@@ -85,7 +85,7 @@ RIGHT = {
     "erl-router-weighted-random": "ratio to the uniform policy, random experts credited",
     "erl-router-weighted": "everything, ratio to the uniform policy, no clip",
 }
-# Arms of `answers` and what each is to be compared with; so too those that end in -more and in -more-slow.
+# Arms of `answers` and what each is to be compared with; so too those that end in -more, -more-slow and -more-stale.
 AGAINST = {
     "erpo": ("gspo", "erpo-none", "erpo-permuted"),
     "erpo-absolute": ("erpo-none",),
@@ -276,7 +276,7 @@ def answer_tables(runs, first: int) -> list[str]:
         if set(cells) != {"-"}:
             lines.append(row(f"`{arm}`", *cells))
     rows = []
-    for more in ("", "-more", "-more-slow"):
+    for more in ("", "-more", "-more-slow", "-more-stale"):
         for arm, control in ((a + more, c + more) for a, cs in AGAINST.items() for c in cs):
             names = ("accuracy", "mean_reward_mean", "late_reward")
             gaps = [differences(runs, Contrast("", "", "answers", arm, control, f, 1, 1), first) for f in names]
