@@ -543,16 +543,21 @@ ANSWER_ARMS = {
         )
     },
 }
+SWEPT = ("grpo", "gspo", "gmpo", "cispo", "erpo", "rais")
+MORE_OF = (*SWEPT, *"erpo-permuted erpo-none rais-yoked gmpo-replay gmpo-frozen gmpo-balance".split())
 ANSWER_ARMS |= {
-    f"{name}-more": a._replace(flags=f"{a.flags} {MORE}", about=f"{a.about}, four times the answers", tier=1)
-    for name, a in ANSWER_ARMS.items()
-    if name in "gspo erpo erpo-permuted erpo-none gmpo rais rais-yoked gmpo-replay gmpo-frozen gmpo-balance".split()
-}
-ANSWER_ARMS |= {  # half that learning rate: is it the rate that sets ERPO back?
-    f"{name}-slow": ANSWER_ARMS[name]._replace(
-        flags=f"{ANSWER_ARMS[name].flags} --lr 3e-5", about=f"{ANSWER_ARMS[name].about}, half the learning rate"
+    f"{name}-more": ANSWER_ARMS[name]._replace(
+        flags=f"{ANSWER_ARMS[name].flags} {MORE}", about=f"{ANSWER_ARMS[name].about}, four times the answers", tier=1
     )
-    for name in ("gspo-more", "erpo-more")
+    for name in MORE_OF
+}
+ANSWER_ARMS |= {  # the sweep: half and twice that learning rate
+    f"{name}-more-{speed}": ANSWER_ARMS[f"{name}-more"]._replace(
+        flags=f"{ANSWER_ARMS[f'{name}-more'].flags} --lr {rate}",
+        about=f"{ANSWER_ARMS[f'{name}-more'].about}, {times} the learning rate",
+    )
+    for name in SWEPT
+    for speed, rate, times in (("slow", "3e-5", "half"), ("fast", "1.2e-4", "twice"))
 }
 ANSWER_ARMS |= {  # as many answers and updates; the last of 16 updates a batch is off the policy by 15
     f"{name}-stale": ANSWER_ARMS[name]._replace(
