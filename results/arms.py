@@ -342,13 +342,17 @@ def positive_only(
     return grpo_loss(log_probs, old_log_probs, advantages.clamp(min=0), response_mask, **clip)
 
 
-def yoked(log_probs, old_log_probs, advantages, response_mask, router_log_probs, old_router_log_probs):
-    """GMPO with every token's gamma replaced by the mean gamma of this very update: the size of the shift without
+def yoked(base: Callable):
+    """The base with every token's gamma replaced by the mean gamma of this very update: the size of the shift without
     knowing where."""
-    gamma = router_shift(router_log_probs, old_router_log_probs)
-    mean = gamma[response_mask].mean() if response_mask.any() else gamma.new_ones(())
-    loss, metrics = gmpo_loss(log_probs, old_log_probs - mean.log(), advantages, response_mask)
-    return loss, metrics | {"gamma_mean": mean}
+
+    def loss(log_probs, old_log_probs, advantages, response_mask, router_log_probs, old_router_log_probs):
+        gamma = router_shift(router_log_probs, old_router_log_probs)
+        mean = gamma[response_mask].mean() if response_mask.any() else gamma.new_ones(())
+        loss, metrics = base(log_probs, old_log_probs - mean.log(), advantages, response_mask)
+        return loss, metrics | {"gamma_mean": mean}
+
+    return loss
 
 
 def gamma_shuffled(log_probs, old_log_probs, advantages, response_mask, router_log_probs, old_router_log_probs):
@@ -508,12 +512,15 @@ ANSWER_ARMS = {
         "--algo erpo-permuted", "ERPO, clusters without meaning", method("erpo-permuted", erpo_permuted)
     ),
     "rais": Arm("--algo rais", "RAIS over GMPO", tier=0),
-    "rais-yoked": Arm("--algo rais-yoked", "GMPO, the update's mean gamma", method("rais-yoked", yoked), 0),
+    "rais-yoked": Arm("--algo rais-yoked", "GMPO, the update's mean gamma", method("rais-yoked", yoked(gmpo_loss)), 0),
     "rais-shuffled": Arm("--algo rais-shuffled", "RAIS, gammas shuffled", method("rais-shuffled", gamma_shuffled)),
     "rais-gradient": Arm(
         "--algo rais-gradient", "RAIS, gradient through gamma", method("rais-gradient", with_gradient)
     ),
     "rais-grpo": Arm("--algo rais-grpo", "RAIS over GRPO", method("rais-grpo", rais_over("grpo"))),
+    "rais-grpo-yoked": Arm(
+        "--algo rais-grpo-yoked", "GRPO, the update's mean gamma", method("rais-grpo-yoked", yoked(grpo_loss))
+    ),
     "rais-gspo": Arm("--algo rais-gspo", "RAIS over GSPO", method("rais-gspo", rais_over("gspo"))),
     "rais-no-floor": Arm("--algo rais --floor 0", "RAIS without a floor", tier=2),
     "rais-sum": Arm("--algo rais --layers sum", "RAIS, layers multiplied", tier=2),
@@ -544,7 +551,8 @@ ANSWER_ARMS = {
     },
 }
 SWEPT = ("grpo", "gspo", "gmpo", "cispo", "erpo", "rais")
-MORE_OF = (*SWEPT, *"erpo-permuted erpo-none rais-yoked gmpo-replay gmpo-frozen gmpo-balance".split())
+CONTROLS = "erpo-permuted erpo-none rais-yoked gmpo-replay gmpo-frozen gmpo-balance rais-grpo rais-grpo-yoked"
+MORE_OF = (*SWEPT, *CONTROLS.split())
 ANSWER_ARMS |= {
     f"{name}-more": ANSWER_ARMS[name]._replace(
         flags=f"{ANSWER_ARMS[name].flags} {MORE}", about=f"{ANSWER_ARMS[name].about}, four times the answers", tier=1
@@ -564,7 +572,7 @@ ANSWER_ARMS |= {  # as many answers and updates; the last of 16 updates a batch 
         flags=f"{ANSWER_ARMS[name].flags} --prompts-per-step 128 --minibatches 16 --steps 15",
         about=f"{ANSWER_ARMS[name].about}, 16 updates a batch of 128 prompts",
     )
-    for name in ("gspo-more", "erpo-more", "gmpo-more", "rais-more")
+    for name in [f"{n}-more" for n in (*SWEPT, "rais-grpo", "rais-grpo-yoked")]
 }
 
 TEXT = "--dataset pydocs --batch-size 4 --eval-samples 40"
