@@ -151,13 +151,38 @@ def router_loss(strength: float, of: Callable = entropy):
     return setup
 
 
+def with_dropout(losses: Callable):
+    """losses(model, batch, args, step) each of whose passes has dropout of its own, 0.1 of what enters the first
+    router's layer."""
+
+    def variant(model, batch, args, step):
+        branch, generator = model.branch, rng(args.seed, "dropout", step)
+
+        def dropped(hidden, *rest, **named):
+            keep = torch.rand(hidden.shape, generator=generator).to(hidden.device) >= 0.1
+            return branch(hidden * keep / 0.9, *rest, **named)
+
+        model.branch = dropped
+        try:
+            yield from losses(model, batch, args, step)
+        finally:
+            model.branch = branch
+
+    return variant
+
+
+def lm_with_dropout():
+    """MoE with the dropout of `as_published`. Replaces train.lm_losses."""
+    train.lm_losses = with_dropout(train.lm_losses)
+
+
 def as_published():
     """ERL as the public code of its first author does it, as far as reading it tells: the advantage is about the
     probability of the token that a position reads, not of the one that it predicts (there of the tokens that its own
-    forward has seen); each pass has dropout of its own (here 0.1 on what enters the first router's layer); one map of
-    perturbed positions holds for all rows and layers. Replaces train.explore, train.erl_losses, train.original_loss
-    and train.perturbed_log_probs. Its experts drawn from the router are not in it."""
-    plain_losses, plain_loss, plain_log_probs = train.erl_losses, train.original_loss, train.perturbed_log_probs
+    forward has seen); each pass has dropout of its own (see with_dropout); one map of perturbed positions holds for all
+    rows, layers and perturbed passes. Replaces train.explore, train.erl_losses, train.original_loss and
+    train.perturbed_log_probs. Its experts drawn from the router are not in it."""
+    plain_loss, plain_log_probs = train.original_loss, train.perturbed_log_probs
 
     def of_tokens_read(model, features, batch):
         with torch.no_grad():
@@ -170,19 +195,6 @@ def as_published():
     def perturbed_log_probs(model, features, batch, S, args):
         return of_tokens_read(model, features, batch), plain_log_probs(model, features, batch, S, args)[1]
 
-    def losses(model, batch, args, step):
-        branch, generator = model.branch, rng(args.seed, "dropout", step)
-
-        def with_dropout(hidden, *rest, **named):
-            keep = torch.rand(hidden.shape, generator=generator).to(hidden.device) >= 0.1
-            return branch(hidden * keep / 0.9, *rest, **named)
-
-        model.branch = with_dropout
-        try:
-            yield from plain_losses(model, batch, args, step)
-        finally:
-            model.branch = branch
-
     def one_map(forward, mask, top_k, *, alpha, generator=None, **options):
         def forward_on_one_map(routes):
             if routes is not None:
@@ -192,7 +204,7 @@ def as_published():
 
         return explore(forward_on_one_map, mask, top_k, alpha=alpha, generator=generator, **options)
 
-    train.explore, train.erl_losses = one_map, losses
+    train.explore, train.erl_losses = one_map, with_dropout(train.erl_losses)
     train.original_loss, train.perturbed_log_probs = original_loss, perturbed_log_probs
 
 
@@ -488,6 +500,7 @@ ERL_ARMS = {
     "dense": Arm("--algo dense", "the dense model, trained on", tier=2),
     "erl-wpl": Arm(f"{ERL} --wpl", "ERL with the perturbed passes' LM loss (wPL)", tier=2),
     "erl-published": Arm(ERL, "ERL as published", as_published, 2),
+    "lm-dropout": Arm("--algo lm", "MoE with the dropout of ERL as published", lm_with_dropout, 2),
     "lm-straight": Arm("--algo lm --gate straight", "MoE, gate with a gradient", tier=2),
     "lm-plain": Arm("--algo lm --balance-coef 0 --z-coef 0", "MoE without balance and z loss", tier=2),
     "erl-plain": Arm(f"{ERL} --balance-coef 0 --z-coef 0", "ERL without balance and z loss", tier=2),
