@@ -243,8 +243,7 @@ def minibatches(rewards: Tensor, args):
 
 
 def zero_variance_groups(rewards: Tensor, group_size: int) -> Tensor:
-    groups = rewards.view(-1, group_size)
-    return groups.amax(1) == groups.amin(1)
+    return (group_advantages(rewards, group_size) == 0).view(-1, group_size).all(1)
 
 
 def policy_forward(model: GPT, rollout: Rollout, args) -> tuple[Policy, Tensor | float]:
