@@ -318,7 +318,7 @@ def moved_routes(new: Policy, rollout: Rollout) -> dict:
 def mean_metrics(updates: list[dict]) -> dict:
     """Means over the updates of a step; of -log ratio without the first one too, where it is 0 by construction."""
     metrics = {name: sum(u[name] for u in updates) / len(updates) for name in (updates[0] if updates else ())}
-    if later := updates[1:]:
+    if (later := updates[1:]) and "ratio_neg_log" in metrics:  # a method need not report it
         metrics["ratio_neg_log_later"] = sum(u["ratio_neg_log"] for u in later) / len(later)
     return {"loss": 0.0} | metrics | {"updates": len(updates)}
 
