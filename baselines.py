@@ -20,8 +20,8 @@ What they return is (loss, metrics), metrics as detached 0-d tensors:
   clip_share      share of those ratios whose gradient the clip cuts off (CISPO: cuts down)
 Reduction, all four: a mean over a row's response tokens (of the surrogate in GRPO and CISPO, inside the exponent in
 GSPO and GMPO), then the mean over all B rows: every row weighs the same however long it is. A row without response
-tokens adds 0 and still counts. Padded positions may hold anything. A log ratio above 40 counts as 40: exp would
-overflow later on.
+tokens adds 0 and still counts. Padded positions may hold anything. What goes into exp (a token's log ratio in GRPO and
+CISPO, a row's mean in GSPO and GMPO) counts as 40 where it is above, without gradient: exp would overflow later on.
 ValueError: other shapes, a mask that is not bool, a negative clip range.
 
 Needs torch alone. B rows (prompts x G responses, the G of a prompt next to each other), T positions.
@@ -34,7 +34,7 @@ def group_advantages(rewards, group_size):
     """A = (R - mean) / (std + 1e-6) over each group of G rows (ERPO eq. 2), std the sample's (G - 1).
 
     rewards [B], any number type; group_size G. Returns [B], float32 (float64 stays), without gradient. A group whose
-    rewards are all equal gets exactly 0. Reads the rewards on the host once, to check them.
+    rewards are equal within the rounding of sums gets exactly 0. Reads the rewards on the host once, to check them.
     ValueError: rewards not [B] or not below 1e15 in size, B no multiple of G, G below 2 (one has nothing to compare).
     """
     if rewards.dim() != 1:
@@ -48,7 +48,9 @@ def group_advantages(rewards, group_size):
         raise ValueError(f"rewards must be finite and below 1e15 in size, got {rewards.tolist()}")
     A = (R - R.mean(1, keepdim=True)) / (R.std(1, keepdim=True) + 1e-6)  # eq. 2
     # Three rewards of 0.1 do not have a mean of exactly 0.1: that they are equal is seen in max and min, not in std.
-    equal = R.amax(1, keepdim=True) == R.amin(1, keepdim=True)
+    # 50.1 + 30.2 + 20.3 and 20.3 + 30.2 + 50.1 differ in the last digit and count as equal as well.
+    rounding = group_size * torch.finfo(R.dtype).eps * R.abs().amax(1, keepdim=True)
+    equal = R.amax(1, keepdim=True) - R.amin(1, keepdim=True) <= rounding
     return A.masked_fill(equal, 0).flatten()
 
 

@@ -391,7 +391,7 @@ def _check_split(spec: DatasetSpec, split: str, data_dir: str | None) -> None:
         raise ValueError(f"split: expected one of {', '.join(SPLITS)}, got {split!r}")
     _check_source(spec, data_dir)
     if spec.files and split not in spec.files:
-        why = f"test on {', '.join(spec.test_sets)}" if spec.test_sets else "it only tests; train on deepscaler"
+        why = f"test on --dataset {' or '.join(spec.test_sets)}" if spec.test_sets else "train on deepscaler"
         raise UserError(f"{spec.name} has no {split} split: {why}")
 
 
@@ -544,7 +544,8 @@ def load_text(
         variants = {".raw": "wikitext-2-raw-v1", ".tokens": "wikitext-2-v1 (tokenised, <unk>)"}
         variant = variants.get(Path(spec.files[split]).suffix, name) if spec.hub else name
         if list(spec.files.values()).count(spec.files[split]) > 1:  # one file: each paragraph belongs to one split
-            text = "\n\n".join(p for p in text.split("\n\n") if _belongs(p, split, spec.files)) + "\n"
+            paragraphs = re.split(r"\n[ \t]*\n", text.replace("\r\n", "\n"))
+            text = "\n\n".join(p for p in paragraphs if _belongs(p, split, spec.files)) + "\n"
             if not text.strip():
                 raise UserError(f"{name} has no {split} paragraph: an empty line stands between paragraphs")
     else:  # the hub has one row a line, and an empty row for the line that holds one blank

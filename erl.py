@@ -77,11 +77,11 @@ def erl_loss(router_log_probs, old_router_log_probs, advantages, perturbed, *, c
     With one optimiser step a draw the ratio is 1 and the clip idle: inner epochs call this again on the same routes.
     The gradient reaches the rest of the network through router_log_probs, or the routers alone where the caller
     detached their inputs.
-    The experts are drawn uniformly: where A says nothing of the expert, a step moves the logit of expert e (K = 1,
-    ratio 1) along A (1/E - P(e)): a mean advantage below 0 sharpens the router by itself. With old_router_log_probs
-    -log E and clip_eps E the ratio is to that draw, and such an A has no mean gradient (docs/findings.md).
+    Caution: the experts are drawn uniformly, and eq. 12 divides by the router's probability. So an A that says nothing
+    of the expert moves the logit of expert e along A (1/E - P(e)) (K = 1): below 0 on average, it sharpens the router.
+    To divide by the draw's own probability hand over old_router_log_probs -log E and clip_eps E (docs/findings.md).
     For m perturbed forwards pass m * B rows. Entries outside S may hold anything. An empty S gives 0 with gradient 0.
-    A log ratio above 40 counts as 40: exp would overflow later on.
+    A log ratio above 40 counts as 40, without gradient: exp would overflow later on.
     Reduction: sum over S and K, divided by |S| * K; so a long text weighs more than a short one.
     Returns (loss, metrics), metrics as detached 0-d tensors over the perturbed decisions:
       rl_loss                                  the loss
@@ -92,9 +92,7 @@ def erl_loss(router_log_probs, old_router_log_probs, advantages, perturbed, *, c
     ValueError: a shape or mask type other than the above, clip_eps below 0.
     """
     if router_log_probs.dim() != 4 or not router_log_probs.shape[3]:
-        raise ValueError(
-            f"router_log_probs must have shape [B, T, L, K], K above 0, got {list(router_log_probs.shape)}"
-        )
+        raise ValueError(f"router_log_probs must have shape [B, T, L, K], K > 0, got {list(router_log_probs.shape)}")
     B, T, L, K = router_log_probs.shape
     _check_shape("old_router_log_probs", old_router_log_probs, (B, T, L, K))
     _check_shape("advantages", advantages, (B, T))
@@ -141,7 +139,7 @@ class Paths(NamedTuple):
     original: Pass
     perturbed: Pass  # for the first inner epoch, when nothing has been updated yet
     experts: torch.Tensor  # int64 [m * B, T, L, K], the random experts
-    S: torch.Tensor  # bool [m * B, T, L], the decisions that use them
+    S: torch.Tensor  # bool [m * B, T, L], the decisions that use them: what erl_loss takes as `perturbed`
     advantages: torch.Tensor  # [m * B, T], of the token that position t predicts
     old_router_log_probs: torch.Tensor  # [m * B, T, L, K], log P of the random experts when they were drawn
 
@@ -177,14 +175,16 @@ def explore(
 
     Decision: only decisions at positions that predict a counting token are replaced. On a task the prompt stays as it
     is: the paper's tasks run on encoder-decoder models whose decoder alone is perturbed.
-    ValueError: n_perturb below 1, rounding_units below 0, a mask of another shape or type, and what random_routes and
-    erl_advantage refuse.
+    ValueError: n_perturb below 1, rounding_units below 0, another shape or type of the mask or of what forward returns,
+    and what random_routes and erl_advantage refuse.
     """
     if n_perturb < 1:
         raise ValueError(f"n_perturb must be at least 1, got {n_perturb}")
     if not rounding_units >= 0:
         raise ValueError(f"rounding_units must be at least 0, got {rounding_units}")
     original = Pass(*forward(None))
+    if original.router_log_probs.dim() != 4:
+        raise ValueError(f"forward must return router_log_probs [B, T, L, E], got {original.router_log_probs.dim()}-d")
     original_log_probs, (B, T, L, E) = original.log_probs.detach(), original.router_log_probs.shape
     _check_shape("mask", mask, (B, T))
     if mask.dtype != torch.bool:
@@ -193,6 +193,8 @@ def explore(
     S = (replaced & mask.cpu().repeat(n_perturb, 1).unsqueeze(-1)).to(original_log_probs.device)  # [m * B, T, L]
     experts = experts.to(original_log_probs.device)
     perturbed = Pass(*forward((experts, S)))
+    _check_shape("log_probs of forward(routes)", perturbed.log_probs, S.shape[:2])
+    _check_shape("router_log_probs of forward(routes)", perturbed.router_log_probs, (*S.shape, E))
     bound = rounding(original_log_probs, dtype, rounding_units).repeat(n_perturb, 1)
     # All layers at position t answer for the token predicted there; where no decision is in S, A is never read.
     A = _gain(perturbed.log_probs.detach(), original_log_probs.repeat(n_perturb, 1), advantage, bound)  # [m * B, T]
@@ -219,12 +221,14 @@ def erl_objective(
     The first loss reuses the passes of `explore`, so its ratio is exactly 1. Further ones run the same routes through
     the updated model, and the clip begins to act. Decision: they hold delta * L_RL alone; two inner epochs are not two
     epochs of the LM loss.
-    ValueError: delta below 0, inner_epochs below 1, and what erl_loss refuses.
+    ValueError: delta below 0, inner_epochs below 1, wpl without that loss, and what erl_loss refuses.
     """
     if not delta >= 0:
         raise ValueError(f"delta must be at least 0, got {delta}")
     if inner_epochs < 1:
         raise ValueError(f"inner_epochs must be at least 1, got {inner_epochs}")
+    if wpl and paths.perturbed.loss is None:
+        raise ValueError("wpl needs the LM loss of the perturbed passes: forward returned None for it")
     for epoch in range(inner_epochs):
         again = Pass(*forward((paths.experts, paths.S))) if epoch else paths.perturbed
         log_probs = again.router_log_probs.gather(-1, paths.experts)  # [m * B, T, L, K]

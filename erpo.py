@@ -39,7 +39,8 @@ def erpo_loss(
     response_mask                   [B, T]        bool, true where the predicted token belongs to the response
     experts, old_experts            [B, T, L, K]  the experts that the new, the old policy used at position t: int64,
                                                   int32, int16, int8 or uint8, distinct within a token
-    expert_probs, old_expert_probs  [B, T, L, K]  P(tau)[j] of those experts; no gradient
+    expert_probs, old_expert_probs  [B, T, L, K]  P(tau)[j] of those experts, P the router's full softmax over all E
+                                                  (never the gate's weights, renormalised over the top-K); no gradient
     num_experts          experts a layer, E
     group_size           responses a prompt, G; at least 2
     alpha                weight of the entropy reward, within [0, 1] [section 5.1: 0.2]
@@ -49,13 +50,14 @@ def erpo_loss(
     Decision (alignment): a token belongs to the clusters of position t, the forward pass that predicted it, not to
     those of the position at which it is read.
     Reduction: mean over the pairs that have a ratio in a row, then mean over all B rows.
-    Padded positions may hold anything. An all-false mask gives 0 with gradient 0. A log ratio above 40 counts as 40.
+    Padded positions may hold anything. An all-false mask gives 0 with gradient 0. A cluster's log ratio above 40 counts
+    as 40, without gradient.
     Returns (loss, metrics), metrics as detached 0-d tensors; the ratios are those of all rows' pairs:
       loss                                  the loss
       ratio_mean, ratio_std, ratio_neg_log  of e; the last is the mean of -log e
       clip_share                            share of ratios whose gradient the clip cuts off
       clusters, dropped_clusters            pairs with a ratio; pairs active under one policy only
-      expert_entropy, entropy_reward        mean H and mean R_ent over pairs with a ratio (0 with "none")
+      expert_entropy, entropy_reward        mean H and mean R_ent (0 with "none") over pairs with a ratio
     ValueError: wrong shapes or types, G below 2 or no divisor of B, rewards that are not finite, unknown options, and
     on the CPU expert ids outside 0..E-1 (elsewhere the device reports them in its own way).
     """
@@ -128,8 +130,8 @@ def _advantages(rewards, valid, group_size):
     """A_ij: the rewards R_ij [B, L, E] of one pair, standardised over the rows of its group.
 
     Decisions: mean and standard deviation run over the rows in which the pair has a ratio; the standard deviation is
-    the sample's (n - 1) plus 1e-6; fewer than two such rows, or equal R_ij, give 0. (A pair that served only rows of
-    equal task reward is thus standardised over its entropy rewards alone, however small they are.)
+    the sample's (n - 1) plus 1e-6; fewer than two such rows, or R_ij equal within rounding, give 0. (A pair that served
+    only rows of equal task reward is thus standardised over its entropy rewards alone, however small they are.)
     """
     R, valid = (x.unflatten(0, (-1, group_size)) for x in (rewards, valid))  # [P, G, L, E]
     n = valid.sum(1, keepdim=True)  # [P, 1, L, E]
@@ -138,7 +140,8 @@ def _advantages(rewards, valid, group_size):
     highest = R.masked_fill(~valid, -torch.inf).amax(1, keepdim=True)
     lowest = R.masked_fill(~valid, torch.inf).amin(1, keepdim=True)
     # That rewards are equal is seen in these two; std is left with a residue of rounding.
-    return (difference / (std + 1e-6)).masked_fill(~(valid & (highest > lowest)), 0).flatten(0, 1)
+    rounding = group_size * torch.finfo(R.dtype).eps * torch.maximum(highest.abs(), lowest.abs())
+    return (difference / (std + 1e-6)).masked_fill(~(valid & (highest - lowest > rounding)), 0).flatten(0, 1)
 
 
 def _clusters(log_probs, experts, expert_probs, mask, num_experts):
@@ -221,7 +224,8 @@ def _check_ids(experts, old_experts, response_mask, num_experts):
         for layer in range(
             ids.shape[2] if ids.device.type == "cpu" else 0
         ):  # elsewhere the check would wait for the device
-            lowest, highest = ids[:, :, layer].masked_fill(~response_mask.unsqueeze(-1), 0).aminmax()  # 0 is valid
+            # As int64: num_experts itself may not fit the type of the ids. 0 is valid.
+            lowest, highest = ids[:, :, layer].long().masked_fill(~response_mask.unsqueeze(-1), 0).aminmax()
             if not 0 <= lowest <= highest < num_experts:
                 used = ids[:, :, layer][response_mask]  # [response tokens, K]
                 raise ValueError(

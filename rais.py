@@ -38,9 +38,7 @@ def router_shift(
     ValueError: shapes that differ or are not [B, T, L, K], floor outside [0, 1], unknown layers.
     """
     if router_log_probs.dim() != 4 or not router_log_probs.shape[3]:
-        raise ValueError(
-            f"router_log_probs must have shape [B, T, L, K], K above 0, got {list(router_log_probs.shape)}"
-        )
+        raise ValueError(f"router_log_probs must have shape [B, T, L, K], K > 0, got {list(router_log_probs.shape)}")
     if old_router_log_probs.shape != router_log_probs.shape:
         raise ValueError(
             f"old_router_log_probs must have shape {list(router_log_probs.shape)}, "
@@ -89,11 +87,11 @@ def rais_loss(
     layers               how the layers' shifts are put together: "mean" or "sum" (a product of their gammas)
 
     gamma enters before the clip (v2; v1 multiplied after it), which moves the range of w = pi / pi_old to 1 / gamma
-    times the base's. For A < 0 it narrows: with GSPO's range a mean gamma of 0.95 is already outside, and as long as
-    pi is near pi_old every row with A < 0 loses its gradient (with GMPO's it is not: log 0.8 = -0.22 lies within -0.4).
+    times the base's. For A < 0 it narrows: with GSPO's range and pi near pi_old, a mean gamma of 0.95 already cuts off
+    the gradient of every row with A < 0; with GMPO's, of none (log 0.8 = -0.22 lies within -0.4).
     For A > 0 it widens: at gamma 0.8 GRPO's 0.8 to 1.28 is 1.0 to 1.6 in w.
     Reduction: the base's, a mean over a row's response tokens and then over all B rows; a row without any adds 0 and
-    still counts. Padded positions may hold anything. A log ratio above 40 counts as 40.
+    still counts. Padded positions may hold anything. What goes into exp counts as 40 above it.
     ValueError: wrong shapes or options, a mask that is not bool.
     Returns (loss, metrics), metrics as detached 0-d tensors:
       loss                                  the loss
@@ -120,7 +118,7 @@ def rais_loss(
     if base == "gmpo":  # tokens clipped in log space on the side that A opens, then their geometric mean
         clipped = torch.where(A > 0, log_ratio.clamp(max=high), log_ratio.clamp(min=-low))
         loss, clip_acts = -(_exp(_row_mean(clipped, mask)) * A).mean(), clipped != log_ratio
-    else:  # grpo: one ratio a token, gspo: one a row
+    else:  # grpo: one ratio a token; gspo: one a row, and _row_mean below is over that one
         if base == "gspo":
             log_ratio, valid = _row_mean(log_ratio, mask), mask.any(1, keepdim=True)  # [B, 1]
         ratio = _exp(log_ratio)

@@ -243,8 +243,7 @@ def minibatches(rewards: Tensor, args):
 
 
 def zero_variance_groups(rewards: Tensor, group_size: int) -> Tensor:
-    groups = rewards.view(-1, group_size)
-    return groups.amax(1) == groups.amin(1)
+    return (group_advantages(rewards, group_size) == 0).view(-1, group_size).all(1)
 
 
 def policy_forward(model: GPT, rollout: Rollout, args) -> tuple[Policy, Tensor | float]:
@@ -319,7 +318,7 @@ def moved_routes(new: Policy, rollout: Rollout) -> dict:
 def mean_metrics(updates: list[dict]) -> dict:
     """Means over the updates of a step; of -log ratio without the first one too, where it is 0 by construction."""
     metrics = {name: sum(u[name] for u in updates) / len(updates) for name in (updates[0] if updates else ())}
-    if later := updates[1:]:
+    if (later := updates[1:]) and "ratio_neg_log" in metrics:  # a method need not report it
         metrics["ratio_neg_log_later"] = sum(u["ratio_neg_log"] for u in later) / len(later)
     return {"loss": 0.0} | metrics | {"updates": len(updates)}
 

@@ -80,7 +80,7 @@ def make_forward(model, tokens, mask, args):
 
 
 def control(paths, arm, generator):
-    """The same paths with other credit. Advantages [m * B, T] of positions without a perturbed decision stay."""
+    """The same paths with other credit. Advantages of positions without a perturbed decision are read by nobody."""
     A, (B, T) = paths.advantages.clone(), paths.original[0].shape
     if arm == "shuffled":
         rows, at = paths.S.any(-1).nonzero(as_tuple=True)

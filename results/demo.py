@@ -39,7 +39,12 @@ def demo() -> int:
             say(f"\n{name}: {story}\n  python train.py {' '.join(common + flags)}", sys.stderr)
             if name == "ERL-random":
                 explore_then(random_expert)()  # replaces train.explore
-            rows[name] = train.run(train.parse([*common, *flags, "--out", f"{out}/{name}"]))
+            try:
+                rows[name] = train.run(train.parse([*common, *flags, "--out", f"{out}/{name}"]))
+            except KeyboardInterrupt:
+                if name == "ERL-random":
+                    say("that would go on as plain ERL: run the demo anew instead", sys.stderr)
+                raise
             if name != "dense":
                 rows[name] |= eval_routing.run(eval_routing.parse([f"{out}/{name}", "--samples", "20"]))
     finally:

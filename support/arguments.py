@@ -91,7 +91,7 @@ def options_of(*functions) -> dict[str, Option]:
             if parameter.kind is not parameter.KEYWORD_ONLY or parameter.default is parameter.empty:
                 continue
             hint, choices = hints.get(name, type(parameter.default)), ()
-            if isinstance(hint, types.UnionType):
+            if typing.get_origin(hint) in (types.UnionType, typing.Union):
                 hint = next(part for part in hint.__args__ if part is not type(None))
             if typing.get_origin(hint) is typing.Literal:
                 hint, choices = str, typing.get_args(hint)
@@ -115,7 +115,8 @@ def add_options(parser, title: str, options: dict[str, Option], aliases: dict[st
         flags = ["--" + n.replace("_", "-") for n in (o.name, aliases.get(o.name)) if n]
         text = o.help.replace("%", "%%")
         if o.type is bool:
-            group.add_argument(*flags, action="store_true", dest=o.name, help=text)
+            on_or_off = argparse.BooleanOptionalAction if o.default else "store_true"  # --name and --no-name
+            group.add_argument(*flags, action=on_or_off, default=o.default, dest=o.name, help=text)
             continue
         plain = {int: number(int, low=1, high=10**6), float: number(float), str: str}[o.type]
         kind = one_of(o.name.replace("_", " "), o.choices) if o.choices else plain

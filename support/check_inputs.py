@@ -86,17 +86,19 @@ def _check_probs(name, x):
 
 
 def _check_whole(name, probs, num_experts):
-    """Probabilities [.., K] of the full softmax sum to less than 1, unless K = E; the gate's weights sum to 1."""
-    if probs.shape[-1] != num_experts and (probs.sum(-1) - 1).abs().max() < 1e-6:
+    """Probabilities [.., K] of the full softmax sum to less than 1, unless K = E; the gate's weights sum to 1. Without
+    num_experts nobody can say whether K = E."""
+    if num_experts not in (None, probs.shape[-1]) and (probs.sum(-1) - 1).abs().max() < 1e-6:
         raise ValueError(
-            f"{name} sums to 1 over the K experts everywhere, like gate weights normalised over the top-K: "
-            "take the full softmax over all experts"
+            f"{name} sums to 1 over the K experts everywhere, like gate weights normalised over the top-K: take the "
+            "full softmax over all experts" + (" (or the router has collapsed)" if probs.shape[-1] == 1 else "")
         )
 
 
 def _check_experts(name, ids, num_experts):
     if ids.is_floating_point() or ids.dtype == torch.bool:
         raise ValueError(f"{name} must hold expert ids, whole numbers, got {ids.dtype}: weights or a mask instead?")
+    ids = ids.long()  # num_experts itself may not fit their type
     if num_experts is not None and not (0 <= ids.min() and ids.max() < num_experts):
         raise ValueError(
             f"{name} must lie in 0..{num_experts - 1}, got {ids.min()}..{ids.max()}: ids counted over all layers, or "

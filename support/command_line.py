@@ -185,7 +185,9 @@ def _given(p: Parser, argv: list[str]) -> set[str]:
 
 def _resumed(p: Parser, args, saved: dict, given: set[str], options) -> argparse.Namespace:
     by_themselves = {name for name, o in options.get(str(saved.get("algo")), {}).items() if o.default is None}
-    values = saved_arguments(p, saved, args.out, {"data_dir", "epochs", "preset"} | by_themselves)
+    size = saved.get("model")  # "custom" is that of an --init whose size has no name
+    readable = saved | {"model": "tiny"} if size == "custom" else saved
+    values = saved_arguments(p, readable, args.out, {"data_dir", "epochs", "preset"} | by_themselves) | {"model": size}
     _check(argparse.Namespace(**values))
     for name in given - FREE_ON_RESUME:
         if values.get(name) != getattr(args, name):
@@ -201,6 +203,8 @@ def _fill(args, given: set[str], generative: bool):
     if args.steps and args.epochs:
         raise UserError("--steps and --epochs say the same thing: give one of them")
     size, vocabulary = look_at(args.init)
+    if size and "model" in given and args.model != size:
+        raise UserError(f"--init {args.init} is a model of another size than --model {args.model}: leave --model out")
     args.model = size if size in SIZES else args.model
     text, short, started = spec.kind == "text", spec.problems is not None, size is not None
     trained_before = size == "gpt2" or locate(args.init)[0] == "gpt2"  # GPT-2's weights, or what was made from them
@@ -241,8 +245,11 @@ def _fill(args, given: set[str], generative: bool):
 
 def _check(args):
     """Flags that do not fit together, a hand-edited config.json included."""
-    if data.get_dataset(args.dataset).test_only:
-        raise UserError(f"{args.dataset} is a test set: train on gsm8k or deepscaler, which is tested on it")
+    spec = data.get_dataset(args.dataset)
+    if spec.test_only:
+        tested = args.dataset in data.get_dataset("deepscaler").test_sets
+        why = "train on deepscaler, which is tested on it" if tested else "train on gsm8k or deepscaler"
+        raise UserError(f"{args.dataset} is a test set: {why}")
     if args.algo != "dense" and args.n_expert == 1:
         raise UserError(f"--n-expert 1 leaves nothing to route: --algo {args.algo} needs at least 2 (dense has one)")
     if args.algo == "erl" and args.freeze_router and args.erl_grad == "router":

@@ -147,7 +147,7 @@ def measure_math(response: str, example: Example) -> dict[str, float]:
 
 
 def measure_number(response: str, example: Example) -> dict[str, float]:
-    """1 if the final answer is the reference's number, worked out: 18, 18.00, 36/2, not 9 + 9."""
+    """1 if the final answer is the reference's number, worked out: 18, 18.00, $18, not 36/2 or 9 + 9."""
     answer = final_answer(response)
     return {"accuracy": float(any(same_math(reference, answer, number=True) for reference in example.references))}
 

@@ -95,8 +95,7 @@ def load_state(folder: str) -> dict:
 
 
 def _is_score(item) -> bool:
-    name, value = item
-    return isinstance(name, str) and isinstance(value, int | float)
+    return isinstance(item[0], str) and isinstance(item[1], int | float)
 
 
 def _is_row(row) -> bool:
@@ -410,17 +409,22 @@ def lock_file(file, out: str):
         raise UserError(f"{out} is in use by another process") from None
 
 
+def _free_folder(name: str) -> str:
+    """The first of NAME-1, NAME-2, ... that is not there, made at once: two runs that start together get one each."""
+    for i in range(1, 10**9):
+        with contextlib.suppress(FileExistsError):
+            os.makedirs(f"{name}-{i}")
+            return f"{name}-{i}"
+
+
 def open_folder(args):
     """args.out becomes the run's folder: a new one, or with --resume the one that is there, if it is free."""
-    if not args.out:
-        name = f"{args.algo}-{args.dataset}-seed{args.seed}"
-        paths = (os.path.join("runs", f"{name}-{i}") for i in range(1, 10**6))
-        args.out = next(path for path in paths if not os.path.exists(path))
-    if not args.resume and os.path.isdir(args.out) and os.listdir(args.out):
+    if args.out and not args.resume and os.path.isdir(args.out) and os.listdir(args.out):
         raise UserError(f"{args.out} is not empty: continue its run with --resume, or name another folder with --out")
     try:
+        args.out = args.out or _free_folder(os.path.join("runs", f"{args.algo}-{args.dataset}-seed{args.seed}"))
         os.makedirs(args.out, exist_ok=True)
         if not args.resume:
             write_json(os.path.join(args.out, "config.json"), {k: v for k, v in vars(args).items() if k != "resume"})
     except OSError as error:
-        raise UserError(f"cannot write the run folder {args.out}: {error.strerror}") from error
+        raise UserError(f"cannot write the run folder {args.out or 'runs'}: {error.strerror}") from error

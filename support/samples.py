@@ -61,7 +61,8 @@ def load_samples(args, model: GPT, config: dict) -> Samples:
         items = data.load_examples(name, args.split, data_dir=data_dir, seed=args.seed)
     if not items:
         raise UserError(f"{name} has no sample in its {args.split} split")
-    new = config["max_new_tokens"] if name == config["dataset"] else None
+    of_the_run = name in (config["dataset"], *data.get_dataset(config["dataset"]).test_sets)  # answers as long as there
+    new = config["max_new_tokens"] if of_the_run else None
     return Samples(spec, tokenizer, items, new or min(spec.max_new_tokens, context // 2))
 
 

@@ -144,7 +144,7 @@ def load_task(args, context: int, generative: bool) -> Task:
         held_out, variant = _load_held_out(spec, args), spec.name
         least_room = args.max_new_tokens if generative else 0
         encoded, counts = data.encode_examples(examples, tokenizer, context, min_new_tokens=least_room)
-        _report_counts(spec, counts, context, held_out, tokenizer, room)
+        _report_counts(spec, counts, context, held_out, tokenizer, room, generative)
         if not encoded:
             raise UserError(f"no training example of {args.dataset} fits into {context} tokens")
         batch = TaskBatches(encoded, args.batch_size, args.seed, tokenizer.end)
@@ -165,8 +165,9 @@ def _load_held_out(spec, args) -> dict:
     return held_out
 
 
-def _report_counts(spec, counts: dict, context: int, held_out: dict, tokenizer, room: int):
-    for key, sentence in (("cut", "had their prompt cut from the left"), ("skipped", "were left out")):
+def _report_counts(spec, counts: dict, context: int, held_out: dict, tokenizer, room: int, generative: bool):
+    left_out = "were left out" + " of the supervised phase" * generative  # the policy may be asked them all the same
+    for key, sentence in (("cut", "had their prompt cut from the left"), ("skipped", left_out)):
         if counts[key]:
             whole = counts["kept"] + counts["skipped"]
             text = f"{spec.name}: {counts[key]} of {whole} training examples {sentence} (context {context} tokens)"

@@ -101,6 +101,23 @@ def test_each_mistake_is_named(name, spoil, sentence):
         check_inputs(**{**inputs, name: spoil(inputs[name])})
 
 
+def test_small_types_hold_ids_of_many_experts():
+    check_inputs(experts=torch.tensor([[[[255, 3]]]], dtype=torch.uint8), num_experts=256)
+    with pytest.raises(ValueError, match=r"experts must lie in 0\.\.127, got 3\.\.255"):
+        check_inputs(experts=torch.tensor([[[[255, 3]]]], dtype=torch.uint8), num_experts=128)
+
+
+def test_all_experts_may_be_used_where_their_number_is_not_said():
+    """K = E: probabilities sum to 1, and without num_experts nobody knows that K is not E."""
+    whole = logits().softmax(-1)
+    check_inputs(expert_probs=whole)
+    check_inputs(expert_probs=whole, num_experts=K)
+    with pytest.raises(ValueError, match="sums to 1"):
+        check_inputs(expert_probs=whole, num_experts=K + 1)
+    with pytest.raises(ValueError, match="the router has collapsed"):
+        check_inputs(expert_probs=whole[..., :1] * 0 + 1, num_experts=8)
+
+
 def test_rewards_of_plus_and_minus_one_are_rewards():
     """Their mean may be 0 too; their deviation is not 1."""
     check_inputs(rewards=torch.tensor([1.0, -1, 1, -1, 1, 1, -1, 1]), group_size=4)

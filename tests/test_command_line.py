@@ -4,6 +4,7 @@ import argparse
 import inspect
 import json
 import math
+import typing
 from pathlib import Path
 from typing import Literal
 
@@ -56,6 +57,16 @@ def test_options_become_flags():
         with pytest.raises(UserError):
             p.parse_args(line.split())
     assert "100 %" in p.format_help()  # a percent sign in a docstring is not argparse's
+
+
+def test_what_is_on_by_default_stays_on_and_can_be_turned_off():
+    def loss(x, *, normalise: bool = True, cap: typing.Optional[float] = None):  # noqa: UP045 - also read
+        pass
+
+    p = Parser()
+    add_options(p, "options", options_of(loss), {})
+    assert vars(p.parse_args([])) == {"normalise": True, "cap": None}
+    assert vars(p.parse_args(["--no-normalise", "--cap", "2"])) == {"normalise": False, "cap": 2.0}
 
 
 @pytest.mark.parametrize("algo", ["erl", *train.METHODS])

@@ -1,5 +1,6 @@
-"""What a CPU can check of the CUDA path: under torch.compile neither the parts of a training step nor the losses break
-the graph (`fullgraph` raises where the host would read a tensor), in bfloat16, where the experts' product is grouped.
+"""What a CPU can check of the CUDA path: under torch.compile neither the parts of a training step nor ERL's and RAIS's
+losses break the graph (`fullgraph` raises where the host would read a tensor; ERPO's loss checks rewards on the host),
+in bfloat16, where the experts' product is grouped.
 """
 
 import pytest

@@ -371,7 +371,7 @@ def test_real_records_read_as_they_should():
 
 
 def test_sets_without_a_split_say_where_to_go():
-    with pytest.raises(data.UserError, match="math500.*aime24"):
+    with pytest.raises(data.UserError, match="--dataset math500 or aime24"):
         data.load_examples("deepscaler", "test", data_dir="nowhere")
     with pytest.raises(data.UserError, match="math500 has no train split"):
         data.load_examples("math500", "train", data_dir="nowhere")

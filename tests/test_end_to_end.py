@@ -328,6 +328,20 @@ def test_init_from_a_folder_of_gpt2_weights(here):
     assert rows_of()[0]["loss"] == pytest.approx(-sum(nll) / len(nll), rel=1e-5)
 
 
+def test_a_run_whose_size_has_no_name_goes_on(here, capsys):
+    """Three layers of width 32: config.json says "custom", which --model does not know."""
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    torch.manual_seed(0)
+    GPT2LMHeadModel(GPT2Config(vocab_size=257, n_positions=48, n_embd=32, n_layer=3, n_head=2)).save_pretrained("own")
+    run("--algo lm --init own --pretrain-steps 0 --eval-samples 2 --checkpoint-every 1")
+    assert json.loads(Path("r/config.json").read_text())["model"] == "custom"
+    whole = Path("r/metrics.jsonl").read_text()
+    assert train.main(["--resume", "--out", "r"]) == 0 and Path("r/metrics.jsonl").read_text() == whole
+    says = refused("--algo lm --dataset pydocs --model small --init own", here, capsys)
+    assert "--init own is a model of another size than --model small: leave --model out" in says
+
+
 # ------------------------------------------------------------------------------------------------- the real commands
 
 

@@ -318,7 +318,7 @@ def test_loss_refuses_bad_arguments():
     new, old, advantages, perturbed = make(15)
     with pytest.raises(ValueError, match=r"^router_log_probs .*\[B, T, L, K\].*\[2, 4, 2\]"):
         erl_loss(new[..., 0], old, advantages, perturbed)
-    with pytest.raises(ValueError, match=r"^router_log_probs .*K above 0.*\[2, 4, 2, 0\]"):
+    with pytest.raises(ValueError, match=r"^router_log_probs .*K > 0.*\[2, 4, 2, 0\]"):
         erl_loss(new[..., :0], old[..., :0], advantages, perturbed)
     with pytest.raises(ValueError, match=r"^old_router_log_probs .*\[2, 4, 2, 2\].*\[2, 4, 2, 1\]"):
         erl_loss(new, old[..., :1], advantages, perturbed)
@@ -534,6 +534,32 @@ def test_rounding_grows_with_the_log_probability(dtype):
 def test_explore_refuses_bad_arguments(options, word):
     with pytest.raises(ValueError, match=word):
         explored(Toy(), **options)
+
+
+@pytest.mark.parametrize(
+    "spoil, sentence",
+    [
+        (lambda passed, routes: (passed[0], passed[1].sum(-1), passed[2]), r"^forward must return .*\[B, T, L, E\]"),
+        (lambda passed, routes: [x[:2] if x.dim() and routes else x for x in passed], r"^log_probs of .*\[6, 5\]"),
+        (lambda passed, routes: (passed[0], passed[1][:2], passed[2]), r"^router_log_probs of forward\(routes\)"),
+    ],
+)
+def test_explore_names_what_is_wrong_with_a_forward(spoil, sentence):
+    toy = Toy()
+    with pytest.raises(ValueError, match=sentence):
+        explore(lambda routes: spoil(toy(routes), routes), torch.ones(2, 5, dtype=torch.bool), 2)
+
+
+def test_wpl_needs_the_loss_of_the_perturbed_passes():
+    toy = Toy()
+
+    def forward(routes):
+        return toy(routes) if routes is None else (*toy(routes)[:2], None)
+
+    paths = explore(forward, torch.ones(2, 5, dtype=torch.bool), 2)
+    assert len(list(erl_objective(forward, paths))) == 1
+    with pytest.raises(ValueError, match="^wpl needs the LM loss"):
+        list(erl_objective(forward, paths, wpl=True))
 
 
 @pytest.mark.parametrize("options", [{"delta": -1.0}, {"inner_epochs": 0}, {"clip_eps": -0.1}, {"delta": float("nan")}])

@@ -447,7 +447,7 @@ def test_no_route_in_common():
     assert metrics["clusters"] == 0 and metrics["dropped_clusters"] > 0
 
 
-@pytest.mark.parametrize("ids", [torch.int64, torch.int32, torch.int16, torch.uint8])
+@pytest.mark.parametrize("ids", [torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8])
 @pytest.mark.parametrize("probs", [torch.bfloat16, torch.float16, torch.float32, torch.float64])
 @pytest.mark.parametrize("log_probs", [torch.bfloat16, torch.float32, torch.float64])
 def test_dtypes(ids, probs, log_probs):
@@ -470,6 +470,37 @@ def test_dtypes(ids, probs, log_probs):
     rtol = 1e-2 if log_probs == torch.bfloat16 else 0  # the gradient itself is handed over in that type
     np.testing.assert_allclose(new.grad.double(), expected_gradient, atol=1e-9 if double else 1e-4, rtol=rtol)
     assert all(v.shape == () and not v.requires_grad for v in metrics.values())
+
+
+@pytest.mark.parametrize(
+    "dtype, E, highest",
+    [("uint8", 256, 255), ("int8", 128, 127), ("int8", 256, 100), ("uint8", 512, 3), ("uint8", 384, 200)],
+)
+def test_small_types_hold_ids_of_many_experts(dtype, E, highest):
+    """E itself need not fit the type of the ids: 256 is 0 as uint8."""
+    inputs = make(14)
+    for name in ("experts", "old_experts"):
+        ids = inputs[name]
+        inputs[name] = torch.where(ids == ids.max(), highest, ids)
+    inputs["num_experts"] = E
+    expected = with_gradient(inputs)[0]
+    for name in ("experts", "old_experts"):
+        inputs[name] = inputs[name].to(getattr(torch, dtype))
+        assert inputs[name].max() == highest
+    assert with_gradient(inputs)[0] == expected != 0
+    with pytest.raises(ValueError, match=rf"^experts must lie in 0\.\.{highest - 1} .*{highest}"):
+        erpo_loss(**inputs | {"num_experts": highest})
+
+
+def test_rewards_equal_within_rounding_are_equal():
+    """The same three parts summed in four orders: neither sigma nor A may come of the last digit."""
+    inputs = make(15, G=4, dtype=torch.float32)
+    a, b, c = (torch.tensor(x) for x in (50.1, 30.2, 20.3))
+    R = torch.stack([a + b + c, c + b + a, a + c + b, b + c + a])
+    assert R.unique().numel() > 1
+    inputs["rewards"] = R.repeat(2)
+    loss, gradient, metrics = with_gradient(inputs, entropy_reward="none")
+    assert loss == 0 and (gradient == 0).all() and metrics["clusters"] > 0
 
 
 def test_the_rewards_may_be_whole_numbers():

@@ -595,6 +595,21 @@ def test_the_comparison_of_task_runs_reads_prompt_and_answer(runs, tmp_path):
     assert all(share in (1.0, None) for row in result["expert_consistency"] for share in row)
 
 
+def test_a_test_set_of_the_run_has_the_run_s_answers(runs):
+    """math500 is what a run on deepscaler is tested on: the same room for prompt and answer as there."""
+    model, config, _ = eval_routing.load_run("small")
+    path = Path("maths", data.get_dataset("math500").files["test"])
+    path.parent.mkdir(parents=True)
+    path.write_text(json.dumps({"problem": "1 + 1?", "answer": "2"}) + "\n")
+    args = eval_routing.parse(["small", "--dataset", "math500", "--data-dir", "maths"])
+    config |= {"max_new_tokens": 3}
+    assert eval_routing.load_samples(args, model, config | {"dataset": "deepscaler"}).max_new_tokens == 3
+    assert (
+        eval_routing.load_samples(args, model, config | {"dataset": "gsm8k"}).max_new_tokens
+        == model.config.context // 2
+    )
+
+
 @pytest.mark.parametrize(
     "argv, says",
     [
@@ -606,7 +621,7 @@ def test_the_comparison_of_task_runs_reads_prompt_and_answer(runs, tmp_path):
         (["small", "--dataset", "wikitext2", "--data-dir", "empty"], "wiki.test.raw is missing"),
         (["small", "--dataset", "pydoc"], "did you mean pydocs?"),
         (["small", "--split", "tests"], "did you mean test?"),
-        (["small", "--dataset", "deepscaler"], "deepscaler has no test split"),
+        (["small", "--dataset", "deepscaler"], "deepscaler has no test split: test on --dataset math500 or aime24"),
         (["small", "--samples", "0"], "at least 1"),
         (["small", "--batch-size", "x"], "not a whole number"),
         (["small", "--compare", "dense"], "dense is a dense model"),

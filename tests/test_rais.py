@@ -386,7 +386,7 @@ def test_loss_refuses_bad_arguments():
         ("router_log_probs", torch.zeros(3, 4, 2, 2), r"^router_log_probs .*\[3, 5, 2, 2\].*\[3, 4, 2, 2\]"),
         ("router_log_probs", torch.zeros(3, 5, 2), r"^router_log_probs .*\[B, T, L, K\].*\[3, 5, 2\]"),
         ("router_log_probs", torch.zeros(5), r"^router_log_probs .*\[B, T, L, K\].*\[5\]"),
-        ("router_log_probs", torch.zeros(3, 5, 2, 0), r"^router_log_probs .*K above 0.*\[3, 5, 2, 0\]"),
+        ("router_log_probs", torch.zeros(3, 5, 2, 0), r"^router_log_probs .*K > 0.*\[3, 5, 2, 0\]"),
         ("old_router_log_probs", torch.zeros(3, 5, 2, 1), r"^old_router_log_probs .*\[3, 5, 2, 2\].*\[3, 5, 2, 1\]"),
         ("base", "ppo", "^base .*'ppo'"),
         ("clip_low", -0.1, "clip_low and clip_high.*-0.1"),

@@ -6,6 +6,7 @@ import doctest
 import glob
 import importlib.util
 import inspect
+import itertools
 import json
 import re
 import shlex
@@ -230,12 +231,23 @@ def test_a_method_and_two_data_sets_as_the_readme_adds_them(micro, monkeypatch):
         monkeypatch.setitem(data.DATASETS, row.name, row)
     Path("novel.txt").write_text("\n\n".join(f"Chapter {i}: it was a dark and stormy night." for i in range(80)))
     argv = f"--algo reinforce --strength 0.5 --dataset double {MICRO_ANSWERS} --out r"
-    assert train.main(argv.split()) == 0 and train.main(f"--algo lm --dataset novel {MICRO_TEXT} --out n".split()) == 2
+    rewards = itertools.cycle([0.0, 1.0])  # two supervised steps answer nothing right, and equal rewards update nothing
+    with monkeypatch.context() as patched:
+        patched.setattr(data, "reward", lambda *_: next(rewards))
+        assert train.main(argv.split()) == 0
+    updates = [row["updates"] for row in map(json.loads, open("r/metrics.jsonl")) if "updates" in row]
+    assert updates == [4, 4]
+    assert train.main(f"--algo lm --dataset novel {MICRO_TEXT} --out n".split()) == 2
     assert train.main(f"--algo lm --dataset novel {MICRO_TEXT} --data-dir . --out n".split()) == 0
     assert json.loads(Path("n/summary.json").read_text())["data_variant"] == "novel"
     texts = [data.load_text("novel", s, BYTES, data_dir=".") for s in data.SPLITS]
     chapters = [set(re.findall(r"Chapter \d+", BYTES.decode(t.tokens.tolist()))) for t in texts]
     assert all(chapters) and sum(map(len, chapters)) == len(set.union(*chapters)) == 80  # no paragraph in two splits
+    for between in ("\r\n\r\n", "\n \t\n"):  # of another system; with blanks on the empty line
+        Path("novel.txt").write_bytes(between.join(f"Chapter {i}:\na dark night." for i in range(80)).encode())
+        texts = [data.load_text("novel", s, BYTES, data_dir=".") for s in data.SPLITS]
+        chapters = [set(re.findall(r"Chapter \d+", BYTES.decode(t.tokens.tolist()))) for t in texts]
+        assert all(chapters) and sum(map(len, chapters)) == len(set.union(*chapters)) == 80
     Path("novel.txt").write_text("one paragraph")
     assert train.main("--algo lm --dataset novel --data-dir . --out m".split()) == 2
 

@@ -106,7 +106,11 @@ def test_counts_are_said_once(tmp_path, micro, capsys):
     load_task(
         args_of(f"--algo grpo {flags}"), MICRO["context"], generative=True
     )  # a response needs room even behind a short answer
-    assert "2 of 4 training examples had their prompt cut" not in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert "2 of 4 training examples had their prompt cut" not in said
+    assert (
+        "2 of 4 training examples were left out of the supervised phase (context" in said
+    )  # and are asked all the same
 
 
 def test_no_room_for_a_prompt(micro):
