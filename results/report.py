@@ -27,6 +27,7 @@ ROOT = pathlib.Path(__file__).parent.parent
 FINDINGS = ROOT / "docs" / "findings.md"
 MARKS = ("<!-- from here: python results/reproduce.py report -->", "<!-- to here -->")
 STILL = "erl-still"  # whose arms differ by factors, not by percents
+LAST = "of the last checkpoint"
 TAKEN_OVER = 0.85  # share of a layer's tokens at one expert
 CHANCE_MRR = sum(1 / r for r in range(1, 101)) / 100
 # Figures of the ERL tables: name in the JSON, heading, digits
@@ -72,6 +73,13 @@ LEFT = {
     "erl-drawn": "everything, experts drawn from the router",
     "erl-router": "everything, gradient to the routers alone (default)",
     "erl-router-constant": "an advantage of -0.13 everywhere, gradient to the routers alone",
+    "erl-wpl": "everything, and the LM loss of the perturbed passes (wPL)",
+    "erl-no-clip": "everything, no limit on the gradient",
+    "erl-plain": "everything, no balance and z losses",
+    "lm-plain": "nothing: MoE without balance and z losses",
+    "lm-straight": "nothing: MoE whose gate has a gradient",
+    "erl-published": "as the public code of the first author does it",
+    "lm-dropout": "nothing: MoE with the dropout of that",
     "sharpen-0.3": "nothing; an entropy penalty instead",
 }
 # The same of `erl-still`, with the gradient to the routers alone.
@@ -91,7 +99,9 @@ AGAINST = {
     "erpo-absolute": ("erpo-none",),
     "rais": ("gmpo", "rais-yoked", "rais-shuffled", "rais-gradient", "rais-no-floor", "rais-sum"),
     "rais-yoked": ("gmpo",),
-    "rais-grpo": ("grpo",),
+    "rais-grpo": ("grpo", "rais-grpo-yoked"),
+    "rais-grpo-yoked": ("grpo",),
+    "gmpo": ("gspo",),
     "rais-gspo": ("gspo",),
     "positive": ("grpo",),
     "gmpo-frozen": ("gmpo",),
@@ -188,12 +198,12 @@ def erl_tables(runs, experiment: str, first: int) -> list[str]:
         "",
         "Paired within the start, 95 % intervals, unadjusted (exploratory, but for the primary contrasts; positive "
         "is lower perplexity, larger MRR; percents are 100 x the log ratio, a factor below 1 is lower perplexity)."
-        + ("" if right else " The line: MRR of sharpening alone at the same entropy."),
+        + ("" if right else " The line: MRR of sharpening alone at the same entropy, beyond its ends that of the end."),
         "",
     ]
     last = "right experts" if right else "above the line"
     unit = "factor" if experiment == STILL else "%"
-    lines += heading("arm", f"perplexity against `lm`, {unit}", "MRR less that of `lm`", last)
+    lines += heading("arm", f"perplexity against `lm`, {unit}", LAST, "MRR less that of `lm`", last)
     for arm in arms:
         if arm != "lm":
             line = "on it" if arm.startswith("sharpen") else interval(above_line(runs, experiment, arm, first))
@@ -202,7 +212,7 @@ def erl_tables(runs, experiment: str, first: int) -> list[str]:
             )
     if set(RANDOM.values()) & set(arms):
         lines += ["", "Credit: paired with the same arm when it credits random experts:", ""]
-        lines += heading("arm", "control", f"perplexity, {unit}", "MRR", *(["right experts"] if right else []))
+        lines += heading("arm", "control", f"perplexity, {unit}", LAST, "MRR", *(["right experts"] if right else []))
     for arm, control in RANDOM.items():
         if control in arms:
             lines.append(row(f"`{arm}`", f"`{control}`", *paired(runs, experiment, arm, control, first, right)))
@@ -211,15 +221,15 @@ def erl_tables(runs, experiment: str, first: int) -> list[str]:
 
 
 def paired(runs, experiment: str, arm: str, control: str, first: int, right: bool) -> list[str]:
-    """Best perplexity in percent (positive is lower; of STILL a factor), MRR and, where there is one, the share of
-    decisions for the right expert, less those of the control in the same start."""
+    """Perplexity of the best and of the last checkpoint in percent (positive is lower; of STILL a factor), MRR and, where
+    there is one, the share of decisions for the right expert, less those of the control in the same start."""
 
     def gaps(figure: str):
-        c = Contrast("", "", experiment, arm, control, figure, 1, 1, figure == "best_perplexity")
+        c = Contrast("", "", experiment, arm, control, figure, 1, 1, figure.endswith("perplexity"))
         return differences(runs, c, first)
 
-    perplexity = gaps("best_perplexity")
-    cells = [factor(perplexity) if experiment == STILL else interval(perplexity, scale=100, digits=2)]
+    both = [gaps("best_perplexity"), gaps("perplexity")]
+    cells = [factor(g) if experiment == STILL else interval(g, scale=100, digits=2) for g in both]
     cells.append(interval(gaps("mrr")))
     return cells + ([interval(gaps("right_expert"))] if right else [])
 
@@ -236,19 +246,21 @@ def by_load(runs, experiment: str, first: int) -> list[str]:
 
 
 def worded(runs, experiment: str, words: dict[str, str], figures: dict[str, str]) -> list[str]:
-    """Arms in words: the first figure with its range over starts, the others, perplexity against MoE (lower is better).
-    figures: name in the JSON -> heading."""
+    """Arms in words: the first figure with its range over starts, the others, perplexity against MoE (lower is better)
+    of the best and of the last checkpoint, whose figures the others are. figures: name in the JSON -> heading."""
     names, unit = list(figures.values()), "factor" if experiment == STILL else "%"
-    lines = heading(
-        "what is left of ERL", "arm", "starts", names[0], "from - to", *names[1:], f"perplexity against MoE, {unit}"
-    )
+    cost = f"perplexity against MoE, {unit}"
+    lines = heading("what is left of ERL", "arm", "starts", names[0], "from - to", *names[1:], cost, LAST)
     for arm, about in words.items():
         found = [values_of(runs, experiment, arm, figure, FIRST_START) for figure in figures]
         if found[0]:
-            gaps = differences(runs, Contrast("", "", experiment, arm, "lm", "best_perplexity", 1, 1, True))
-            cost = factor(gaps) if experiment == STILL else interval([-x for x in gaps], scale=100, digits=2)
+            contrasts = [
+                Contrast("", "", experiment, arm, "lm", f, 1, 1, True) for f in ("best_perplexity", "perplexity")
+            ]
+            both = [differences(runs, c) for c in contrasts]
+            costs = [factor(g) if experiment == STILL else interval([-x for x in g], scale=100, digits=2) for g in both]
             means, ends = [shown(f, 2) for f in found], f"{min(found[0]):.2f} - {max(found[0]):.2f}"
-            cells = (len(found[0]), means[0], ends, *means[1:], "" if arm == "lm" else cost)
+            cells = (len(found[0]), means[0], ends, *means[1:], *(["", ""] if arm == "lm" else costs))
             lines.append(row(about, f"`{arm}`", *cells))
     return lines
 
@@ -284,7 +296,7 @@ def answer_tables(runs, first: int) -> list[str]:
                 cells = [interval(v) + of_starts(v, gaps[0]) for v in gaps]
                 rows.append(row(f"`{arm}`", f"`{control}`", len(gaps[0]), *cells))
     if rows:
-        words = "Against what differs from the arm in one thing (exploratory, but for the primary contrasts):"
+        words = "Against its control (exploratory, but for the primary contrasts):"
         lines += ["", words, "", *heading("arm", "less", "starts", "accuracy", "training reward", "of the last third")]
     lines += rows
     sizes = values_of(runs, "answers", "start", "median_cluster", first)
@@ -420,13 +432,24 @@ GROUPS = (
     ("maroon", "ERL, negative advantages alone", ("erl-negative",)),
     (
         "tab:green",
-        "ERL with the mean taken out, or + alone, or with a ratio that fits the draw (8 arms)",
-        "erl-level erl-level-random erl-shuffled erl-mean erl-positive erl-weighted erl-clipped erl-drawn".split(),
+        "ERL, mean 0 at each position, or + alone, or with a ratio that fits the draw (6 arms)",
+        "erl-level erl-level-random erl-positive erl-weighted erl-clipped erl-drawn".split(),
     ),
+    ("tab:olive", "ERL, advantages in random places, or their overall mean alone", ("erl-shuffled", "erl-mean")),
     (
         "gold",
-        "ERL, gradient to the routers alone (default), or a fifth of the weight (3 arms)",
-        ("erl-router", "erl-router-random", "erl-delta-0.1"),
+        "ERL, gradient to the routers alone (default; 3 arms), or a fifth of the weight",
+        ("erl-router", "erl-router-random", "erl-router-constant", "erl-delta-0.1"),
+    ),
+    (
+        "deeppink",
+        "ERL with wPL, without a limit on the gradient, without balance and z losses, as published",
+        ("erl-wpl", "erl-no-clip", "erl-plain", "erl-published"),
+    ),
+    (
+        "dimgray",
+        "MoE, gate straight, without balance and z losses, with dropout",
+        ("lm-straight", "lm-plain", "lm-dropout"),
     ),
 )
 CONTROLS = {
