@@ -221,8 +221,8 @@ def erl_tables(runs, experiment: str, first: int) -> list[str]:
 
 
 def paired(runs, experiment: str, arm: str, control: str, first: int, right: bool) -> list[str]:
-    """Perplexity of the best and of the last checkpoint in percent (positive is lower; of STILL a factor), MRR and, where
-    there is one, the share of decisions for the right expert, less those of the control in the same start."""
+    """Perplexity of the best and of the last checkpoint in percent (positive is lower; of STILL a factor), MRR and,
+    where there is one, the share of decisions for the right expert, less those of the control in the same start."""
 
     def gaps(figure: str):
         c = Contrast("", "", experiment, arm, control, figure, 1, 1, figure.endswith("perplexity"))
