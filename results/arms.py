@@ -93,29 +93,28 @@ def from_uniform(paths, _):
     return paths._replace(old_router_log_probs=torch.full_like(paths.old_router_log_probs, uniform))
 
 
+def explore_drawn(forward, mask, top_k, *, generator=None, **options):
+    """`explore` whose experts are drawn from what the router gave them on the original pass (the public code of ERL's
+    first author draws from the router by default): then it is the ratio 1 that belongs to them. That is exact in the
+    first MoE layer; the second router reads something else in a perturbed pass, and there a rest of the drift stays."""
+    P = None  # [B, T, L, E], the router's on the original pass, which comes first
+
+    def forward_drawn(routes):
+        nonlocal P
+        if routes is None:
+            passed = forward(None)
+            P = passed[1].detach().exp().cpu()
+            return passed
+        copies = P.repeat(len(routes[0]) // len(P), 1, 1, 1)  # [m * B, T, L, E]
+        drawn = torch.multinomial(copies.flatten(0, 2), top_k, generator=generator)
+        routes[0].copy_(drawn.view(routes[0].shape))  # the experts of `explore` too: the same tensor
+        return forward(routes)
+
+    return explore(forward_drawn, mask, top_k, generator=generator, **options)
+
+
 def drawn_from_router():
-    """The experts are drawn from what the router gave them on the original pass (the public code of ERL's first author
-    draws from the router by default): then it is the ratio 1 that belongs to them. That is exact in the first MoE
-    layer; the second router reads something else in a perturbed pass, and there a rest of the drift stays. Replaces
-    train.explore."""
-
-    def variant(forward, mask, top_k, *, generator=None, **options):
-        P = None  # [B, T, L, E], the router's on the original pass, which comes first
-
-        def forward_drawn(routes):
-            nonlocal P
-            if routes is None:
-                passed = forward(None)
-                P = passed[1].detach().exp().cpu()
-                return passed
-            copies = P.repeat(len(routes[0]) // len(P), 1, 1, 1)  # [m * B, T, L, E]
-            drawn = torch.multinomial(copies.flatten(0, 2), top_k, generator=generator)
-            routes[0].copy_(drawn.view(routes[0].shape))  # the experts of `explore` too: the same tensor
-            return forward(routes)
-
-        return explore(forward_drawn, mask, top_k, generator=generator, **options)
-
-    train.explore = variant
+    train.explore = explore_drawn
 
 
 def mean_alone(paths, generator):
@@ -176,12 +175,12 @@ def lm_with_dropout():
     train.lm_losses = with_dropout(train.lm_losses)
 
 
-def as_published():
-    """ERL as the public code of its first author does it, as far as reading it tells: the advantage is about the
+def as_published(exploring: Callable = explore):
+    """A setup: ERL as the public code of its first author does it, as far as reading it tells: the advantage is about the
     probability of the token that a position reads, not of the one that it predicts (there of the tokens that its own
     forward has seen); each pass has dropout of its own (see with_dropout); one map of perturbed positions holds for all
     rows, layers and perturbed passes. Replaces train.explore, train.erl_losses, train.original_loss and
-    train.perturbed_log_probs. Its experts drawn from the router are not in it."""
+    train.perturbed_log_probs. With explore_drawn its experts are drawn from the router too, as they are there."""
     plain_loss, plain_log_probs = train.original_loss, train.perturbed_log_probs
 
     def of_tokens_read(model, features, batch):
@@ -202,10 +201,13 @@ def as_published():
                 routes[1].copy_(places[None, :, None].expand_as(routes[1]))  # S of `explore` too: the same tensor
             return forward(routes)
 
-        return explore(forward_on_one_map, mask, top_k, alpha=alpha, generator=generator, **options)
+        return exploring(forward_on_one_map, mask, top_k, alpha=alpha, generator=generator, **options)
 
-    train.explore, train.erl_losses = one_map, with_dropout(train.erl_losses)
-    train.original_loss, train.perturbed_log_probs = original_loss, perturbed_log_probs
+    def setup():
+        train.explore, train.erl_losses = one_map, with_dropout(train.erl_losses)
+        train.original_loss, train.perturbed_log_probs = original_loss, perturbed_log_probs
+
+    return setup
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -499,7 +501,8 @@ ERL_ARMS = {
     "mean-log-p": Arm("--algo lm", "MoE + 0.065 x mean over the experts of log P", router_loss(0.065, mean_log_p)),
     "dense": Arm("--algo dense", "the dense model, trained on", tier=2),
     "erl-wpl": Arm(f"{ERL} --wpl", "ERL with the perturbed passes' LM loss (wPL)", tier=2),
-    "erl-published": Arm(ERL, "ERL as published", as_published, 2),
+    "erl-published": Arm(ERL, "ERL as published, experts drawn uniformly", as_published(), 2),
+    "erl-published-drawn": Arm(ERL, "ERL as published, experts drawn from the router", as_published(explore_drawn), 2),
     "lm-dropout": Arm("--algo lm", "MoE with the dropout of ERL as published", lm_with_dropout, 2),
     "lm-straight": Arm("--algo lm --gate straight", "MoE, gate with a gradient", tier=2),
     "lm-plain": Arm("--algo lm --balance-coef 0 --z-coef 0", "MoE without balance and z loss", tier=2),

@@ -78,7 +78,8 @@ LEFT = {
     "erl-plain": "everything, no balance and z losses",
     "lm-plain": "nothing: MoE without balance and z losses",
     "lm-straight": "nothing: MoE whose gate has a gradient",
-    "erl-published": "as the public code of the first author does it",
+    "erl-published": "as the public code of the first author does it, experts drawn uniformly",
+    "erl-published-drawn": "the same, experts drawn from the router as there",
     "lm-dropout": "nothing: MoE with the dropout of that",
     "sharpen-0.3": "nothing; an entropy penalty instead",
 }
@@ -444,7 +445,7 @@ GROUPS = (
     (
         "deeppink",
         "ERL with wPL, without a limit on the gradient, without balance and z losses, as published",
-        ("erl-wpl", "erl-no-clip", "erl-plain", "erl-published"),
+        ("erl-wpl", "erl-no-clip", "erl-plain", "erl-published", "erl-published-drawn"),
     ),
     (
         "dimgray",
