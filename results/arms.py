@@ -176,10 +176,10 @@ def lm_with_dropout():
 
 
 def as_published(exploring: Callable = explore):
-    """A setup: ERL as the public code of its first author does it, as far as reading it tells: the advantage is about the
-    probability of the token that a position reads, not of the one that it predicts (there of the tokens that its own
-    forward has seen); each pass has dropout of its own (see with_dropout); one map of perturbed positions holds for all
-    rows, layers and perturbed passes. Replaces train.explore, train.erl_losses, train.original_loss and
+    """A setup: ERL as the public code of its first author does it, as far as reading it tells: the advantage is about
+    the probability of the token that a position reads, not of the one that it predicts (there of the tokens that its
+    own forward has seen); each pass has dropout of its own (see with_dropout); one map of perturbed positions holds for
+    all rows, layers and perturbed passes. Replaces train.explore, train.erl_losses, train.original_loss and
     train.perturbed_log_probs. With explore_drawn its experts are drawn from the router too, as they are there."""
     plain_loss, plain_log_probs = train.original_loss, train.perturbed_log_probs
 

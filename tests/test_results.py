@@ -5,6 +5,7 @@ import math
 import random
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -295,20 +296,38 @@ def test_gammas_yoked_shuffled_and_with_a_gradient(arms):
     p, _ = policies()
     still = p | {"router_log_probs": p["old_router_log_probs"]}
     base = {k: p[k] for k in ("log_probs", "old_log_probs", "advantages", "response_mask")}
-    for loss in (arms.yoked, arms.gamma_shuffled, arms.with_gradient):
+    yoked = arms.yoked(gmpo_loss)
+    for loss in (yoked, arms.gamma_shuffled, arms.with_gradient):
         assert loss(**still)[0].item() == pytest.approx(gmpo_loss(**base)[0].item(), abs=1e-6)
         assert loss(**p)[0].item() != pytest.approx(gmpo_loss(**base)[0].item(), abs=1e-4)
         assert loss(**p)[1]["gamma_mean"].item() == pytest.approx(rais_loss(**p)[1]["gamma_mean"].item(), abs=1e-6)
     assert arms.with_gradient(**p)[0].item() == pytest.approx(rais_loss(**p)[0].item(), abs=1e-6)
-    for loss, flows in ((rais_loss, False), (arms.yoked, False), (arms.with_gradient, True)):
+    for loss, flows in ((rais_loss, False), (yoked, False), (arms.with_gradient, True)):
         p["router_log_probs"].grad = None
         loss(**p)[0].backward()
         assert (p["router_log_probs"].grad is not None) == flows
     assert arms.rais_over("gspo")(**p)[0].item() == rais_loss(**p, base="gspo")[0].item()
     assert arms.rais_over("gspo")(**still)[0].item() == pytest.approx(gspo_loss(**base)[0].item(), abs=1e-6)
+    assert arms.yoked(grpo_loss)(**still)[0].item() == pytest.approx(grpo_loss(**base)[0].item(), abs=1e-6)
+    gamma = yoked(**p)[1]["gamma_mean"].item()
+    base_of_mean = base | {"old_log_probs": p["old_log_probs"] - math.log(gamma)}
+    assert arms.yoked(grpo_loss)(**p)[0].item() == pytest.approx(grpo_loss(**base_of_mean)[0].item(), abs=1e-6)
     positive = grpo_loss(**base | {"advantages": torch.tensor([1.0, 0.0, 0.5, 0.0])})[0]
     assert arms.positive_only(**base)[0].item() == positive.item()
     arms.no_update(p["log_probs"], p["response_mask"])[0].backward()
+
+
+def test_over_gmpo_gamma_says_nothing_of_single_tokens():
+    """It enters through its mean over an answer: its other tokens may have it as well. Over GRPO that is a change."""
+    p, _ = policies(T=7)
+    p["response_mask"] = torch.ones(4, 7, dtype=torch.bool)
+    turned = p | {k: p[k].detach().roll(1, 1) for k in ("router_log_probs", "old_router_log_probs")}
+    for base, differ in (("gmpo", False), ("grpo", True)):
+        found = []
+        for given in (p, turned):
+            loss = rais_loss(**given, base=base, clip_low=9.0, clip_high=9.0)[0]  # no token is clipped
+            found.append(torch.autograd.grad(loss, p["log_probs"])[0])
+        assert ((found[0] - found[1]).abs().max() > 1e-4 * found[0].abs().max()) == differ
 
 
 def test_permuted_clusters_keep_their_sizes_and_the_pairing_of_old_and_new(arms, monkeypatch):
@@ -372,14 +391,37 @@ def test_every_arm_is_a_command_line_that_the_program_understands(arms, name):
             assert {c.arm, c.control} <= set(e.arms) and e.arms[c.arm].tier == e.arms[c.control].tier == 0
 
 
-def test_one_map_of_places_holds_for_all_rows_and_layers(arms):
-    import train
-
-    arms.as_published()
+@pytest.mark.parametrize("drawn", [False, True])
+def test_one_map_of_places_holds_for_all_rows_and_layers(arms, drawn):
+    arms.as_published(*([arms.explore_drawn] if drawn else []))()
     forward, mask = toy_forward(B=3, T=50)
-    paths = train.explore(forward, mask, 1, alpha=0.5, generator=torch.Generator().manual_seed(0))
+    paths = arms.train.explore(forward, mask, 1, alpha=0.5, generator=torch.Generator().manual_seed(0))
     assert paths.S.shape == (9, 50, 2) and 10 < paths.S[0, :, 0].sum() < 40
     assert torch.equal(paths.S, paths.S[:1, :, :1].expand_as(paths.S))
+    P = paths.original[1].exp().repeat(3, 1, 1, 1)
+    likely = P.gather(-1, paths.experts).mean().item()  # uniform draws: 1 / 4 on average
+    assert likely == pytest.approx((P**2).sum(-1).mean().item() if drawn else 0.25, abs=0.03)
+
+
+def test_dropout_differs_between_passes_and_goes_away_again(arms):
+    seen = []
+
+    class Model:
+        def branch(self, hidden):
+            seen.append(hidden)
+
+    def losses(model, batch, args, step):
+        for _ in range(2):
+            model.branch(torch.ones(100, 10))
+        yield None
+
+    model = Model()
+    whole = model.branch
+    list(arms.with_dropout(losses)(model, None, SimpleNamespace(seed=0), 3))
+    list(arms.with_dropout(losses)(model, None, SimpleNamespace(seed=0), 3))
+    assert model.branch == whole and torch.equal(seen[0], seen[2]) and not torch.equal(seen[0], seen[1])
+    for hidden in seen:
+        assert hidden.unique().tolist() == pytest.approx([0, 1 / 0.9]) and 0.85 < (hidden > 0).float().mean() < 0.95
 
 
 def test_alphabets_are_permutations_and_rows_take_turns(arms):
