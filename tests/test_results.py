@@ -539,7 +539,8 @@ def test_the_report_is_made_of_the_json_and_leaves_other_words_alone(tmp_path):
         ):
             figures = {key: 1.0 for key, _, _ in report.COLUMNS} | {"windows": 60, "right_expert": right}
             for experiment in ("erl-domains", "erl-still"):
-                write(arm, start, figures | {"best_perplexity": perplexity}, experiment)
+                last = perplexity**2  # twice the difference of logarithms
+                write(arm, start, figures | {"best_perplexity": perplexity, "perplexity": last}, experiment)
     # The machine that runs once more is another one: the first figure is like the others, the second is not.
     write("erl", 100, {"mrr": 0.3003, "best_perplexity": 9.9}, folder="again", day="2026-11-27")
     for start in (100, 101, 102):
@@ -560,12 +561,19 @@ def test_the_report_is_made_of_the_json_and_leaves_other_words_alone(tmp_path):
     assert "**same direction**" in claims[1] and "**not decidable here** (0 of at least 10 starts ran" in claims[2]
     assert "| everything, as the paper sets it | `erl` | 10 | 0.30 ± 0.00 | 0.30 - 0.30 | 1.20 ± 0.00 | +3.2" in text
     assert "| `erl` | 10 | 0." in text and "| `lm` | 0 | - | 10 | 0." in text
-    assert "| arm | perplexity against `lm`, % | MRR less that of `lm` | above the line |" in text
+    assert (
+        "| arm | perplexity against `lm`, % | of the last checkpoint | MRR less that of `lm` | above the line |" in text
+    )
     assert "| `sharpen-0.1` | -0.5" in text and " | on it |" in text  # 100 x log(9 / 9.05) = -0.55
     credit = "| `erl-router` | `erl-router-random` |"
-    assert f"{credit} +2.47 [+2.47, +2.47] | +0.000 [-0.000, +0.000] | +0.080 [+0.080, +0.080] |" in text
-    assert f"{credit} 0.98 [0.98, 0.98] | +0.000 [-0.000, +0.000] | +0.080 [+0.080, +0.080] |" in text  # 20 / 20.5
-    found = "0.20 ± 0.00 | 0.20 - 0.20 | 1.00 ± 0.00 | 1.00 ± 0.00 | 0.95 [0.95, 0.95]"  # 20 / 21
+    assert (
+        f"{credit} +2.47 [+2.47, +2.47] | +4.94 [+4.94, +4.94] | +0.000 [-0.000, +0.000] | +0.080 [+0.080, +0.080] |"
+        in text
+    )
+    assert (
+        f"{credit} 0.98 [0.98, 0.98] | 0.95 [0.95, 0.95] | +0.000 [-0.000, +0.000] | +0.080 [+0.080, +0.080] |" in text
+    )  # 20 / 20.5
+    found = "0.20 ± 0.00 | 0.20 - 0.20 | 1.00 ± 0.00 | 1.00 ± 0.00 | 0.95 [0.95, 0.95] | 0.91 [0.91, 0.91]"  # 20 / 21
     assert f"| everything | `erl-router` | 10 | {found} |" in text
     assert "| `answers` | - | `gmpo-more` (3), `rais-more` (3) | `none`" in text
     assert "| `erl-text/erl-100` | mrr | 0.29" in text and "| 0.3003 | 2 | 0.29" in text
