@@ -97,7 +97,9 @@ RIGHT = {
 # Arms of `answers` and what each is to be compared with; so too those that end in -more, -more-slow and -more-stale.
 AGAINST = {
     "erpo": ("gspo", "erpo-none", "erpo-permuted"),
+    "erpo-none": ("gspo",),
     "erpo-absolute": ("erpo-none",),
+    "erpo-permuted": ("gspo",),
     "rais": ("gmpo", "rais-yoked", "rais-shuffled", "rais-gradient", "rais-no-floor", "rais-sum"),
     "rais-yoked": ("gmpo",),
     "rais-grpo": ("grpo", "rais-grpo-yoked"),
