@@ -588,7 +588,7 @@ ANSWER_ARMS |= {  # as many answers and updates; the last of 16 updates a batch 
         flags=f"{ANSWER_ARMS[name].flags} --prompts-per-step 128 --minibatches 16 --steps 15",
         about=f"{ANSWER_ARMS[name].about}, 16 updates a batch of 128 prompts",
     )
-    for name in [f"{n}-more" for n in (*SWEPT, "rais-grpo", "rais-grpo-yoked")]
+    for name in [f"{n}-more" for n in (*SWEPT, "rais-yoked", "rais-grpo", "rais-grpo-yoked")]
 }
 
 TEXT = "--dataset pydocs --batch-size 4 --eval-samples 40"
