@@ -204,7 +204,7 @@ def _fill(args, given: set[str], generative: bool):
         raise UserError("--steps and --epochs say the same thing: give one of them")
     size, vocabulary = look_at(args.init)
     if size and "model" in given and args.model != size:
-        raise UserError(f"--init {args.init} is a model of another size than --model {args.model}: leave --model out")
+        say(f"--init {args.init} brings its own size: --model {args.model} counts for nothing", sys.stderr)
     args.model = size if size in SIZES else args.model
     text, short, started = spec.kind == "text", spec.problems is not None, size is not None
     trained_before = size == "gpt2" or locate(args.init)[0] == "gpt2"  # GPT-2's weights, or what was made from them
