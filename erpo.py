@@ -140,7 +140,7 @@ def _advantages(rewards, valid, group_size):
     highest = R.masked_fill(~valid, -torch.inf).amax(1, keepdim=True)
     lowest = R.masked_fill(~valid, torch.inf).amin(1, keepdim=True)
     # That rewards are equal is seen in these two; std is left with a residue of rounding.
-    rounding = group_size * torch.finfo(R.dtype).eps * torch.maximum(highest.abs(), lowest.abs())
+    rounding = group_size * torch.finfo(R.dtype).eps * torch.maximum(highest, -lowest)  # of the largest
     return (difference / (std + 1e-6)).masked_fill(~(valid & (highest - lowest > rounding)), 0).flatten(0, 1)
 
 

@@ -78,7 +78,7 @@ def test_rewards_equal_within_rounding_give_exactly_zero():
     """The same parts summed in other orders; a difference that somebody meant stays."""
     a, b, c = (torch.tensor(x) for x in (50.1, 30.2, 20.3))
     R = torch.stack([a + b + c, c + b + a, a + c + b, b + c + a])
-    assert R.unique().numel() > 1 and (group_advantages(R, 4) == 0).all()
+    assert R.unique().numel() > 1 and (group_advantages(R, 4) == 0).all() and (group_advantages(-R, 4) == 0).all()
     assert (group_advantages(torch.tensor([100.0, 100.001, 1.0, 1.00001]), 2) != 0).all()
 
 

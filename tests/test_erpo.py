@@ -492,13 +492,14 @@ def test_small_types_hold_ids_of_many_experts(dtype, E, highest):
         erpo_loss(**inputs | {"num_experts": highest})
 
 
-def test_rewards_equal_within_rounding_are_equal():
+@pytest.mark.parametrize("sign", [1, -1])
+def test_rewards_equal_within_rounding_are_equal(sign):
     """The same three parts summed in four orders: neither sigma nor A may come of the last digit."""
     inputs = make(15, G=4, dtype=torch.float32)
     a, b, c = (torch.tensor(x) for x in (50.1, 30.2, 20.3))
     R = torch.stack([a + b + c, c + b + a, a + c + b, b + c + a])
     assert R.unique().numel() > 1
-    inputs["rewards"] = R.repeat(2)
+    inputs["rewards"] = sign * R.repeat(2)
     loss, gradient, metrics = with_gradient(inputs, entropy_reward="none")
     assert loss == 0 and (gradient == 0).all() and metrics["clusters"] > 0
 
