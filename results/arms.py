@@ -567,8 +567,8 @@ ANSWER_ARMS = {
     },
 }
 SWEPT = ("grpo", "gspo", "gmpo", "cispo", "erpo", "rais")
-CONTROLS = "erpo-permuted erpo-none rais-yoked gmpo-replay gmpo-frozen gmpo-balance rais-grpo rais-grpo-yoked"
-MORE_OF = (*SWEPT, *CONTROLS.split())
+ROUTERS = ("gmpo-replay", "gmpo-frozen", "gmpo-balance", "gmpo-balance-replay", "gmpo-balance-frozen")
+MORE_OF = (*SWEPT, "erpo-permuted", "erpo-none", "rais-yoked", "rais-grpo", "rais-grpo-yoked", *ROUTERS)
 ANSWER_ARMS |= {
     f"{name}-more": ANSWER_ARMS[name]._replace(
         flags=f"{ANSWER_ARMS[name].flags} {MORE}", about=f"{ANSWER_ARMS[name].about}, four times the answers", tier=1
@@ -588,7 +588,7 @@ ANSWER_ARMS |= {  # as many answers and updates; the last of 16 updates a batch 
         flags=f"{ANSWER_ARMS[name].flags} --prompts-per-step 128 --minibatches 16 --steps 15",
         about=f"{ANSWER_ARMS[name].about}, 16 updates a batch of 128 prompts",
     )
-    for name in [f"{n}-more" for n in (*SWEPT, "rais-yoked", "rais-grpo", "rais-grpo-yoked")]
+    for name in [f"{n}-more" for n in MORE_OF if not n.startswith(("erpo-", "gmpo-balance"))]
 }
 
 TEXT = "--dataset pydocs --batch-size 4 --eval-samples 40"

@@ -94,7 +94,7 @@ RIGHT = {
     "erl-router-weighted-random": "ratio to the uniform policy, random experts credited",
     "erl-router-weighted": "everything, ratio to the uniform policy, no clip",
 }
-# Arms of `answers` and what each is to be compared with; so too those that end in -more, -more-slow and -more-stale.
+# Arms of `answers` and what each is to be compared with; and so those that end in -more, -more-slow, -fast and -stale.
 AGAINST = {
     "erpo": ("gspo", "erpo-none", "erpo-permuted"),
     "erpo-none": ("gspo",),
@@ -291,7 +291,7 @@ def answer_tables(runs, first: int) -> list[str]:
         if set(cells) != {"-"}:
             lines.append(row(f"`{arm}`", *cells))
     rows = []
-    for more in ("", "-more", "-more-slow", "-more-stale"):
+    for more in ("", "-more", "-more-slow", "-more-fast", "-more-stale"):
         for arm, control in ((a + more, c + more) for a, cs in AGAINST.items() for c in cs):
             names = ("accuracy", "mean_reward_mean", "late_reward")
             gaps = [differences(runs, Contrast("", "", "answers", arm, control, f, 1, 1), first) for f in names]

@@ -302,7 +302,7 @@ def show_experiments():
         minutes = e.minutes[0] + e.minutes[1] * len(e.arms)
         print(f"{name}: {e.about}\n  about {minutes:.0f} minutes of a core a start; starts with a result: {ran}")
         for arm, a in e.arms.items():
-            print(f"  {arm:22}{a.about}")
+            print(f"  {arm:29}{a.about}")
 
 
 def main(argv=None) -> int:
