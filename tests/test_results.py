@@ -531,6 +531,7 @@ def test_the_report_is_made_of_the_json_and_leaves_other_words_alone(tmp_path):
                 "mrr": mrr * noise,
                 "best_perplexity": perplexity * noise,
             }
+            figures |= {f"perplexity_at_{alpha:g}": 9 + alpha + start / 100 for alpha in report.ALPHAS}
             write(arm, start, figures)
         for arm, right, perplexity in (
             ("lm", 0.12, 21.0),
@@ -560,6 +561,9 @@ def test_the_report_is_made_of_the_json_and_leaves_other_words_alone(tmp_path):
     assert "**opposite**" in claims[0] and "-3.2" in claims[0] and "| 10 |" in claims[0]
     assert "**same direction**" in claims[1] and "**not decidable here** (0 of at least 10 starts ran" in claims[2]
     assert "| everything, as the paper sets it | `erl` | 10 | 0.30 ± 0.00 | 0.30 - 0.30 | 1.20 ± 0.00 | +3.2" in text
+    paper = "| MoE-ERL, the paper | 0.35 | 0.18 | 0.80 | 26.94 | 14.19 | 2.93 | 0.56 | 0.02 |"
+    ours = "as the paper sets it | 0.30 | 1.00 | 1.00 | 10.04 | 10.29 | 10.54 | 10.79 | 11.04 |"
+    assert paper in text and ours in text  # 9 + alpha + the mean of 1.00 to 1.09
     assert "| `erl` | 10 | 0." in text and "| `lm` | 0 | - | 10 | 0." in text
     assert (
         "| arm | perplexity against `lm`, % | of the last checkpoint | MRR less that of `lm` | above the line |" in text
