@@ -369,6 +369,17 @@ def yoked(base: Callable):
     return loss
 
 
+def scaled(base: Callable, scale: float = 0.975):
+    """The base with a loss `scale` times as large (a common gamma of stale batches). Adam divides that out, so but for
+    the limit on the gradient it is the same method in other bits: what two runs of one method differ by."""
+
+    def loss(log_probs, old_log_probs, advantages, response_mask):
+        loss, metrics = base(log_probs, old_log_probs, advantages, response_mask)
+        return scale * loss, metrics
+
+    return loss
+
+
 def gamma_shuffled(log_probs, old_log_probs, advantages, response_mask, router_log_probs, old_router_log_probs):
     """RAIS with the update's gammas given to random tokens of it."""
     gamma = router_shift(router_log_probs, old_router_log_probs)
@@ -537,6 +548,7 @@ ANSWER_ARMS = {
     "rais-grpo-yoked": Arm(
         "--algo rais-grpo-yoked", "GRPO, the update's mean gamma", method("rais-grpo-yoked", yoked(grpo_loss))
     ),
+    "grpo-scaled": Arm("--algo grpo-scaled", "GRPO, 0.975 of its loss", method("grpo-scaled", scaled(grpo_loss))),
     "rais-gspo": Arm("--algo rais-gspo", "RAIS over GSPO", method("rais-gspo", rais_over("gspo"))),
     "rais-no-floor": Arm("--algo rais --floor 0", "RAIS without a floor", tier=2),
     "rais-sum": Arm("--algo rais --layers sum", "RAIS, layers multiplied", tier=2),
@@ -568,7 +580,7 @@ ANSWER_ARMS = {
 }
 SWEPT = ("grpo", "gspo", "gmpo", "cispo", "erpo", "rais")
 ROUTERS = ("gmpo-replay", "gmpo-frozen", "gmpo-balance", "gmpo-balance-replay", "gmpo-balance-frozen")
-MORE_OF = (*SWEPT, "erpo-permuted", "erpo-none", "rais-yoked", "rais-grpo", "rais-grpo-yoked", *ROUTERS)
+MORE_OF = (*SWEPT, "erpo-permuted", "erpo-none", "rais-yoked", "rais-grpo", "rais-grpo-yoked", "grpo-scaled", *ROUTERS)
 ANSWER_ARMS |= {
     f"{name}-more": ANSWER_ARMS[name]._replace(
         flags=f"{ANSWER_ARMS[name].flags} {MORE}", about=f"{ANSWER_ARMS[name].about}, four times the answers", tier=1

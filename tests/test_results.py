@@ -312,6 +312,12 @@ def test_gammas_yoked_shuffled_and_with_a_gradient(arms):
     gamma = yoked(**p)[1]["gamma_mean"].item()
     base_of_mean = base | {"old_log_probs": p["old_log_probs"] - math.log(gamma)}
     assert arms.yoked(grpo_loss)(**p)[0].item() == pytest.approx(grpo_loss(**base_of_mean)[0].item(), abs=1e-6)
+    moved = {"clip_low": 1 - 0.8 / gamma, "clip_high": 1.28 / gamma - 1}  # one gamma is another clip range
+    clipped = grpo_loss(**base, **moved)[0].item()
+    assert arms.yoked(grpo_loss)(**p)[0].item() == pytest.approx(gamma * clipped, abs=1e-6)
+    assert clipped != pytest.approx(grpo_loss(**base)[0].item(), abs=1e-4)
+    scaled = arms.scaled(grpo_loss, 0.5)(**base)
+    assert scaled[0].item() == pytest.approx(0.5 * grpo_loss(**base)[0].item(), abs=1e-6) and scaled[1]
     positive = grpo_loss(**base | {"advantages": torch.tensor([1.0, 0.0, 0.5, 0.0])})[0]
     assert arms.positive_only(**base)[0].item() == positive.item()
     arms.no_update(p["log_probs"], p["response_mask"])[0].backward()
