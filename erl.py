@@ -79,7 +79,7 @@ def erl_loss(router_log_probs, old_router_log_probs, advantages, perturbed, *, c
     detached their inputs.
     Caution: the experts are drawn uniformly, and eq. 12 divides by the router's probability. So an A that says nothing
     of the expert moves the logit of expert e along A (1/E - P(e)) (K = 1): below 0 on average, it sharpens the router.
-    To divide by the draw's own probability hand over old_router_log_probs -log E and clip_eps E (docs/findings.md).
+    To divide by the draw's own probability pass old_router_log_probs full of -log(E), clip_eps=E (docs/findings.md).
     For m perturbed forwards pass m * B rows. Entries outside S may hold anything. An empty S gives 0 with gradient 0.
     A log ratio above 40 counts as 40, without gradient: exp would overflow later on.
     Reduction: sum over S and K, divided by |S| * K; so a long text weighs more than a short one.
