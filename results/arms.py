@@ -549,6 +549,7 @@ ANSWER_ARMS = {
         "--algo rais-grpo-yoked", "GRPO, the update's mean gamma", method("rais-grpo-yoked", yoked(grpo_loss))
     ),
     "grpo-scaled": Arm("--algo grpo-scaled", "GRPO, 0.975 of its loss", method("grpo-scaled", scaled(grpo_loss))),
+    "gmpo-scaled": Arm("--algo gmpo-scaled", "GMPO, 0.975 of its loss", method("gmpo-scaled", scaled(gmpo_loss))),
     "rais-gspo": Arm("--algo rais-gspo", "RAIS over GSPO", method("rais-gspo", rais_over("gspo"))),
     "rais-no-floor": Arm("--algo rais --floor 0", "RAIS without a floor", tier=2),
     "rais-sum": Arm("--algo rais --layers sum", "RAIS, layers multiplied", tier=2),
@@ -580,7 +581,8 @@ ANSWER_ARMS = {
 }
 SWEPT = ("grpo", "gspo", "gmpo", "cispo", "erpo", "rais")
 ROUTERS = ("gmpo-replay", "gmpo-frozen", "gmpo-balance", "gmpo-balance-replay", "gmpo-balance-frozen")
-MORE_OF = (*SWEPT, "erpo-permuted", "erpo-none", "rais-yoked", "rais-grpo", "rais-grpo-yoked", "grpo-scaled", *ROUTERS)
+CONTROLS = ("rais-yoked", "rais-grpo", "rais-grpo-yoked", "grpo-scaled", "gmpo-scaled", *ROUTERS)
+MORE_OF = (*SWEPT, "erpo-permuted", "erpo-none", *CONTROLS)
 ANSWER_ARMS |= {
     f"{name}-more": ANSWER_ARMS[name]._replace(
         flags=f"{ANSWER_ARMS[name].flags} {MORE}", about=f"{ANSWER_ARMS[name].about}, four times the answers", tier=1
