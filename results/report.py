@@ -10,6 +10,7 @@ import statistics
 
 from matplotlib.figure import Figure
 
+import eval_routing
 from results.arms import EXPERIMENTS
 from results.verdict import (
     FIRST_START,
@@ -96,7 +97,7 @@ RIGHT = {
 }
 # What the ERL paper shows of a better router (SAMSum): MRR and Hit@1 of table 4, "approximately" the share of top-1
 # probabilities above 0.9 of section 6.3, ROUGE-2 of table 5 with a fraction of the decoder's decisions at random.
-ALPHAS = (0, 0.25, 0.5, 0.75, 1)
+ALPHAS = (0, *eval_routing.ALPHAS, 1)
 PAPER = {
     "MoE": (0.11, 0.068, 0.5, 26.68, 27.10, 26.42, 26.05, 25.11),
     "MoE-ERL": (0.35, 0.184, 0.8, 26.94, 14.19, 2.93, 0.56, 0.02),
@@ -401,12 +402,12 @@ def generated(runs, again) -> str:
         words = "`erl-text`, means over starts; perplexity paired within the start (100 x log ratio, lower is better):"
         figures = {"mrr": "MRR", "router_entropy": "entropy"}
         parts += ["## What is left of ERL, and what it does", words, *worded(runs, "erl-text", LEFT, figures)]
-        if len(table := beside_paper(runs)) > len(PAPER) + 2:
+        if values_of(runs, "erl-text", "erl", "perplexity_at_1", FIRST_START):
             words = (
                 "Means; score of the test windows or summaries with a fraction 0 to 1 of the decisions at random: the "
                 "paper's is ROUGE-2 of SAMSum (higher is better), ours perplexity of `erl-text` (lower is better)."
             )
-            parts += ["## The paper's tables 4 and 5, and ours", words, *table]
+            parts += ["## The paper's tables 4 and 5, and ours", words, *beside_paper(runs)]
     if values_of(runs, STILL, "lm", "mrr", FIRST_START):
         words = (
             f"`{STILL}`, means over starts; one decision in eight is right by chance; perplexity as a factor of MoE's:"
