@@ -1,14 +1,14 @@
 """ERL, exploration-driven reinforcement learning of the router (Kim & Kang, Findings of EMNLP 2025).
 
-Send a text through the model twice: once along the router's own choice, once with a random fraction alpha of the
+Send a text through the model twice: once along the router's own routes, once with a random fraction alpha of the
 routing decisions replaced by random experts. Where the perturbed pass predicts the next token better, the random
-experts become more probable; where it predicts it worse, less.
+experts become more probable. Where it predicts it worse, they become less probable.
 
     random_routes    eq. 6-9             which decisions are replaced, and by which experts
     erl_advantage    eq. 10-11 and 18    for each predicted token the sign of the gain, or the gain
     erl_loss         eq. 12-14           the clipped surrogate on the router's probabilities
-    explore          eq. 6-11            a step's first half: m perturbed passes, drawn, run and scored
-    erl_objective    eq. 14-17           its second half: L = L_o + delta * L_p, once an inner epoch
+    explore          eq. 6-11            first half of a step: m perturbed passes, drawn, run and scored
+    erl_objective    eq. 14-17           second half: L = L_o + delta * L_p, once an inner epoch
 
 The last two make the method from any model, seen as one function forward(routes) (see `explore`):
 
@@ -19,18 +19,19 @@ The last two make the method from any model, seen as one function forward(routes
 Needs torch alone. B sequences, T positions, L MoE layers, K active experts a token, E experts a layer.
 """
 
+import math
 from typing import Literal, NamedTuple
 
 import torch
 
 
 def random_routes(batch, length, layers, num_experts, top_k, alpha, *, generator=None, device=None):
-    """Draw the random experts of a perturbed forward, and the decisions that use them (eq. 6-9).
+    """Draw the random experts of a perturbed pass, and the decisions that use them (eq. 6-9).
 
     alpha: probability that a decision is replaced, a number or a tensor [B] (one a row), within [0, 1].
-    Returns experts int64 [B, T, L, K], distinct within a decision, to be used with weight 1/K each, and perturbed
-    bool [B, T, L], true where they replace the router's choice. The same generator state gives the same experts
-    whatever alpha is. ValueError: alpha outside [0, 1] or of another shape, top_k not in 1..num_experts.
+    Returns experts int64 [B, T, L, K], distinct within a decision, and perturbed bool [B, T, L], true where they
+    replace the router's choice. The same generator state gives the same experts whatever alpha is.
+    ValueError: alpha outside [0, 1] or of another shape, top_k not in 1..num_experts.
     """
     if not 1 <= top_k <= num_experts:
         raise ValueError(f"top_k must be from 1 to num_experts = {num_experts}, got {top_k}")
@@ -43,18 +44,16 @@ def random_routes(batch, length, layers, num_experts, top_k, alpha, *, generator
     experts = scores.topk(top_k).indices  # eq. 9 [B, T, L, K]; uniform over all E, the router's own choice included
     # Decision: each decision is drawn independently with probability alpha (the paper's M ~ alpha * l * t).
     draw = torch.rand(batch, length, layers, generator=generator, device=device)  # in [0, 1): 0 is never, 1 is always
-    perturbed = draw < alpha.to(draw.device).view(-1, 1, 1)  # [B, T, L]
-    return experts, perturbed
+    return experts, draw < alpha.to(draw.device).view(-1, 1, 1)  # [B, T, L]
 
 
 def erl_advantage(perturbed_log_probs, original_log_probs, kind="static"):
     """How much better the perturbed pass predicts each token: the sign (eq. 10-11), or with "log" the gap (eq. 18).
 
-    Both inputs are finite log-probabilities of the token that a position predicts, of one shape (any). Probabilities
-    have the same sign of difference, but underflow. Returns a tensor of that shape, float32 (float64 stays), without
-    gradient. The two passes must differ in their routes and in nothing else: dropout or router jitter between them
-    would turn noise into full +1 / -1 advantages. So does rounding, where two routes compute the same in another order
-    (experts that are copies of each other, batches of other sizes): make gaps of that size 0 before.
+    Both inputs are finite log-probabilities of the token that a position predicts, of one shape (any). The paper
+    compares probabilities: their difference has the same sign, but is 0 where both are too small for the dtype.
+    Returns a tensor of that shape, float32 (float64 stays), without gradient. The two passes must differ in their
+    routes alone, or the sign makes a full +1 or -1 of dropout, jitter or rounding (see `rounding`).
     ValueError: shapes that differ, unknown kind.
     """
     if kind not in ("static", "log"):
@@ -69,20 +68,17 @@ def erl_loss(router_log_probs, old_router_log_probs, advantages, perturbed, *, c
 
     router_log_probs      [B, T, L, K]  log P of the randomly chosen experts, P the router's full softmax (never the
                                         renormalised gate, which is 0 outside the top-K); the gradient flows here
-    old_router_log_probs  [B, T, L, K]  the same, recorded when the perturbed forward was drawn; no gradient
+    old_router_log_probs  [B, T, L, K]  the same, recorded when the perturbed pass was drawn; no gradient
     advantages            [B, T]        of the token that position t predicts; no gradient
     perturbed             [B, T, L]     bool, the set S: replaced decisions at positions whose prediction counts
-    clip_eps                            0.2 in the paper, at least 0
+    clip_eps                            0.2 in the paper, at least 0; infinity for no clip
 
-    With one optimiser step a draw the ratio is 1 and the clip idle: inner epochs call this again on the same routes.
-    The gradient reaches the rest of the network through router_log_probs, or the routers alone where the caller
-    detached their inputs.
-    Caution: the experts are drawn uniformly, and eq. 12 divides by the router's probability. So an A that says nothing
-    of the expert moves the logit of expert e along A (1/E - P(e)) (K = 1): below 0 on average, it sharpens the router.
-    To divide by the draw's own probability pass old_router_log_probs full of -log(E), clip_eps=E (docs/findings.md).
-    For m perturbed forwards pass m * B rows. Entries outside S may hold anything. An empty S gives 0 with gradient 0.
-    A log ratio above 40 counts as 40, without gradient: exp would overflow later on.
+    For m perturbed passes pass m * B rows. Entries outside S may hold anything. An empty S gives 0 with gradient 0.
+    A log ratio above 40 counts as 40, without gradient, because exp would overflow.
     Reduction: sum over S and K, divided by |S| * K; so a long text weighs more than a short one.
+    Caution: the experts are drawn uniformly, and eq. 12 divides by the router's probability as if the router had drawn
+    them. An advantage A that says nothing of the expert then moves the logit of expert e along A (1/E - P(e)) (K = 1).
+    Below 0, as A is on average, that sharpens the router. `erl_objective(ratio="uniform")` divides by 1/E instead.
     Returns (loss, metrics), metrics as detached 0-d tensors over the perturbed decisions:
       rl_loss                                  the loss
       ratio_mean                               mean of r = P / P_old; 1 as long as the router has not moved
@@ -142,6 +138,7 @@ class Paths(NamedTuple):
     S: torch.Tensor  # bool [m * B, T, L], the decisions that use them: what erl_loss takes as `perturbed`
     advantages: torch.Tensor  # [m * B, T], of the token that position t predicts
     old_router_log_probs: torch.Tensor  # [m * B, T, L, K], log P of the random experts when they were drawn
+    draw: str  # what drew the experts: "uniform" or "router"
 
 
 def explore(
@@ -151,6 +148,7 @@ def explore(
     *,
     alpha: float = 0.6,
     n_perturb: int = 3,
+    draw: Literal["uniform", "router"] = "uniform",
     advantage: Literal["static", "log"] = "static",
     rounding_units: float = 8.0,
     dtype=torch.float32,
@@ -160,7 +158,8 @@ def explore(
 
     forward(routes)  the caller's model on the caller's batch. routes is None for the original pass over B rows, or
                      (experts int64 [m*B, T, L, K], S bool [m*B, T, L]) for m copies of them, one after the other:
-                     where S is true the experts are used with weight 1/K each (eq. 9), elsewhere the router decides.
+                     where S is true the experts are used, elsewhere the router decides. Their weight is 1/K each
+                     (eq. 9), or the router's P of them where that is the gate of the model's own routes.
                      The passes must differ in their routes alone: no dropout, the same jitter or none.
                      -> log_probs, router_log_probs, loss as in `Pass`. L_o is the LM, balance and z loss. The RL loss's
                      gradient goes through router_log_probs as far as the caller lets it.
@@ -168,6 +167,7 @@ def explore(
     top_k            K
     alpha            share of routing decisions that are replaced [table 7 and train.py's default: 0.6, on tasks 0.7]
     n_perturb        perturbed passes m per original one [table 7: 3]
+    draw             of the random experts: uniform (eq. 7), or from the router's P on the original pass
     advantage        "static" is the sign of the gain (eq. 10-11), "log" the gain itself (eq. 18)
     rounding_units   gains up to that many units of rounding count as none (see `rounding`); deep models need more
     dtype            what the model computes in: how large rounding is
@@ -175,13 +175,17 @@ def explore(
 
     Decision: only decisions at positions that predict a counting token are replaced. On a task the prompt stays as it
     is: the paper's tasks run on encoder-decoder models whose decoder alone is perturbed.
-    ValueError: n_perturb below 1, rounding_units below 0, another shape or type of the mask or of what forward returns,
-    and what random_routes and erl_advantage refuse.
+    draw="router" is what the first author's public code does by default. The ratio to the router then is the right one
+    in the first MoE layer alone: a later router reads something else in a perturbed pass than in the original one.
+    ValueError: n_perturb below 1, rounding_units below 0, unknown draw, draw="router" with K > 1, another shape or type
+    of the mask or of what forward returns, and what random_routes and erl_advantage refuse.
     """
     if n_perturb < 1:
         raise ValueError(f"n_perturb must be at least 1, got {n_perturb}")
     if not rounding_units >= 0:
         raise ValueError(f"rounding_units must be at least 0, got {rounding_units}")
+    if draw not in ("uniform", "router") or draw == "router" and top_k > 1:
+        raise ValueError(f'draw must be "uniform" or, with top_k 1, "router"; got {draw!r} with top_k {top_k}')
     original = Pass(*forward(None))
     if original.router_log_probs.dim() != 4:
         raise ValueError(f"forward must return router_log_probs [B, T, L, E], got {original.router_log_probs.dim()}-d")
@@ -190,38 +194,47 @@ def explore(
     if mask.dtype != torch.bool:
         raise ValueError(f"mask must be torch.bool, got {mask.dtype}")
     experts, replaced = random_routes(n_perturb * B, T, L, E, top_k, alpha, generator=generator)  # eq. 6-9
+    if draw == "router":
+        P = original.router_log_probs.detach().exp().cpu().repeat(n_perturb, 1, 1, 1)  # [m * B, T, L, E]
+        experts = torch.multinomial(P.flatten(0, 2), top_k, generator=generator).view(experts.shape)
     S = (replaced & mask.cpu().repeat(n_perturb, 1).unsqueeze(-1)).to(original_log_probs.device)  # [m * B, T, L]
     experts = experts.to(original_log_probs.device)
     perturbed = Pass(*forward((experts, S)))
     _check_shape("log_probs of forward(routes)", perturbed.log_probs, S.shape[:2])
     _check_shape("router_log_probs of forward(routes)", perturbed.router_log_probs, (*S.shape, E))
-    bound = rounding(original_log_probs, dtype, rounding_units).repeat(n_perturb, 1)
+    before, after = original_log_probs.repeat(n_perturb, 1), perturbed.log_probs.detach()  # [m * B, T]
+    equal = (after - before).abs() <= rounding(before, dtype, rounding_units)
     # All layers at position t answer for the token predicted there; where no decision is in S, A is never read.
-    A = _gain(perturbed.log_probs.detach(), original_log_probs.repeat(n_perturb, 1), advantage, bound)  # [m * B, T]
-    return Paths(original, perturbed, experts, S, A, perturbed.router_log_probs.detach().gather(-1, experts))
-
-
-def _gain(perturbed_log_probs, original_log_probs, advantage, bound):
-    """eq. 10-11 with gains within rounding made none."""
-    equal = (perturbed_log_probs - original_log_probs).abs() <= bound
-    return erl_advantage(torch.where(equal, original_log_probs, perturbed_log_probs), original_log_probs, advantage)
+    A = erl_advantage(torch.where(equal, before, after), before, advantage)  # eq. 10-11
+    old_router_log_probs = perturbed.router_log_probs.detach().gather(-1, experts)
+    return Paths(original, perturbed, experts, S, A, old_router_log_probs, draw)
 
 
 def erl_objective(
-    forward, paths, *, delta: float = 0.5, clip_eps: float = 0.2, wpl: bool = False, inner_epochs: int = 1
+    forward,
+    paths,
+    *,
+    delta: float = 0.5,
+    ratio: Literal["router", "uniform"] = "router",
+    clip_eps: float | None = None,
+    wpl: bool = False,
+    inner_epochs: int = 1,
 ):
     """L = L_o + delta * L_p (eq. 15-17), an iterator of (loss, metrics): the caller updates after each of them.
 
     forward, paths  as `explore` took and gave them
     delta           weight of the perturbed loss L_p [table 7 and train.py's default: 0.5, on tasks 2]
-    clip_eps        range of the importance ratio around 1 [table 7: 0.2]
+    ratio           of P to the router's own P_old (eq. 12), or to the uniform policy that drew: E P, no clip
+    clip_eps        range of the importance ratio around 1; default 0.2 [table 7: 0.2]
     wpl             add the LM loss of the perturbed passes to L_p (eq. 17)
     inner_epochs    optimizer steps on the same perturbed routes
 
-    The first loss reuses the passes of `explore`, so its ratio is exactly 1. Further ones run the same routes through
-    the updated model, and the clip begins to act. Decision: they hold delta * L_RL alone; two inner epochs are not two
-    epochs of the LM loss.
-    ValueError: delta below 0, inner_epochs below 1, wpl without that loss, and what erl_loss refuses.
+    The first loss reuses the passes of `explore`, so its ratio to the router is exactly 1. Further ones run the same
+    routes through the updated model, and the clip begins to act. Decision: they hold delta * L_RL alone; two inner
+    epochs are not two epochs of the LM loss.
+    ratio="uniform" is the ratio that belongs to a uniform draw (see erl_loss). It needs one, one inner epoch and no
+    clip_eps. ValueError: anything else with it, delta below 0, inner_epochs below 1, wpl without that loss, and what
+    erl_loss refuses.
     """
     if not delta >= 0:
         raise ValueError(f"delta must be at least 0, got {delta}")
@@ -229,10 +242,18 @@ def erl_objective(
         raise ValueError(f"inner_epochs must be at least 1, got {inner_epochs}")
     if wpl and paths.perturbed.loss is None:
         raise ValueError("wpl needs the LM loss of the perturbed passes: forward returned None for it")
+    if ratio not in ("router", "uniform"):
+        raise ValueError(f'ratio must be "router" or "uniform", got {ratio!r}')
+    old_router_log_probs, clip = paths.old_router_log_probs, 0.2 if clip_eps is None else clip_eps
+    if ratio == "uniform":
+        if paths.draw != "uniform" or clip_eps is not None or inner_epochs > 1:
+            raise ValueError('ratio "uniform" goes with draw "uniform", no clip_eps and inner_epochs 1')
+        E = paths.perturbed.router_log_probs.shape[-1]
+        old_router_log_probs, clip = torch.full_like(old_router_log_probs, -math.log(E)), math.inf
     for epoch in range(inner_epochs):
         again = Pass(*forward((paths.experts, paths.S))) if epoch else paths.perturbed
         log_probs = again.router_log_probs.gather(-1, paths.experts)  # [m * B, T, L, K]
-        loss, metrics = erl_loss(log_probs, paths.old_router_log_probs, paths.advantages, paths.S, clip_eps=clip_eps)
+        loss, metrics = erl_loss(log_probs, old_router_log_probs, paths.advantages, paths.S, clip_eps=clip)
         if wpl:
             metrics["perturbed_lm_loss"] = again.loss.detach()
         if epoch == 0:
