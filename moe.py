@@ -1,17 +1,13 @@
 """A GPT-2-style language model whose feed-forward layers can be mixtures of experts (MoE). It needs PyTorch alone.
 
-Read from top to bottom: the configuration, what a routing decision is, the experts, the transformer, its output head,
-upcycling. Three habits hold everywhere:
-
 - Routing is a value. A forward takes `Routes` (decisions to impose: explored by ERL, or replayed from a rollout) and
   returns a `Routing` record (what the routers said and which experts worked). Nothing is kept in the modules.
 - Noise is asked for, never implied. There is no dropout, `train()` and `eval()` behave the same, and router jitter is
   an argument: two forwards with the same routes give the same numbers.
-- Letters in shape comments: B sequences, T positions, D width, L MoE layers, E experts a layer, K experts a token,
-  N tokens, S = N * K token slots, V vocabulary, H heads.
+- No token is dropped: an expert takes all tokens that are sent to it, however many they are.
 
-What is here is the plain form. `support.fast.speed_up(model)` gives a model faster experts and a faster output head,
-which compute the same; `support/generation.py` generates.
+Letters in shape comments: B sequences, T positions, D width, L MoE layers, E experts a layer, K experts a token,
+N tokens, S = N * K token slots, V vocabulary, H heads.
 """
 
 import math
@@ -23,14 +19,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
 
-# ------------------------------------------------------------------------------------------------------- configuration
-
-
-GATES = {  # P: the router's softmax over all experts
-    "renorm": "P_i / sum_topK P (ERL eq. 3): with K = 1 always 1, so the LM loss sends the router no gradient",
-    "prob": "P_i (Switch, ERPO eq. 5)",
-    "straight": "the value of renorm, P_i / (sum_topK P).detach(): a gradient through P with K = 1 too (a control)",
-}
+GATES = ("renorm", "prob", "straight")
 
 
 @dataclass(frozen=True)
@@ -38,7 +27,7 @@ class MoEConfig:
     """Sizes of a model. `n_expert = 1` is the dense GPT-2. Raises ValueError where the numbers do not fit together."""
 
     vocab_size: int = 257
-    context: int = 256  # positions T a sequence may have
+    context: int = 256  # positions that a sequence may have
     n_layer: int = 4
     n_head: int = 4
     n_embd: int = 128
@@ -46,14 +35,12 @@ class MoEConfig:
     top_k: int = 1  # experts a token passes through
     n_shared_expert: int = 0  # further experts that every token passes through
     moe_every: int = 2  # blocks moe_every-1, 2*moe_every-1, ... hold experts; the others are dense
-    gate: str = "renorm"  # weight of a chosen expert, see GATES
-    expert_capacity: int = 0  # tokens of one sequence an expert takes; later ones pass it by. 0: no limit (dropless)
+    gate: str = "renorm"  # weight of a chosen expert, see choose_experts
 
     def __post_init__(self):
         for name, value in asdict(self).items():
-            lowest = 0 if name in ("n_shared_expert", "expert_capacity") else 1
-            if name != "gate" and (type(value) is not int or not lowest <= value < 2**31):
-                raise ValueError(f"{name} must be an integer from {lowest} to {2**31 - 1}, not {value!r}")
+            if name != "gate" and (type(value) is not int or value < (name != "n_shared_expert")):
+                raise ValueError(f"{name} must be a whole number above 0 (n_shared_expert may be 0), not {value!r}")
         if self.n_embd % self.n_head:
             raise ValueError(f"n_embd {self.n_embd} is not divisible by n_head {self.n_head}")
         if self.top_k > self.n_expert:
@@ -70,7 +57,7 @@ class MoEConfig:
 
     def dense(self) -> "MoEConfig":
         """The same model without experts: what it can be upcycled from."""
-        return replace(self, n_expert=1, top_k=1, n_shared_expert=0, expert_capacity=0)
+        return replace(self, n_expert=1, top_k=1, n_shared_expert=0)
 
 
 SIZES = {
@@ -80,18 +67,12 @@ SIZES = {
 }
 
 
-# ------------------------------------------------------------------------------------------------------------- routing
-
-
 class Routes(NamedTuple):
     """Routing decisions imposed on a forward. Where `forced` is False the router decides as usual."""
 
     experts: Tensor  # int64 [B, T, L, K]; of one layer [B, T, K]
     forced: Tensor  # bool [B, T, L]; of one layer [B, T]
-    uniform: bool = True  # weights of imposed experts: 1/K (exploration, ERL eq. 9), or the router's own gate (replay)
-
-    def of_layer(self, layer: int) -> "Routes":
-        return Routes(self.experts[:, :, layer], self.forced[:, :, layer], self.uniform)
+    uniform: bool = True  # explored routes: weight 1/K (ERL eq. 9), with gate `prob` P. False, replay: the gate's own
 
 
 class Routing(NamedTuple):
@@ -108,8 +89,10 @@ class Routing(NamedTuple):
 
 
 def choose_experts(logits: Tensor, config: MoEConfig, routes: Routes | None = None) -> tuple[Tensor, Tensor]:
-    """Top-K experts and their gate weights (ERL eq. 1-3, 9; ERPO eq. 5).
+    """Top-K experts and their gate weights (ERL eq. 1-3, 9; ERPO eq. 5), P the router's softmax over all experts.
 
+    renorm: P_i / sum_topK P (ERL eq. 3). With K = 1 that is always 1, so the LM loss sends the router no gradient.
+    prob: P_i (Switch, ERPO eq. 5). straight: the value of renorm, the gradient of P_i / (sum_topK P).detach().
     logits [B, T, E], routes of this layer -> experts, weights, both [B, T, K].
     """
     experts = logits.topk(config.top_k, dim=-1).indices  # softmax keeps the order: top-K of logits = top-K of P
@@ -122,24 +105,10 @@ def choose_experts(logits: Tensor, config: MoEConfig, routes: Routes | None = No
     if config.gate == "straight":  # the gradient is that of P_i / (sum_topK P).detach(): w_i * grad log P_i
         log_probs = logits.log_softmax(-1).gather(-1, experts)
         weights = weights.detach() * (log_probs - log_probs.detach()).exp()  # times exactly 1
-    if routes is not None and routes.uniform:
+    # Decision: with `prob` a random expert weighs P too, as the router's own does. Weight 1 would scale it otherwise.
+    if routes is not None and routes.uniform and config.gate != "prob":
         weights = torch.where(routes.forced[..., None], 1.0 / config.top_k, weights)
     return experts, weights
-
-
-def within_capacity(experts: Tensor, n_expert: int, capacity: int, used: Tensor | None = None):
-    """Which token slots find room. An expert takes the first `capacity` tokens of a sequence, in the order of time.
-
-    Ranking by time, not by score, keeps the model causal: a later token can never push out an earlier one.
-    experts [B, T, K], used [B, E] (slots taken before this call; None: none) -> keep bool [B, T, K], used [B, E].
-    """
-    B, T, K = experts.shape
-    taken = F.one_hot(experts.reshape(B, T * K), n_expert)  # [B, TK, E]
-    rank = taken.cumsum(1)  # [B, TK, E], 1-based place in the expert's queue
-    if used is not None:
-        rank = rank + used[:, None]
-    keep = rank.gather(-1, experts.reshape(B, T * K, 1)) <= capacity
-    return keep.view(B, T, K), rank[:, -1]
 
 
 def router_losses(logits: Tensor, experts: Tensor, mask: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
@@ -158,13 +127,11 @@ def router_losses(logits: Tensor, experts: Tensor, mask: Tensor | None = None) -
     counts = torch.zeros(L * E, dtype=torch.long, device=logits.device)  # integers add up alike in every order
     counts = counts.scatter_add_(0, places.flatten(), valid.flatten()).view(L, E)
     load = counts / counts.sum(-1, keepdim=True).clamp(min=1)  # [L, E]
-    weight = mask.to(logits.dtype) / mask.sum().clamp(min=1)  # [B, T]
-    mean_probs = torch.einsum("bt,btle->le", weight, logits.softmax(-1))
-    z = torch.einsum("bt,btl->l", weight, logits.logsumexp(-1).square())
+    weight = (mask.to(logits.dtype) / mask.sum().clamp(min=1))[..., None]  # [B, T, 1]
+    # Sums, not products of matrices: autocast would compute those in bfloat16.
+    mean_probs = (weight[..., None] * logits.softmax(-1)).sum((0, 1))  # [L, E]
+    z = (weight * logits.logsumexp(-1).square()).sum((0, 1))  # [L]
     return E * (load * mean_probs).sum(-1), z, load
-
-
-# ------------------------------------------------------------------------------------------------------------- experts
 
 
 def feed_forward(x: Tensor, w_in: Tensor, b_in: Tensor, w_out: Tensor, b_out: Tensor) -> Tensor:
@@ -173,25 +140,46 @@ def feed_forward(x: Tensor, w_in: Tensor, b_in: Tensor, w_out: Tensor, b_out: Te
 
 
 def mix_experts(x: Tensor, experts: Tensor, weights: Tensor, w_in, b_in, w_out, b_out) -> Tensor:
-    """ERL eq. 1: y_n = sum_k weights[n, k] * E_i(x_n) with i = experts[n, k], in the plain form.
+    """ERL eq. 1: y_n = sum_k weights[n, k] * E_i(x_n) with i = experts[n, k].
 
     x [N, D], experts [N, K], weights [N, K], w_in [E, D, 4D], b_in [E, 4D], w_out [E, 4D, D], b_out [E, D] -> [N, D].
     One sort brings the rows of an expert together, so that each expert computes its own rows and no others.
     """
-    N, K = experts.shape
-    order = experts.flatten().argsort(stable=True)  # [S], slots sorted by expert; slot s belongs to token s // K
-    counts = experts.flatten().bincount(minlength=len(w_in)).tolist()  # slots of each expert
-    rows = x.index_select(0, order // K).split(counts)
-    # `unbind`, never w_in[e]: autograd would fill a gradient of all experts with zeros for each expert
-    networks = zip(w_in.unbind(0), b_in.unbind(0), w_out.unbind(0), b_out.unbind(0), strict=True)
-    y = torch.cat([feed_forward(part, *network) for part, network in zip(rows, networks, strict=True)])  # [S, D]
+    if torch.is_autocast_enabled(x.device.type):  # autocast does not know the grouped product
+        dtype = torch.get_autocast_dtype(x.device.type)
+        x, w_in, b_in, w_out, b_out = (t.to(dtype) for t in (x, w_in, b_in, w_out, b_out))
+    (N, K), E = experts.shape, len(w_in)
+    expert_ids, order = experts.flatten().sort(stable=True)  # [S] each
+    # Each slot is read once and written once, forward and backward: no sum in an order that changes from run to run.
+    x = x[:, None].expand(N, K, -1).reshape(N * K, -1).index_select(0, order)  # [S, D]
+    if _grouped_product_is_faster(x, w_in):
+        ends = torch.searchsorted(expert_ids, torch.arange(E, device=x.device), right=True, out_int32=True)  # [E]
+        one_hot = F.one_hot(expert_ids, E).to(x.dtype)  # [S, E]; its product adds the bias, whose gradient it sums
+        hidden = torch.addmm(F.grouped_mm(x, w_in, offs=ends), one_hot, b_in)  # [S, 4D]
+        y = torch.addmm(F.grouped_mm(F.gelu(hidden, approximate="tanh"), w_out, offs=ends), one_hot, b_out)
+    else:
+        counts = expert_ids.bincount(minlength=E).tolist()  # slots of each expert, read on the host
+        # `unbind`, never w_in[e]: autograd would fill a gradient of all experts with zeros for each expert
+        networks = zip(w_in.unbind(0), b_in.unbind(0), w_out.unbind(0), b_out.unbind(0), strict=True)
+        y = torch.cat([feed_forward(rows, *network) for rows, network in zip(x.split(counts), networks, strict=True)])
     y = torch.zeros_like(y).index_copy(0, order, y).view(N, K, -1)  # back in the order of the tokens
     # The weights stay float32 under bf16 autocast: rounded, they would no longer sum to 1.
     return (y * weights[..., None]).sum(1).to(y.dtype)
 
 
+def _grouped_product_is_faster(x: Tensor, weight: Tensor) -> bool:
+    """Whether F.grouped_mm takes x [S, D] and weight [E, D, 4D], and beats a loop over the experts."""
+    aligned = hasattr(F, "grouped_mm") and all(n * x.element_size() % 16 == 0 for n in weight.shape[1:])
+    if x.is_cuda:  # it spares the host read of the counts
+        return aligned and x.dtype == torch.bfloat16 and torch.cuda.get_device_capability(x.device) >= (8, 0)
+    # In float32 the compiler does not know it, and experts with many slots are faster one after the other: the hidden
+    # layer of one then stays in the cache until it is used.
+    float32 = x.dtype == torch.float32 and len(x) < 128 * len(weight) and not torch.compiler.is_compiling()
+    return aligned and x.device.type == "cpu" and (x.dtype == torch.bfloat16 or float32)
+
+
 class Experts(nn.Module):
-    """E feed-forward networks D -> 4D -> D with stacked weights, in GPT-2's [in, out] layout. E = 1: a dense layer."""
+    """The stacked weights of E feed-forward networks D -> 4D -> D, in GPT-2's [in, out] layout."""
 
     def __init__(self, n_expert: int, n_embd: int):
         super().__init__()
@@ -199,13 +187,16 @@ class Experts(nn.Module):
         self.b_in = nn.Parameter(torch.zeros(n_expert, 4 * n_embd))
         self.w_out = nn.Parameter(torch.empty(n_expert, 4 * n_embd, n_embd))
         self.b_out = nn.Parameter(torch.zeros(n_expert, n_embd))
-        self.kernel = mix_experts  # support.fast.speed_up puts a faster one here
 
-    def forward(self, x: Tensor, experts: Tensor | None = None, weights: Tensor | None = None) -> Tensor:
-        """x [N, D] through experts [N, K], summed with weights [N, K] (ERL eq. 1) -> [N, D]."""
-        if len(self.w_in) == 1:
-            return feed_forward(x, *(p.squeeze(0) for p in (self.w_in, self.b_in, self.w_out, self.b_out)))
-        return self.kernel(x, experts, weights, self.w_in, self.b_in, self.w_out, self.b_out)
+
+class Dense(Experts):
+    """One network that every token passes: GPT-2's own layer, and a shared expert. Its arguments are those of MoE."""
+
+    def __init__(self, config: MoEConfig):
+        super().__init__(1, config.n_embd)
+
+    def forward(self, x: Tensor, routes=None, noise=None) -> tuple[Tensor, None]:
+        return feed_forward(x, *(p.squeeze(0) for p in self.parameters())), None
 
 
 class MoE(nn.Module):
@@ -216,7 +207,7 @@ class MoE(nn.Module):
         self.config = config
         self.router = nn.Linear(config.n_embd, config.n_expert, bias=False)
         self.experts = Experts(config.n_expert, config.n_embd)
-        self.shared = nn.ModuleList(Experts(1, config.n_embd) for _ in range(config.n_shared_expert))
+        self.shared = nn.ModuleList(Dense(config) for _ in range(config.n_shared_expert))
 
     def router_logits(self, x: Tensor) -> Tensor:
         """float32 even under bf16 autocast: bf16 logits would move the top-K and the importance ratios. -> [..., E]"""
@@ -224,30 +215,21 @@ class MoE(nn.Module):
             dtype = torch.promote_types(x.dtype, torch.float32)
             return F.linear(x.to(dtype), self.router.weight.to(dtype))
 
-    def forward(self, x: Tensor, routes: Routes | None = None, noise: Tensor | None = None, cache=None):
+    def forward(self, x: Tensor, routes: Routes | None = None, noise: Tensor | None = None) -> tuple[Tensor, Routing]:
         """x [B, T, D], routes of this layer -> output [B, T, D] and the layer's Routing.
 
-        noise [B, T, D]: factors near 1 on the router's input (Switch's jitter), or None. cache: see GPT.stem.
+        noise [B, T, D]: factors on the router's input, or None.
         """
-        config = self.config
         router_input = x if noise is None else x * noise
         logits = self.router_logits(router_input)  # [B, T, E]
-        experts, weights = choose_experts(logits, config, routes)  # [B, T, K]
-        if config.expert_capacity:
-            used = None if cache is None else cache.used
-            keep, used = within_capacity(experts, config.n_expert, config.expert_capacity, used)
-            weights = weights * keep
-            if cache is not None:
-                cache.used = used
-        flat = x.flatten(0, 1)
-        out = self.experts(flat, experts.flatten(0, 1), weights.flatten(0, 1))
+        experts, weights = choose_experts(logits, self.config, routes)  # [B, T, K]
+        flat = (t.flatten(0, 1) for t in (x, experts, weights))  # [N, D], [N, K], [N, K]
+        out = mix_experts(*flat, *self.experts.parameters()).view_as(x)
         for shared in self.shared:
-            out = out + shared(flat)
+            out = out + shared(x)[0]
         forced = torch.zeros_like(experts[..., 0], dtype=torch.bool) if routes is None else routes.forced
-        return out.view_as(x), Routing(logits, experts, forced, router_input)
+        return out, Routing(logits, experts, forced, router_input)
 
-
-# ----------------------------------------------------------------------------------------------------- the output head
 
 MIN_TEMPERATURE = 1e-4  # lower temperatures count as this one: float32 has no digits left for such log-probabilities
 
@@ -255,7 +237,7 @@ MIN_TEMPERATURE = 1e-4  # lower temperatures count as this one: float32 has no d
 def lm_loss(features: Tensor, weight: Tensor, targets: Tensor, mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """Mean over the masked tokens of -log p(target), in nats, and log p of every target, without gradient.
 
-    features [..., D], weight [V, D], targets int64 [...], mask bool [...] -> 0-d, [...]. An empty mask gives 0.
+    features [..., D], weight [V, D], targets int64 [...], mask bool [...] (None: all) -> 0-d (no token: 0), [...].
     """
     logits = F.linear(features, weight).flatten(0, -2)  # [N, V]
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
@@ -266,20 +248,17 @@ def lm_loss(features: Tensor, weight: Tensor, targets: Tensor, mask: Tensor | No
 
 
 def token_log_probs(features: Tensor, weight: Tensor, targets: Tensor, temperature: float = 1.0) -> Tensor:
-    """log p(target) of every token under softmax(logits / temperature), differentiable in features and weight.
+    """log p(target) of every token under softmax(logits / temperature), float32 (float64 stays float64).
 
-    features [..., D], weight [V, D], targets int64 [...] -> [...], float32 (float64 stays float64).
+    features [..., D], weight [V, D], targets int64 [...] -> [...], differentiable in features and weight.
     """
     logits = F.linear(features, weight)  # [..., V]
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32)) / max(temperature, MIN_TEMPERATURE)
     return logits.log_softmax(-1).gather(-1, targets[..., None]).squeeze(-1)
 
 
-# ----------------------------------------------------------------------------------------------------- the transformer
-
-
 class Attention(nn.Module):
-    """Causal self-attention. With a cache (see GPT.stem) the queries also see what the cache has kept."""
+    """Causal self-attention. With a cache (see GPT.forward) the queries also see what the cache has kept."""
 
     def __init__(self, config: MoEConfig):
         super().__init__()
@@ -290,46 +269,24 @@ class Attention(nn.Module):
     def forward(self, x: Tensor, cache=None) -> Tensor:
         B, T, D = x.shape
         q, k, v = self.qkv(x).view(B, T, 3, self.n_head, -1).permute(2, 0, 3, 1, 4)  # each [B, H, T, D/H]
-        if cache is None:
-            y = F.scaled_dot_product_attention(q, k, v, is_causal=True)
-        else:
-            y = cache.attend(q, k, v)
+        y = F.scaled_dot_product_attention(q, k, v, is_causal=True) if cache is None else cache.attend(q, k, v)
         return self.proj(y.transpose(1, 2).reshape(B, T, D))
 
 
 class Block(nn.Module):
-    """Attention, then a feed-forward layer: dense, or a mixture of experts. x [B, T, D] -> [B, T, D]."""
+    """Attention, then a feed-forward layer: dense, or a mixture of experts (whose Routing is then not None)."""
 
     def __init__(self, config: MoEConfig, has_experts: bool):
         super().__init__()
-        self.has_experts = has_experts
         self.ln_1 = nn.LayerNorm(config.n_embd)
         self.attn = Attention(config)
         self.ln_2 = nn.LayerNorm(config.n_embd)
-        self.mlp = MoE(config) if has_experts else Experts(1, config.n_embd)
+        self.mlp = MoE(config) if has_experts else Dense(config)
 
     def forward(self, x: Tensor, routes=None, noise=None, cache=None) -> tuple[Tensor, Routing | None]:
-        return self.feed_forward(self.attend(x, cache), routes, noise, cache)
-
-    def attend(self, x: Tensor, cache=None) -> Tensor:
-        return x + self.attn(self.ln_1(x), cache)
-
-    def feed_forward(self, x: Tensor, routes=None, noise=None, cache=None) -> tuple[Tensor, Routing | None]:
-        """The arguments of MoE.forward -> x, and the layer's Routing (None without experts)."""
-        h = self.ln_2(x)
-        out, routing = self.mlp(h, routes, noise, cache) if self.has_experts else (self.mlp(h), None)
+        x = x + self.attn(self.ln_1(x), cache)  # [B, T, D]
+        out, routing = self.mlp(self.ln_2(x), routes, noise)
         return x + out, routing
-
-
-class Output(NamedTuple):
-    """What `GPT.forward` returns."""
-
-    logits: Tensor | None  # [B, T, V]; None when targets were given: the loss does not need them all at once
-    lm_loss: Tensor | None  # 0-d, mean negative log-likelihood of the targets under the mask, in nats
-    balance_loss: Tensor  # [L]
-    z_loss: Tensor  # [L]
-    load: Tensor  # [L, E] share of token slots sent to each expert
-    routing: Routing
 
 
 class GPT(nn.Module):
@@ -342,8 +299,7 @@ class GPT(nn.Module):
         self.wpe = nn.Embedding(config.context, config.n_embd)
         self.blocks = nn.ModuleList(Block(config, i in config.moe_blocks) for i in range(config.n_layer))
         self.ln_f = nn.LayerNorm(config.n_embd)
-        # What asks the head; support.fast.speed_up puts faster ones here.
-        self.lm_loss_kernel, self.log_probs_kernel = lm_loss, token_log_probs
+        self.first_moe_block = config.moe_blocks[0] if config.moe_blocks else config.n_layer
         for name, p in self.named_parameters():
             if name.endswith("router.weight"):
                 nn.init.normal_(p, std=0.1, generator=generator)  # Decision: N(0, 0.1) gives the standard deviation
@@ -354,51 +310,44 @@ class GPT(nn.Module):
             elif name.endswith("bias"):  # PyTorch draws those of a Linear
                 nn.init.zeros_(p)
 
-    # The forward in three parts. ERL runs `stem` once and `branch` for 1 + m routes: what comes before the first
-    # routing decision is the same for all of them.
+    def forward(self, tokens: Tensor, routes: Routes | None = None, noise=None, cache=None) -> tuple[Tensor, Routing]:
+        """tokens int64 [B, T] -> features [B, T, D] of the last norm, for `head`, and the Routing of all layers.
+
+        routes: decisions to impose, of shape [B, T, L, K]; ValueError for another one.
+        noise: None, or L tensors [B, T, D] of factors on the routers' inputs (Switch's jitter).
+        cache: None, or what generation keeps: an object with the tokens' `positions` (int64 [T] or [B, T]) and a list
+        `layers`, one object a block, with `attend(q, k, v)`.
+        """
+        return self.branch(self.stem(tokens, cache), routes, noise, cache)
+
+    # The same in two parts. ERL runs `stem` once and `branch` for 1 + m routes: the blocks before the first one with
+    # experts compute the same for all of them.
 
     def stem(self, tokens: Tensor, cache=None) -> Tensor:
-        """Everything before the first router. tokens int64 [B, T] -> hidden [B, T, D].
-
-        cache: None, or what generation keeps: an object with the tokens' `positions` (int64 [T] or [B, T]) and a list
-        `layers`, one object a block, with `attend(q, k, v)` and the slots `used` [B, E] of experts of limited capacity.
-        """
+        """The embeddings, and the blocks before the first one with experts. tokens int64 [B, T] -> hidden [B, T, D]."""
         T = tokens.shape[1]
         if T > self.config.context:
             raise ValueError(f"{T} tokens are more than the model's context of {self.config.context}")
         positions = torch.arange(T, device=tokens.device) if cache is None else cache.positions
         x = self.wte(tokens) + self.wpe(positions)
-        caches = [None] * len(self.blocks) if cache is None else cache.layers
-        first = self.first_moe_block
-        for block, layer_cache in zip(self.blocks[:first], caches[:first], strict=True):
-            x, _ = block(x, cache=layer_cache)
-        return self.blocks[first].attend(x, caches[first]) if first < len(self.blocks) else x
+        for i, block in enumerate(self.blocks[: self.first_moe_block]):
+            x, _ = block(x, cache=cache and cache.layers[i])
+        return x
 
-    def branch(self, x: Tensor, routes: Routes | None = None, cache=None, noise=None) -> tuple[Tensor, Routing]:
-        """From the first router to the last norm. hidden [B, T, D] -> features [B, T, D], Routing.
-
-        noise: None, or L tensors [B, T, D] of factors on the routers' inputs (see `jitter`). Raises ValueError for
-        routes of another shape.
-        """
+    def branch(self, x: Tensor, routes: Routes | None = None, noise=None, cache=None) -> tuple[Tensor, Routing]:
+        """The other blocks and the last norm. hidden [B, T, D] -> features [B, T, D], Routing; see `forward`."""
         B, T, _ = x.shape
-        L, K = len(self.config.moe_blocks), self.config.top_k
+        L, K, layers = len(self.config.moe_blocks), self.config.top_k, []
         if routes is not None and (routes.experts.shape, routes.forced.shape) != ((B, T, L, K), (B, T, L)):
             raise ValueError(
                 f"routes for this forward must have experts {[B, T, L, K]} and forced {[B, T, L]}, "
                 f"not {list(routes.experts.shape)} and {list(routes.forced.shape)}"
             )
-        caches = [None] * len(self.blocks) if cache is None else cache.layers
-        layers = []  # the Routing of each
-        for i in range(self.first_moe_block, len(self.blocks)):
-            block, layer = self.blocks[i], len(layers)
-            layer_routes = routes.of_layer(layer) if routes is not None and block.has_experts else None
-            layer_noise = noise[layer] if noise is not None and block.has_experts else None
-            run = (
-                block.feed_forward if i == self.first_moe_block else block
-            )  # `stem` has done the first one's attention
-            x, routing = run(x, layer_routes, layer_noise, caches[i])
-            if routing is not None:
-                layers.append(routing)
+        for i, block in enumerate(self.blocks[self.first_moe_block :], self.first_moe_block):
+            layer = min(len(layers), L - 1)  # a dense block ignores what it is given
+            own = routes and Routes(routes.experts[:, :, layer], routes.forced[:, :, layer], routes.uniform)
+            x, routing = block(x, own, noise and noise[layer], cache and cache.layers[i])
+            layers += [] if routing is None else [routing]
         if not layers:
             none = torch.zeros(B, T, 0, 1, dtype=torch.long, device=x.device)
             return self.ln_f(x), Routing(none.to(x.dtype), none, none[..., 0].bool(), ())
@@ -409,44 +358,10 @@ class GPT(nn.Module):
         """features [..., D] -> logits [..., V]."""
         return F.linear(features, self.wte.weight)
 
-    def lm_loss(self, features: Tensor, targets: Tensor, mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """features [..., D] -> mean of -log p(target) over the mask, and log p(target) [...] without gradient."""
-        return self.lm_loss_kernel(features, self.wte.weight, targets, mask)
-
-    def token_log_probs(self, features: Tensor, targets: Tensor, temperature: float = 1.0) -> Tensor:
-        """features [..., D] -> log p(target) [...] under softmax(logits / temperature), differentiable."""
-        return self.log_probs_kernel(features, self.wte.weight, targets, temperature)
-
-    def forward(self, tokens, targets=None, mask=None, routes=None, noise=None, routed=None) -> Output:
-        """tokens [B, T], targets [B, T] the tokens they predict.
-
-        mask bool [B, T]: the predictions that count for the LM loss. routed bool [B, T]: the tokens that are not
-        padding, over which the router losses and the load run: a prompt is routed, though nothing is learnt from its
-        words. None: all. routes, noise: see `branch`.
-        """
-        features, routing = self.branch(self.stem(tokens), routes, noise=noise)
-        balance, z, load = router_losses(routing.logits, routing.experts, routed)
-        if targets is None:
-            return Output(self.head(features), None, balance, z, load, routing)
-        return Output(None, self.lm_loss(features, targets, mask)[0], balance, z, load, routing)
-
-    @property
-    def first_moe_block(self) -> int:
-        """The first block with experts (n_layer where there is none)."""
-        return self.config.moe_blocks[0] if self.config.moe_blocks else self.config.n_layer
-
     def route_again(self, inputs) -> Tensor:
         """Router logits [B, T, L, E] of recorded router inputs, which are detached: only routers get a gradient."""
         routers = [self.blocks[i].mlp for i in self.config.moe_blocks]
         return torch.stack([r.router_logits(h.detach()) for r, h in zip(routers, inputs, strict=True)], 2)
-
-    def jitter(self, shape, amount: float, generator: torch.Generator) -> list[Tensor] | None:
-        """Switch's router input jitter: factors from U(1 - amount, 1 + amount), L tensors [B, T, D]."""
-        if not amount or not self.config.moe_blocks:
-            return None
-        device = self.wte.weight.device
-        draw = torch.rand(len(self.config.moe_blocks), *shape, self.config.n_embd, generator=generator).to(device)
-        return list(1 + amount * (2 * draw - 1))
 
     def count_parameters(self) -> tuple[int, int]:
         """Parameters in total, and those that one token uses (ERL table 10)."""
@@ -454,9 +369,6 @@ class GPT(nn.Module):
         layers = [self.blocks[i].mlp.experts for i in self.config.moe_blocks]
         one_expert_each = sum(p[0].numel() for experts in layers for p in experts.parameters())
         return total, total - (self.config.n_expert - self.config.top_k) * one_expert_each
-
-
-# ----------------------------------------------------------------------------------------------------------- upcycling
 
 
 def upcycle(dense: GPT, config: MoEConfig, generator: torch.Generator | None = None) -> GPT:

@@ -1,5 +1,6 @@
 """The one kind of error that is the user's to mend, and how programs report it."""
 
+import contextlib
 import difflib
 import os
 import signal
@@ -17,47 +18,61 @@ def nearest(kind: str, name: str, known: Sequence[str]) -> UserError:
     return UserError(f"unknown {kind} {name!r}: did you mean {guess}? There are {', '.join(known)}")
 
 
-def plainly(function, *args):
-    """function(*args), whose ValueError is the user's mistake."""
+@contextlib.contextmanager
+def as_user_error():
+    """A ValueError in this block is the user's mistake."""
     try:
-        return function(*args)
+        yield
     except ValueError as error:
         raise UserError(str(error)) from error
 
 
-def sentence(error: Exception) -> str | None:
+def describe_error(error: Exception) -> str | None:
     """What to tell the user, on one line whatever it quotes; None where the program is to blame."""
     if isinstance(error, UserError):
         return " ".join(str(error).split())
     if isinstance(error, OSError) and error.strerror:
         return f"{error.filename or 'a file'}: {error.strerror}"
-    if (
-        isinstance(error, MemoryError)
-        or type(error).__name__ == "OutOfMemoryError"
-        or "t allocate memory" in str(error)
-    ):
+    kind = type(error).__name__  # of torch's errors, which are not imported here
+    if isinstance(error, MemoryError) or kind == "OutOfMemoryError" or "t allocate memory" in str(error):
         return "out of memory: lower --batch-size, --prompts-per-step, --n-expert or --model"
     return None
 
 
 def begin_program():
-    """For a program's first lines, before it imports torch.
+    """For a program's first lines, before it imports torch: Ctrl-C meanwhile ends it without a traceback.
 
-    Nothing is to be saved in those seconds: Ctrl-C ends it, without a traceback. Streams that the shell closed (`2>&-`)
-    end in nothing: Python has None for them, which libraries do not expect, and the next file opened would get their
-    number, and what a library says to "2".
+    What the terminal's encoding lacks is printed as an escape; it must not end a program after its work.
     """
     signal.signal(signal.SIGINT, lambda *_: os._exit(130))
-    for name in ("stdin", "stdout", "stderr"):
-        if getattr(sys, name) is None:
-            setattr(sys, name, open(os.devnull, "r" if name == "stdin" else "w"))
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")
+
+
+def run_program(main, name: str) -> int:
+    """The exit status of main(): its own or 0, 2 with one sentence on stderr for the user's mistake, 130 for Ctrl-C."""
+    try:
+        return main() or 0
+    except KeyboardInterrupt:
+        return 130
+    except Exception as error:
+        if (text := describe_error(error)) is None:
+            raise
+        print(f"{name}: {text}", file=sys.stderr)
+        return 2
+
+
+# For modules that have not been rewritten yet.
+
+
+def plainly(function, *args):
+    with as_user_error():
+        return function(*args)
+
+
+sentence = describe_error
 
 
 def say(text: str, stream=None):
-    """Print on stdout, or on another stream. Where nobody reads on (`| head`), or there is no room, silence is no
-    error: a run goes on and is saved."""
-    stream = stream or sys.stdout
-    try:
-        print(text, file=stream, flush=True)
-    except OSError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())  # or Python tries once more when it exits
+    print(text, file=stream or sys.stdout, flush=True)
