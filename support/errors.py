@@ -50,10 +50,11 @@ def begin_program():
             stream.reconfigure(errors="backslashreplace")
 
 
-def run_program(main, name: str) -> int:
-    """The exit status of main(): its own or 0, 2 with one sentence on stderr for the user's mistake, 130 for Ctrl-C."""
+def run_program(name: str, program) -> int:
+    """Call program() -> exit status: 0, 2 with one sentence on stderr for the user's mistake, 130 for Ctrl-C."""
     try:
-        return main() or 0
+        program()
+        return 0
     except KeyboardInterrupt:
         return 130
     except Exception as error:
