@@ -97,11 +97,11 @@ def erpo_loss(
 def _clusters(log_probs, experts, probs, mask, num_experts):
     """Size of every cluster, and over it the means of log_probs [B, T] and of -P log P [B, T, L, K]: three [B, J]."""
     B, _, L, _ = experts.shape
-    j = experts.long() + num_experts * torch.arange(L, device=experts.device)[:, None]  # one id for layer and expert
-    j = j.masked_fill(~mask[:, :, None, None], L * num_experts).flatten(1)  # padding: a bucket of its own, cut off
+    j = experts + num_experts * torch.arange(L, device=experts.device)[:, None]  # one int64 id for layer and expert
+    j = j.masked_fill_(~mask[:, :, None, None], L * num_experts).flatten(1)  # padding: a bucket of its own, cut off
     P = probs.detach().to(log_probs.dtype)
-    entropy = -P * P.clamp(min=torch.finfo(P.dtype).tiny).log()  # 0 at P = 0
-    values = torch.ones_like(P), log_probs[:, :, None, None].expand_as(P), entropy  # a token is in L * K clusters
+    entropy = P.clamp(min=torch.finfo(P.dtype).tiny).log_().mul_(P).neg_()  # 0 at P = 0
+    values = P.new_ones(1).expand(j.shape), log_probs[:, :, None, None].expand_as(P), entropy  # each token L * K times
     buckets = log_probs.new_zeros(B, L * num_experts + 1)
     size, *sums = (buckets.scatter_add(1, j, x.flatten(1))[:, :-1] for x in values)
     return size, *(x / size.clamp(min=1) for x in sums)
