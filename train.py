@@ -16,13 +16,6 @@ import sys
 from functools import partial
 from typing import NamedTuple
 
-# PyTorch reads these when it is imported; a user's own setting wins. On Linux it then asks for huge pages for tensors
-# of 2 MB and more: fresh memory, page by page, was 30 % of the time of a layer of 128 experts.
-os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
-# A thread that waits for its team looks 2,000 times (50 us) before it sleeps: 97 % of a step's parallel regions begin
-# sooner. OpenMP's own 300,000 keep a core from the process that it waits for, and a step took 4 to 8 times as long.
-if "OMP_WAIT_POLICY" not in os.environ:
-    os.environ.setdefault("GOMP_SPINCOUNT", "2000")
 if __name__ == "__main__":
     from support.errors import begin_program
 
@@ -32,7 +25,16 @@ import torch
 from torch import Tensor
 
 import data
-from baselines import cispo_loss, gmpo_loss, group_advantages, grpo_loss, gspo_loss, mismatch_weights
+from baselines import (
+    cispo_loss,
+    dppo_loss,
+    gmpo_loss,
+    group_advantages,
+    grpo_loss,
+    gspo_loss,
+    mismatch_weights,
+    sapo_loss,
+)
 from erl import Pass, erl_objective, explore
 from erpo import erpo_loss
 from moe import GPT, MoEConfig, Routes, Routing, router_losses, upcycle
@@ -44,7 +46,7 @@ from support.demo import demo
 from support.device import pick_device
 from support.errors import UserError, as_user_error, run_program
 from support.generation import Rollout, generate, sampler_of
-from support.head import lm_loss, token_log_probs
+from support.head import masked_lm_loss, masked_log_probs
 from support.optimizer import clip_gradients, set_learning_rate
 from support.pictures import plot_curves
 from support.routing_report import routing_report
@@ -58,6 +60,8 @@ METHODS = {
     "gspo": gspo_loss,
     "gmpo": gmpo_loss,
     "cispo": cispo_loss,
+    "sapo": sapo_loss,
+    "dppo": dppo_loss,
     "erpo": erpo_loss,
     "rais": rais_loss,
 }
@@ -139,7 +143,7 @@ def original_pass(model: GPT, hidden: Tensor, batch: Batch, args, noise, report:
     -> log p [B, T] of the next token (0 where the prediction does not count), log P [B, T, L, E], L_o; and metrics.
     """
     features, routing = model.branch(hidden, noise=noise)
-    loss, picked = lm_loss(*select_positions(model, features, batch.tokens[:, 1:], batch.mask))
+    loss, log_probs = masked_lm_loss(model, features, batch.tokens[:, 1:], batch.mask)
     metrics = {"loss": loss.detach()}
     if routing.logits.shape[2]:
         balance, z, _ = router_losses(routing.logits, routing.experts, batch.routed)  # [L], [L]
@@ -147,7 +151,7 @@ def original_pass(model: GPT, hidden: Tensor, batch: Batch, args, noise, report:
         metrics |= {"balance_loss": balance.detach().mean(), "z_loss": z.detach().mean()}
         if report:
             metrics |= routing_report(routing.logits, mask=batch.routed, experts=routing.experts)
-    return Pass(put_back(picked, batch.mask), routing.logits.detach().log_softmax(-1), loss), metrics
+    return Pass(log_probs, routing.logits.detach().log_softmax(-1), loss), metrics
 
 
 def perturbed_log_probs(model: GPT, features, batch: Batch, S, args):
@@ -157,30 +161,10 @@ def perturbed_log_probs(model: GPT, features, batch: Batch, S, args):
     """
     targets = batch.tokens[:, 1:].repeat(args.n_perturb, 1)
     if args.wpl:
-        mask = batch.mask.repeat(args.n_perturb, 1)
-        loss, picked = lm_loss(*select_positions(model, features, targets, mask))
-        return put_back(picked, mask), loss
+        loss, log_probs = masked_lm_loss(model, features, targets, batch.mask.repeat(args.n_perturb, 1))
+        return log_probs, loss
     with torch.no_grad():
-        mask = S.any(-1)
-        return put_back(token_log_probs(*select_positions(model, features, targets, mask)), mask), None
-
-
-def select_positions(model: GPT, features: Tensor, targets: Tensor, mask: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """What the head is asked: features [n, D], its weight, and targets [n] of the n positions where mask is True.
-
-    Over 50,257 words the head is most of a small model's work, and prompts and padding are most of a task's rows. Where
-    the mask lies on the CPU, nothing waits for the device.
-    """
-    features, targets, places = features.flatten(0, 1), targets.flatten(), mask.flatten().nonzero().squeeze(1)
-    if len(places) < len(targets):
-        places = places.to(features.device)
-        features, targets = features.index_select(0, places), targets.index_select(0, places)
-    return features, model.wte.weight, targets
-
-
-def put_back(picked: Tensor, mask: Tensor) -> Tensor:
-    """Values [n] of the positions where mask [B, T] is True, as [B, T] with 0 elsewhere."""
-    return picked.new_zeros(mask.shape).masked_scatter(mask.to(picked.device), picked)
+        return masked_log_probs(model, features, targets, S.any(-1)), None
 
 
 def jitter(model: GPT, batch: Batch, args, step: int) -> list[Tensor] | None:
@@ -307,8 +291,8 @@ def policy_forward(model: GPT, rollout: Rollout, args, routes: Tensor | None) ->
     mask, forced = rollout.response_mask, torch.ones_like(rollout.experts[..., 0], dtype=torch.bool)
     replayed = None if routes is None else Routes(routes, forced, uniform=False)
     features, routing = model(rollout.tokens[:, :-1], routes=replayed)
-    picked = token_log_probs(*select_positions(model, features, rollout.tokens[:, 1:], mask), args.temperature)
-    return Policy(put_back(picked, mask), routing.experts, routing.expert_log_probs()), routing
+    log_probs = masked_log_probs(model, features, rollout.tokens[:, 1:], mask, args.temperature)
+    return Policy(log_probs, routing.experts, routing.expert_log_probs()), routing
 
 
 def balance_loss(routing: Routing, rollout: Rollout, args) -> Tensor | float:

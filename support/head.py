@@ -98,3 +98,30 @@ def token_log_probs(features: Tensor, weight: Tensor, targets: Tensor, temperatu
         return moe.token_log_probs(features, weight, targets, temperature)
     features = features / max(temperature, moe.MIN_TEMPERATURE)
     return _TokenLogProbs.apply(*_operands(features, weight, targets)).view(targets.shape)
+
+
+# Over a large vocabulary the head is most of a small model's work, and most of a task's rows is prompt and padding: so
+# it is asked about the positions that count and no others. A mask on the CPU lets nothing wait for the device.
+
+
+def masked_lm_loss(model: moe.GPT, features: Tensor, targets: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean of -log p(target) where mask [B, T] is True, and log p(target) [B, T] without gradient, 0 elsewhere."""
+    loss, picked = lm_loss(*_at(mask, features, model.wte.weight, targets))
+    return loss, _put_back(picked, mask)
+
+
+def masked_log_probs(model: moe.GPT, features: Tensor, targets: Tensor, mask: Tensor, temperature=1.0) -> Tensor:
+    """log p(target) [B, T] where mask [B, T] is True, differentiable, 0 elsewhere. features [B, T, D]."""
+    return _put_back(token_log_probs(*_at(mask, features, model.wte.weight, targets), temperature), mask)
+
+
+def _at(mask: Tensor, features: Tensor, weight: Tensor, targets: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    features, targets, places = features.flatten(0, 1), targets.flatten(), mask.flatten().nonzero().squeeze(1)
+    if len(places) < len(targets):
+        places = places.to(features.device)
+        features, targets = features.index_select(0, places), targets.index_select(0, places)
+    return features, weight, targets
+
+
+def _put_back(picked: Tensor, mask: Tensor) -> Tensor:
+    return picked.new_zeros(mask.shape).masked_scatter(mask.to(picked.device), picked)
