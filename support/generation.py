@@ -205,7 +205,7 @@ def generate(
         features, routing = model(new[:, None], imposed, cache=cache)
         last = features[:, 0]
         experts[rows, places] = routing.experts[:, 0]
-        expert_log_probs[rows, places] = routing.expert_log_probs()[:, 0]
+        expert_log_probs[rows, places] = routing.expert_log_probs()[:, 0].float()
     T = int((lengths + response_mask.sum(1)).max()) - 1
     return Rollout(tokens[:, : T + 1], *(record[:, :T] for record in rollout[1:]))
 
