@@ -23,7 +23,6 @@ from support.arguments import Parser, read_config
 from support.errors import UserError, run_program
 from support.run import read_metrics
 
-NAMES = {"rouge2": "ROUGE-2", "f1": "F1"}  # of scores
 BY_CHANCE = {"color": "black", "ls": "--", "lw": 1}  # a line for what chance or evenness would give
 
 
@@ -147,6 +146,27 @@ def plot_curves(out: str):
     draw_curves({algo: [run]}, f"{name_of(out)}: {algo} on {dataset}", os.path.join(out, "curves.png"))
 
 
+def plot_demo(rows: dict[str, dict], path: str):
+    """Of each run of the demo that was ranked: MRR, and the scores along its own and along random routes."""
+    ranked = {name: row for name, row in rows.items() if "mrr" in row}
+
+    def of(key):
+        return [row[key] for row in ranked.values()]
+
+    figure = new_figure(3.6)
+    left, right = figure.subplots(1, 2)
+    left.errorbar(list(ranked), of("mrr"), [1.96 * e for e in of("mrr_standard_error")], fmt="o", capsize=4)
+    left.axhline(of("chance_mrr")[0], label="chance", **BY_CHANCE)
+    left.set(title="MRR of the router's route (95 %)", ylim=(0, None))
+    right.plot(list(ranked), of("original_score"), "o", label="the router's route")
+    right.plot(list(ranked), of("perturbed_score"), "x", label="99 random routes")
+    right.set(title=of("score")[0])
+    for axis in (left, right):
+        axis.margins(x=0.2)
+        axis.legend(fontsize=8)
+    save(figure, path)
+
+
 def group_runs(folders: list[str]) -> tuple[dict[str, list], str]:
     """Runs that differ in their seed alone, by the name of their algorithm and what else tells them apart."""
     runs = {folder: read_curves(folder) for folder in folders}
@@ -173,7 +193,7 @@ def draw_routing(result: dict, out: str):
     """routing_ranks.png, _robustness.png, _top1.png and _load.png of a routing.json; _regret.png and, of two runs,
     _consistency.png if it has them."""
     run, split = name_of(result["run"]), f"{result['dataset']} {result['split']}"
-    score, load = NAMES.get(result["score"], result["score"]), result["expert_load"]
+    score, load = {"rouge2": "ROUGE-2", "f1": "F1"}.get(result["score"], result["score"]), result["expert_load"]
     better = "lower is better" if score == "perplexity" else "higher is better"
 
     _draw_ranks(result, f"{run}, {split}, {result['samples']} samples", score, better, f"{out}/routing_ranks.png")
@@ -266,6 +286,9 @@ def _draw_regret(regret: dict, title: str, path: str):
         for x, name in enumerate(("regret", "random_expert_cost")):
             error = 1.96 * found[f"{name}_standard_error"]
             right.bar(x + 0.27 * (i - 1), found[name], yerr=error, capsize=3, **style)
+            right.text(
+                x + 0.27 * (i - 1), found[name] + error, rounded(found[name], 3), ha="center", va="bottom", size=7
+            )
     left.axhline(100 / C, label="chance", **BY_CHANCE)
     left.set(xlabel=f"rank of the own expert among {C} (1: best)", ylabel="decisions [%]")
     leave_room(left)
