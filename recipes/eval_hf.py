@@ -75,7 +75,7 @@ class HubModel:
 
     @torch.no_grad()
     def score_decision(self, tokens, layer: int) -> Decision:
-        """The decision of `layer` at the last token but one of tokens [T + 1], as eval_routing.score_decision has it."""
+        """The decision of `layer` at the last but one of tokens [T + 1]; see eval_routing.score_decision."""
         tokens, chosen = tokens.to(self.device), []
         cache = self.model(input_ids=tokens[None, :-2], use_cache=True).past_key_values
         cache.batch_repeat_interleave(self.n_expert)
