@@ -218,7 +218,7 @@ def _prepare(log_probs, old_log_probs, advantages, response_mask, weights, clip_
     """Check the arguments -> log ratio [B, T], advantages [B, 1], weights [B, T]: 0 wherever there is no response."""
     weights = torch.ones_like(log_probs) if weights is None else weights.detach()
     others = {"old_log_probs": old_log_probs, "advantages": advantages, "weights": weights}
-    _check_shapes("log_probs", log_probs, response_mask=response_mask, **others)
+    _check_shapes("log_probs", log_probs, **others, response_mask=response_mask)
     if not (clip_low >= 0 and clip_high >= 0):
         raise ValueError(f"clip_low and clip_high must be at least 0, got {clip_low} and {clip_high}")
     # Padding is replaced before the exp: 0 * NaN would be NaN, in the value and in the gradient.
