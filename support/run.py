@@ -318,10 +318,6 @@ def _free_folder(name: str) -> str:
 
 def load_state(args, metadata: dict) -> State:
     """The state in the header of a run's checkpoint."""
-    values = {name: value for name, value in metadata.items() if name != "run"}
-    try:
-        return State(**values)
-    except TypeError:
-        raise UserError(
-            f"the checkpoint in {args.out} is of an earlier version: start a new run with --init {args.out}"
-        ) from None
+    if metadata.keys() != State().__dict__.keys() | {"run"}:
+        raise UserError(f"{args.out}'s checkpoint is of an earlier version: start a new run with --init {args.out}")
+    return State(**{name: value for name, value in metadata.items() if name != "run"})

@@ -192,8 +192,9 @@ def test_the_credit_goes_to_the_position_that_predicts():
     batch = Batch(tokens, torch.ones(1, 7, dtype=torch.bool), torch.ones(1, 7, dtype=torch.bool))
     with torch.no_grad():
         model.blocks[1].mlp.experts.w_out.zero_(), model.blocks[1].mlp.experts.b_out.zero_()
-        router = model.blocks[1].mlp.router.weight
-        router.zero_()
+        model.blocks[1].mlp.router.weight.zero_()
+        model.wte.weight.zero_(), model.ln_f.weight.fill_(1.0), model.ln_f.bias.zero_()
+        model.wte.weight[5 + torch.arange(8), torch.arange(8)] = 1.0  # each token has a direction of its own
         model.blocks[1].mlp.experts.b_out[3] = 50 * model.wte.weight[tokens[0, 4]]  # says token 4, at every position
     paths = next(erl_losses(model, batch, step_args(n_perturb=40, alpha=1.0)))[2]
     chosen = paths.experts[..., 0, 0] == 3  # [m, T]
@@ -425,7 +426,8 @@ def test_three_policies(algo, micro, monkeypatch):
 def test_r2_and_r3_differ_with_a_sampler_of_another_precision(micro, monkeypatch):
     routes = {}
     for replay in ("r2", "r3"):
-        run = OneStep(monkeypatch, f"--algo grpo --minibatches 1 --rollout-dtype bfloat16 --replay {replay}")
+        flags = "--algo grpo --minibatches 1 --prompts-per-step 16 --max-new-tokens 16 --rollout-dtype bfloat16"
+        run = OneStep(monkeypatch, f"{flags} --replay {replay}")
         report = run.step()
         routes[replay] = run.forwards[-1][0][3]
         differs = (routes[replay].sort(-1).values != run.losses[0][0][3].experts.sort(-1).values).any()
