@@ -81,7 +81,8 @@ def verdict(rows: dict[str, dict]) -> str:
     if abs(gap) <= noise:
         said = "ERL's ranks are within the noise of the control, which credits experts at random"
     else:
-        said = f"ERL's ranks are {'above' if gap > 0 else 'below'} those of the control by more than the noise of the windows"
+        side = "above" if gap > 0 else "below"
+        said = f"ERL's ranks are {side} those of the control by more than the noise of the windows"
     return (
         f"Verdict: {said} (MRR {ours['mrr']:.3f} against {control['mrr']:.3f}, difference {gap:+.3f} +- {noise:.3f}; "
         f"MoE {rows['MoE']['mrr']:.3f}). One start decides nothing: see docs/findings.md."

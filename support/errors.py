@@ -34,6 +34,8 @@ def describe_error(error: Exception) -> str | None:
     if isinstance(error, OSError) and error.strerror:
         return f"{error.filename or 'a file'}: {error.strerror}"
     kind = type(error).__name__  # of torch's errors, which are not imported here
+    if "InvalidCxxCompiler" in kind + str(error):
+        return "--compile needs a C++ compiler, and there is none: leave it out, or set CXX"
     if isinstance(error, MemoryError) or kind == "OutOfMemoryError" or "t allocate memory" in str(error):
         return "out of memory: lower --batch-size, --prompts-per-step, --n-expert or --model"
     return None

@@ -48,7 +48,7 @@ def clip_gradients(model, limit: float) -> dict:
 
 
 def restore(optimizer, model, saved: dict[str, torch.Tensor]):
-    """Give an optimizer the moments of a checkpoint, by the names of its parameters. UserError where they do not fit."""
+    """Give an optimizer the moments of a checkpoint, by its parameters' names. UserError where they do not fit."""
     names, state = {p: n for n, p in model.named_parameters()}, {}
     for index, p in enumerate(p for group in optimizer.param_groups for p in group["params"]):
         kept = {key: saved.get(f"{names[p]}.{key}") for key in ("step", "exp_avg", "exp_avg_sq")}

@@ -16,7 +16,6 @@ import sys
 import time
 from dataclasses import asdict, dataclass, field
 
-import torch
 from torch import Tensor
 from tqdm import tqdm
 

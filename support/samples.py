@@ -87,7 +87,7 @@ def expert_consistency(first: GPT, second: GPT, rows: list[list[int]]) -> tuple[
 
 
 def compare(args, model: GPT, config: dict, samples: Samples) -> dict:
-    """Which tokens stay with their expert from one run to the other, over COMPARED_TOKENS or more where there are any."""
+    """Which tokens stay with their expert from one run to the other, over COMPARED_TOKENS or more where there are."""
     second, second_config, _ = load_run(args.compare)
     same_sizes = replace(second.config, gate=model.config.gate) == model.config
     if not same_sizes or config["tokenizer"] != second_config["tokenizer"]:
