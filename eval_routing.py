@@ -11,8 +11,7 @@ scored by ROUGE-2, F1 or accuracy; its prompt is never perturbed.
 Regret: at some decisions of the original route each expert is forced in turn, everything else as it is. How much more
 probable would the best one have made the next token? It is chosen by the answer, so this is an upper bound.
 
-S samples, R routes (the original first), T positions, N of them routed, L MoE layers, E experts, K active ones,
-C = E - K + 1 candidates of a decision.
+S samples, R routes (the original first), T positions, N of them routed, L MoE layers, E experts, K active, V words.
 """
 
 import argparse
@@ -141,19 +140,18 @@ def rank_samples(args, model: GPT, samples: Samples) -> list[Scored]:
 
 
 class Decision(NamedTuple):
-    values: Tensor  # float64 [C], log p of the next token under each candidate, the own expert first
+    values: Tensor  # float64 [C], C = E - K + 1: log p of the next token under each candidate, the own expert first
     entropy: float  # of the prediction under the own expert, in nats
-    layer: int
 
 
-def decision_of(log_probs: Tensor, own: list[int], target: int, layer: int) -> Decision:
+def decision_of(log_probs: Tensor, own: list[int], target: int) -> Decision:
     """log_probs [E, V]: the prediction with each expert in the place of the first of the K own ones.
 
     The other K - 1 own experts are no candidates: no expert works twice.
     """
     candidates = [own[0], *(e for e in range(len(log_probs)) if e not in own)]
     entropy = torch.special.entr(log_probs[own[0]].exp()).sum()
-    return Decision(log_probs[candidates, target].double().cpu(), entropy.item(), layer)
+    return Decision(log_probs[candidates, target].double().cpu(), entropy.item())
 
 
 @torch.no_grad()
@@ -180,7 +178,7 @@ def score_decision(model: GPT, tokens: list[int], layer: int) -> Decision:
     with model.blocks[c.moe_blocks[layer]].mlp.register_forward_hook(force_each):
         features, routing = model(prefix[:, -1:].expand(c.n_expert, 1), cache=cache)
     log_probs = model.head(features[:, 0]).float().log_softmax(-1)  # [E, V]
-    return decision_of(log_probs, routing.experts[0, 0, layer].tolist(), tokens[-1], layer)
+    return decision_of(log_probs, routing.experts[0, 0, layer].tolist(), tokens[-1])
 
 
 def score_decisions(args, model: GPT, samples: Samples) -> list[Decision]:
@@ -201,10 +199,9 @@ def regret_figures(decisions: list[Decision]) -> dict:
     entropy = torch.tensor([d.entropy for d in decisions])
     if not values.isfinite().all():
         raise UserError("the model's log-probabilities are not finite: this checkpoint is broken")
-    fragile, C = entropy > entropy.median(), values.shape[1]
-    parts = {"all": fragile | True, "confident": ~fragile, "fragile": fragile}
-    found = {"candidates": C, "chance_rank": (C + 1) / 2, "chance_best": 1 / C}
-    found["median_entropy"] = entropy.median().item()
+    median, C = entropy.median().item(), values.shape[1]
+    parts = {"all": entropy == entropy, "confident": entropy <= median, "fragile": entropy > median}
+    found = {"candidates": C, "chance_rank": (C + 1) / 2, "chance_best": 1 / C, "median_entropy": median}
     for name, part in parts.items():
         rows = values[part]
         better, tied = rank(rows)
@@ -276,8 +273,8 @@ def figures(scored: list[Scored], text: bool) -> dict:
     result["robustness"] = {f"{a:g}": score(values[:, alphas == a]) for a in (0.0, *ALPHAS, 1.0)}
     result |= router_figures(scored)
     result |= {"better_routes": better, "tied_routes": tied, "rank_shares": rank_shares(better, tied, RANKED)}
-    result["original_scores"] = in_units(values[:, 0]).tolist()
-    return result | {"perturbed_scores": in_units(perturbed.mean(1)).tolist()}
+    own, others = in_units(values[:, 0]).tolist(), in_units(perturbed.mean(1)).tolist()
+    return result | {"original_scores": own, "perturbed_scores": others}
 
 
 def router_figures(scored: list[Scored]) -> dict:
@@ -333,8 +330,8 @@ def run(args: argparse.Namespace) -> dict:
     scored, decisions = rank_samples(args, model, samples), score_decisions(args, model, samples)
     text = samples.spec.kind == "text"
     result = {"run": args.run, "step": metadata.get("step"), "dataset": samples.spec.name, "split": args.split}
-    result |= {"seed": args.seed, "score": "perplexity" if text else samples.spec.metric, **figures(scored, text)}
-    result |= compared | ({"regret": regret_figures(decisions)} if decisions else {})
+    result |= {"seed": args.seed, "score": "perplexity" if text else samples.spec.metric}
+    result |= figures(scored, text) | compared | ({"regret": regret_figures(decisions)} if decisions else {})
     tokens = write_results(result, scored, samples.tokenizer, args.out)
     if args.show_tokens:
         print(tokens)

@@ -92,7 +92,7 @@ class HubModel:
         last = tokens[-2].expand(self.n_expert, 1)
         with self.routers[layer].register_forward_hook(force_each):
             logits = self.model(input_ids=last, past_key_values=cache, use_cache=True).logits[:, -1]  # [E, V]
-        return decision_of(logits.float().log_softmax(-1), chosen[0], int(tokens[-1]), layer)
+        return decision_of(logits.float().log_softmax(-1), chosen[0], int(tokens[-1]))
 
     def score_decisions(self, windows, count: int, seed: int) -> list[Decision]:
         decisions = []

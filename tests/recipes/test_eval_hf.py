@@ -74,7 +74,7 @@ def test_a_forced_expert_takes_the_place_and_the_weight_of_the_own_one(folder, t
                 logits = model(tokens[None, :length]).logits[0, -1]
             expected.append(logits.log_softmax(-1)[tokens[length]])
         torch.testing.assert_close(found.values.float(), torch.stack(expected), rtol=1e-4, atol=1e-5)
-        assert found.layer == layer and found.values.std() > 1e-4
+        assert found.values.std() > 1e-4
 
 
 def test_windows_and_decisions_are_spread_over_the_split(folder, monkeypatch, tmp_path):
@@ -88,7 +88,7 @@ def test_windows_and_decisions_are_spread_over_the_split(folder, monkeypatch, tm
         draw = rng(5, "decisions", i)
         position, layer = (int(torch.randint(*bounds, (), generator=draw)) for bounds in ((1, 16), (0, 2)))
         expected = hub.score_decision(few[i % 3][: position + 2], layer)
-        assert decision.layer == layer and torch.equal(decision.values, expected.values)
+        assert torch.equal(decision.values, expected.values)
 
 
 def test_the_program(folder, tmp_path, capsys, monkeypatch):
