@@ -123,12 +123,9 @@ def test_runs_of_one_algorithm_are_told_apart_by_what_differs(tmp_path, capsys):
 
 def test_a_notebook_s_backend_that_is_not_installed_is_no_mistake(tmp_path):
     run, root = make_run(tmp_path / "run"), Path(__file__).parents[1]
-    for backend in ("module://matplotlib_inline.backend_inline", "module://no_such_module.backend"):
-        command = [sys.executable, "-m", "support.pictures", run]
-        done = subprocess.run(
-            command, cwd=root, env=os.environ | {"MPLBACKEND": backend}, capture_output=True, text=True
-        )
-        assert done.returncode == 0, done.stderr
+    for backend in ("matplotlib_inline.backend_inline", "no_such_module.backend"):
+        command, environment = [sys.executable, "-m", "support.pictures", run], {"MPLBACKEND": f"module://{backend}"}
+        subprocess.run(command, cwd=root, env=os.environ | environment, check=True, timeout=300)
     assert (tmp_path / "run" / "curves.png").is_file()
 
 
