@@ -41,10 +41,6 @@ def other_routes(tape, E=4):
     return Routes((tape.experts + 1) % E, torch.ones_like(tape.experts[..., 0], dtype=torch.bool), uniform=False)
 
 
-def hooks_of(model):
-    return sum(len(m._forward_hooks) + len(m._forward_pre_hooks) for m in model.modules())
-
-
 @every_family
 @pytest.mark.parametrize("dtype, experts", [(torch.float32, "eager"), (torch.bfloat16, "grouped_mm")])
 def test_own_routes_change_nothing(family, dtype, experts):
@@ -67,16 +63,20 @@ def test_own_routes_change_nothing(family, dtype, experts):
 
 @every_family
 def test_log_probs_are_of_the_routers_own_inputs(family):
-    """Layer, row and position are where they belong: the routers' inputs are read by other means."""
-    model, tokens, seen = make(family), batch(), []
+    """Layer, row and position are where they belong: the inputs are read by other means. router_only trains no more."""
+    model, tokens, seen, routers = make(family), batch(), [], set()
     for _, block in find_routers(model):
         block.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
-    with torch.no_grad(), record(model) as tape:
+    with record(model) as tape:
         model(tokens)
     for layer, (router, _) in enumerate(find_routers(model)):
         logits = seen[layer] @ router.weight.T + getattr(router, "bias", 0)
         expected = logits.log_softmax(-1)
         torch.testing.assert_close(tape.router_log_probs()[:, :, layer], expected, rtol=1e-4, atol=1e-5)
+        routers |= {id(p) for p in router.parameters()}
+    torch.testing.assert_close(tape.router_log_probs(router_only=True), tape.router_log_probs(), rtol=0, atol=0)
+    tape.router_log_probs(router_only=True)[..., 0].mean().backward()
+    assert all((p.grad is not None) == (id(p) in routers) for p in model.parameters())
 
 
 @every_family
@@ -115,12 +115,11 @@ def test_weights_of_imposed_experts(family):
 
 
 @every_family
-@pytest.mark.parametrize("side", ["left", "right"])
-def test_padding_is_masked(family, side):
+def test_padding_is_masked(family):
     """Impossible experts at padded positions are not read, and no real position depends on the routes there."""
     model, tokens = make(family), batch()
     mask = torch.ones_like(tokens)
-    mask[0, slice(3) if side == "left" else slice(-3, None)] = 0
+    mask[0, :3] = mask[1, -2:] = 0
     mine = mask.bool()
     with torch.no_grad():
         with record(model) as tape:
@@ -172,35 +171,22 @@ def test_checkpointing_that_would_go_wrong_is_refused():
     with pytest.raises(torch.utils.checkpoint.CheckpointError):
         loss.backward()
     model.gradient_checkpointing_enable({"use_reentrant": True})
-    with pytest.raises(ValueError, match="use_reentrant"), record(model):
-        pass
+    with pytest.raises(ValueError, match="use_reentrant"):
+        find_routers(model)
 
 
-@every_family
-def test_router_only_gradient(family):
-    model, tokens = make(family), batch()
-    with record(model) as tape:
-        model(tokens)
-    torch.testing.assert_close(tape.router_log_probs(router_only=True), tape.router_log_probs(), rtol=0, atol=0)
-    tape.router_log_probs(router_only=True)[..., 0].mean().backward()
-    routers = {id(p) for router, _ in find_routers(model) for p in router.parameters()}
-    for parameter in model.parameters():
-        assert (parameter.grad is not None) == (id(parameter) in routers)
-
-
-def test_hooks_are_gone_and_other_shapes_are_refused():
+def test_other_shapes_are_refused_and_hooks_are_gone():
     model, tokens = make("mixtral"), batch()
-    before = hooks_of(model)
     with torch.no_grad(), record(model) as tape:
         model(tokens)
-    assert hooks_of(model) == before
     routes = tape.routes()
     for experts in (routes.experts[:, :, :2], routes.experts[..., :1]):
         with pytest.raises(ValueError, match=r"\[B, T, 3, 2\]"), impose(model, routes._replace(experts=experts)):
             pass
     with pytest.raises(ValueError, match="7 positions"), impose(model, routes):
         model(tokens[:, :5])
-    assert hooks_of(model) == before
+    hooks = [hook for m in model.modules() for hook in (*m._forward_hooks.values(), *m._forward_pre_hooks.values())]
+    assert not [hook for hook in hooks if hook.__module__ == "recipes.hf_routing"]
 
 
 @every_family
@@ -216,14 +202,7 @@ def test_generation_is_not_recorded(family):
         model.generate(tokens, max_new_tokens=4, do_sample=False, use_cache=False)
 
 
-HOW = {
-    "model.compile": lambda model, **how: (model.compile(**how), model)[1],
-    "torch.compile": torch.compile,
-    "layer.compile": lambda model, **how: (model.model.layers[0].compile(**how), model)[1],
-}
-
-
-@pytest.mark.parametrize("how", HOW)
+@pytest.mark.parametrize("how", ["torch.compile", "model.compile", "block.compile"])
 def test_a_compiled_model_that_passes_by_the_routers_is_an_error(how):
     """Compiled and called before, it runs without hooks that come later. Uncompiled for the moment, it has them."""
     torch._dynamo.reset()
@@ -234,10 +213,13 @@ def test_a_compiled_model_that_passes_by_the_routers_is_an_error(how):
         routes = other_routes(tape)
         with impose(model, routes):
             expected = model(tokens).logits
-        real = how == "layer.compile" and shutil.which("g++")  # who compiles does not matter to hooks
-        compiled = HOW[how](model, backend="inductor" if real else "eager")
+        compiled = torch.compile(model, backend="eager") if how == "torch.compile" else model
+        if how == "model.compile":
+            model.compile(backend="eager")  # the backend does not matter to hooks
+        elif how == "block.compile":
+            model.model.layers[1].mlp.compile(backend="inductor" if shutil.which("g++") else "eager")
         compiled(tokens)
-        for called in (model, compiled):  # whichever of the two is handed over
+        for called in {model, compiled}:  # whichever of the two is handed over
             with pytest.raises(RuntimeError, match="routers never asked.* compiled"), impose(called, routes):
                 compiled(tokens)
             with record(called) as tape:
@@ -249,7 +231,7 @@ def test_a_compiled_model_that_passes_by_the_routers_is_an_error(how):
 
 
 def test_a_router_that_is_not_understood_is_refused(monkeypatch):
-    """Probabilities in place of logits, another gate, a gate that is not known, none at all."""
+    """Probabilities in place of logits, another gate, a gate that is not known."""
     model, tokens = make("qwen3_moe"), batch()
     kind = type(find_routers(model)[0][0])
     forward = kind.forward
@@ -263,6 +245,3 @@ def test_a_router_that_is_not_understood_is_refused(monkeypatch):
     config = transformers.AutoConfig.for_model("granitemoe", **(SMALL | dict(num_local_experts=4)))
     with pytest.raises(ValueError, match="is not known"):
         find_routers(transformers.AutoModelForCausalLM.from_config(config))
-    config = transformers.LlamaConfig(**{k: v for k, v in SMALL.items() if k != "num_experts_per_tok"})
-    with pytest.raises(ValueError, match="no router"), record(transformers.LlamaForCausalLM(config)):
-        pass
