@@ -250,9 +250,9 @@ def step(args) -> list[Group]:
 
         return Arm(name, make, goal)
 
-    def layer(name, n_expert, top_k=1, goal=None):
+    def layer(name, n_expert, goal=None):
         def make():
-            model = build(args, V, n_expert, top_k=top_k, n_layer=2, moe_every=2)
+            model = build(args, V, n_expert, n_layer=2)
             x = torch.randn(1, 256 if args.quick else 2048, model.config.n_embd, generator=rng("x")).to(args.device)
             module, x = model.blocks[1].mlp, x.requires_grad_()
 
@@ -267,7 +267,7 @@ def step(args) -> list[Group]:
 
     steps = [text("dense", 1), text("ours, 8 experts", goal=0.92 if args.model == "tiny" else 0.8)]
     steps.append(text("transformers Qwen3-MoE, grouped_mm", replace=Qwen3MoE))
-    layers = [layer("8 experts", 8), layer("64 experts", 64, goal=1.6), layer("64 experts, K = 8", 64, 8)]
+    layers = [layer("8 experts", 8), layer("64 experts", 64, goal=1.6), layer("128 experts", 128)]
     return [
         Group(f"training step, {args.model}, V = {V}, top-1", steps, "speed"),
         Group("one MoE layer, forward and backward, 2,048 tokens", layers, "time"),

@@ -1,13 +1,11 @@
 """All that a GPU is asked, in one command. PyTorch 2.11 or later, no network.
 
-    python bench/gpu_check.py                         checks, then benchmarks: about ten minutes on one GPU
-    python bench/gpu_check.py --checks                the checks alone: a minute or two
+    python bench/gpu_check.py                         checks, then the benchmarks of bench.py: ten minutes on one GPU
     python bench/gpu_check.py --device cpu --quick    does the command itself run?
 
-float32 on the device against the CPU: every loss and its gradient, a model's forward and backward along its own and
-along imposed routes, training steps, the head over 50,257 words, generation. On the device alone: the same run twice to
-the same weights, bfloat16 against float32, compilation in one graph, no wait for the device in forward and backward.
-Then the benchmarks of bench.py. Prints a line a check, whatever the others do; the status is 1 if one failed.
+In float32 the device is compared with the CPU; then it is asked whether a run repeats to the last bit, how far bfloat16
+is from float32, whether the model compiles into one graph, and whether forward and backward wait for the host. Every
+part runs, whatever the others do, and has its line; the status is 1 if one failed.
 """
 
 import argparse
@@ -29,20 +27,18 @@ from moe import MoEConfig, Routes, router_losses  # noqa: E402
 from support.checkpoints import find_checkpoint, load_model  # noqa: E402
 from support.generation import Rollout, generate  # noqa: E402
 from support.head import lm_loss, token_log_probs  # noqa: E402
-from support.optimizer import clip_gradients, make_optimizer  # noqa: E402
 from support.tasks import rng  # noqa: E402
-
-CHECKS = []
-
-
-def check(f):
-    CHECKS.append(f)
-    return f
 
 
 def near(a, b, what: str, atol=1e-4, rtol=1e-3):
-    a, b = (x.detach().cpu().float() for x in (a, b))
+    a, b = a.detach().cpu().float(), b.detach().cpu().float()
     torch.testing.assert_close(a, b, atol=atol, rtol=rtol, msg=lambda message: f"{what}: {message}")
+
+
+def compare(f, device, what: str, **tolerance):
+    """f(where) -> tensors, on the CPU and on the device."""
+    for a, b in zip(f("cpu"), f(device), strict=True):
+        near(a, b, what, **tolerance)
 
 
 def sizes(device, dtype="float32"):
@@ -52,34 +48,30 @@ def sizes(device, dtype="float32"):
 
 
 def policies(device, B=8, T=12, L=3, K=2, E=8):
-    """A rollout [B, T], the policy that wrote it and a newer one, log P of its routes under the newer one, rewards."""
-    g, made = rng("policies"), []
-    for _ in range(2):
-        log_probs = torch.randn(B, T, L, E, generator=g).log_softmax(-1)
-        experts = log_probs.topk(K).indices
-        made.append((-torch.rand(B, T, generator=g), experts, log_probs.gather(-1, experts), log_probs))
-    (*new, P), (*old, _) = made
+    """A newer policy, log P of the old routes under it, the older policy and its rollout, and rewards [B]."""
+    g = rng("policies")
+    log_P, p = torch.randn(2, B, T, L, E, generator=g).log_softmax(-1), -torch.rand(2, B, T, generator=g)
+    experts, rewards = log_P.topk(K).indices, torch.rand(B, generator=g)
+    at_old, P = log_P[0].gather(-1, experts[1]), log_P.gather(-1, experts)
     mask = torch.arange(T) < torch.randint(4, T + 1, (B, 1), generator=g)
-    tokens = torch.randint(256, (B, T + 1), generator=g)
-    tensors = [*new, P.gather(-1, old[1]), *old, torch.rand(B, generator=g), tokens, mask]
-    *new, at_old, p, experts, P, rewards, tokens, mask = (t.to(device) for t in tensors)
-    rollout = Rollout(tokens, mask, p, torch.zeros_like(p), experts, P)
-    return train.Policy(*new), at_old, train.Policy(p, experts, P), rollout, rewards
+    p, experts, P, at_old, rewards, mask = (t.to(device) for t in (p, experts, P, at_old, rewards, mask))
+    new, old = (train.Policy(*(t[i] for t in (p, experts, P))) for i in (0, 1))
+    return new, at_old, old, Rollout(None, mask, old.log_probs, None, old.experts, old.expert_log_probs), rewards
 
 
-@check
 def losses(device):
     """Every loss of train.METHODS, value and gradient with respect to the log-probabilities."""
     for name, loss in train.METHODS.items():
-        args, results = train.parse(["--algo", name, "--dataset", "addition", "--group-size", "4"]), []
-        for where in ("cpu", device):
+        args = train.parse(["--algo", name, "--dataset", "addition", "--group-size", "4"])
+
+        def value_and_gradient(where, loss=loss, args=args):
             new, at_old, old, rollout, rewards = policies(where)
             new = new._replace(log_probs=new.log_probs.requires_grad_())
             given = rollout, rewards, group_advantages(rewards, 4), MoEConfig(n_expert=8), args
             value, _ = loss(**train.loss_inputs(new, at_old, old, *given))
-            results.append((value, *torch.autograd.grad(value, new.log_probs)))
-        for a, b in zip(*results, strict=True):
-            near(a, b, name, atol=1e-6)
+            return value, *torch.autograd.grad(value, new.log_probs)
+
+        compare(value_and_gradient, device, name, atol=1e-6)
 
 
 def forced_routes(device, B=4, T=64, L=2, E=8) -> Routes:
@@ -87,53 +79,45 @@ def forced_routes(device, B=4, T=64, L=2, E=8) -> Routes:
     return Routes(experts.to(device), (torch.rand(B, T, L, generator=rng("forced")) < 0.6).to(device))
 
 
-@check
 def forward_and_backward(device):
-    """Features, routes, router losses and all gradients of the model, along its own and along imposed routes."""
-    tokens = torch.randint(257, (4, 64), generator=rng("tokens"))
-    for imposed in (False, True):
-        results = []
-        for where in ("cpu", device):
-            model = bench.build(sizes(where), 257, gate="prob")
-            features, routing = model(tokens.to(where), routes=forced_routes(where) if imposed else None)
-            balance, z, load = router_losses(routing.logits, routing.experts)
-            loss = features.square().mean() + balance.sum() + z.sum()
-            results.append([features, load, *torch.autograd.grad(loss, list(model.parameters()), allow_unused=True)])
-        for a, b in zip(*results, strict=True):
-            if a is not None:
-                near(a, b, f"routes imposed: {imposed}")
+    """Features, routes, router losses and all gradients of the model, along routes of which a part is imposed."""
+
+    def outputs(where):
+        model, tokens = bench.build(sizes(where), 257, gate="prob"), 4 * torch.arange(256).view(4, 64) % 257
+        features, routing = model(tokens.to(where), routes=forced_routes(where))
+        balance, z, load = router_losses(routing.logits, routing.experts)
+        loss = features.square().mean() + balance.sum() + z.sum()
+        return features, load, *torch.autograd.grad(loss, list(model.parameters()))
+
+    compare(outputs, device, "model")
 
 
-@check
 def training_steps(device):
     """Three steps of lm and of both kinds of ERL: the losses on the way, and the weights behind them."""
     log = {"advantage": "log"}  # the sign of a gain of nearly 0 may differ
     for algo, flags in (("lm", {}), ("erl", log | {"erl_grad": "all"}), ("erl", log | {"erl_grad": "router"})):
-        results = []
-        for where in ("cpu", device):
+
+        def losses_and_weights(where, algo=algo, flags=flags):
             model = bench.build(sizes(where), 257)
             once = bench.training_step(model, sizes(where), algo, **flags)
-            found = [once()["loss"].cpu() for _ in range(3)]
-            results.append((torch.stack(found), torch.cat([p.flatten().cpu() for p in model.parameters()])))
-        for a, b in zip(*results, strict=True):
-            near(a, b, f"{algo} {flags}")
+            return [once()["loss"] for _ in range(3)] + list(model.parameters())
+
+        compare(losses_and_weights, device, f"{algo} {flags}")
 
 
-@check
 def large_head(device):
     """The head over 50,257 words: LM loss, log-probabilities and gradients."""
-    results = []
-    for where in ("cpu", device):
+
+    def outputs(where):
         weight = (0.02 * torch.randn(50257, 128, generator=rng("weight"))).to(where).requires_grad_()
         x = torch.randn(64, 128, generator=rng("x")).to(where).requires_grad_()
         targets = torch.randint(50257, (64,), generator=rng("targets")).to(where)
         loss, log_probs = lm_loss(x, weight, targets)[0], token_log_probs(x, weight, targets)
-        results.append((loss, log_probs, *torch.autograd.grad(loss + log_probs.mean(), [x, weight])))
-    for a, b in zip(*results, strict=True):
-        near(a, b, "head")
+        return loss, log_probs, *torch.autograd.grad(loss + log_probs.mean(), [x, weight])
+
+    compare(outputs, device, "head")
 
 
-@check
 def generation(device):
     """Greedy answers are the same words, and what a rollout records is what a forward says of it."""
     prompts, greedy = [[1, 2, 3], [4, 5, 6, 7], [8, 9]], []
@@ -150,38 +134,35 @@ def generation(device):
     assert torch.equal(greedy[0].tokens, greedy[1].tokens.cpu()), "greedy answers differ"
 
 
-@check
 def the_same_run_twice(device):
     """Short runs of train.py, one of each loop, end in the same weights when they are repeated."""
-    short = "--steps 4 --pretrain-steps 4 --eval-samples 4 --test-samples 4 --checkpoint-every 4 --seed 1"
-    for flags in ("--algo erl --dataset pydocs --erl-grad all", "--algo gmpo --dataset addition --prompts-per-step 4"):
+    short = (
+        "--dataset pydocs --steps 4 --pretrain-steps 4 --eval-samples 4 --test-samples 4 --max-new-tokens 16 --seed 1"
+    )
+    for algo in ("erl --erl-grad all", "gmpo --prompts-per-step 4"):
         weights = []
         for _ in range(2):
             with tempfile.TemporaryDirectory() as out:
-                train.run(train.parse(f"{flags} {short} --device {device} --out {out}/run".split()))
+                train.run(train.parse(f"--algo {algo} {short} --device {device} --out {out}/run".split()))
                 model, _ = load_model(find_checkpoint(f"{out}/run"))
             weights.append(torch.cat([p.detach().flatten() for p in model.parameters()]))
-        assert torch.equal(*weights), f"{flags}: up to {(weights[0] - weights[1]).abs().max()} apart"
+        assert torch.equal(*weights), f"{algo}: up to {(weights[0] - weights[1]).abs().max()} apart"
 
 
-@check
 def bfloat16(device):
     """Loss and gradient of an LM step in bfloat16 beside float32."""
     results, tokens = [], torch.randint(257, (4, 257), generator=rng("tokens")).to(device)
     for dtype in ("float32", "bfloat16"):
-        model = bench.build(sizes(device), 257)
+        model = bench.build(sizes(device), 257, gate="prob")
         with bench.autocast(sizes(device, dtype)):
             loss = lm_loss(model(tokens[:, :-1])[0], model.wte.weight, tokens[:, 1:])[0]
-        loss.backward()
-        grads = [p.grad.flatten().float() for p in model.parameters() if p.grad is not None]
-        results.append((loss.detach(), torch.cat(grads)))
+        grads = torch.autograd.grad(loss, list(model.parameters()))
+        results.append((loss.detach(), torch.cat([g.flatten().float() for g in grads])))
     (a, g), (b, h) = results
-    assert (a - b).abs() < 0.01 * a, f"loss {a} in float32, {b} in bfloat16"
     cosine = torch.nn.functional.cosine_similarity(g, h, dim=0)
-    assert cosine > 0.99, f"cosine of the gradients {cosine}"
+    assert (a - b).abs() < 0.01 * a and cosine > 0.99, f"loss {a} and {b}, cosine of the gradients {cosine}"
 
 
-@check
 def compiles_whole(device):
     """stem and branch as train.py --compile compiles them, in bfloat16 and in one graph each, along routes too."""
     torch._dynamo.reset()
@@ -194,34 +175,28 @@ def compiles_whole(device):
             near(features, model.branch(model.stem(tokens), routes=routes)[0], "compiled features", 0.1, 0.1)
 
 
-@check
 def no_wait_for_the_device(device):
-    """Forward, losses, backward and update of the model read nothing on the host (CUDA alone can tell)."""
+    """Forward, losses and backward of the model read nothing on the host (CUDA alone can tell)."""
     model, tokens = bench.build(sizes(device), 257), torch.randint(257, (4, 257), generator=rng("tokens")).to(device)
-    optimizer = make_optimizer(model, 0.1)
-    for strict in (False, True):  # once before: what is set up once may wait
-        if strict and torch.device(device).type == "cuda":
-            torch.cuda.set_sync_debug_mode("error")
-        try:
-            with bench.autocast(sizes(device, "bfloat16")):
-                features, routing = model(tokens[:, :-1])
-                balance, z, _ = router_losses(routing.logits, routing.experts)
-                loss = lm_loss(features, model.wte.weight, tokens[:, 1:])[0] + balance.sum() + z.sum()
-            loss.backward()
-            clip_gradients(model, 1.0)
-            optimizer.step()
-        finally:
-            if torch.device(device).type == "cuda":
-                torch.cuda.set_sync_debug_mode("default")
+    for mode in ("default", "error"):  # at first: what is set up once may wait
+        if torch.device(device).type == "cuda":
+            torch.cuda.set_sync_debug_mode(mode)
+        with bench.autocast(sizes(device, "bfloat16")):
+            features, routing = model(tokens[:, :-1])
+            balance, z, _ = router_losses(routing.logits, routing.experts)
+            loss = lm_loss(features, model.wte.weight, tokens[:, 1:])[0] + balance.sum() + z.sum()
+        loss.backward()
 
 
-def benchmarks(device, quick):
+CHECKS = [losses, forward_and_backward, training_steps, large_head, generation]
+CHECKS += [the_same_run_twice, bfloat16, compiles_whole, no_wait_for_the_device]
+
+
+def benchmarks(device: str, quick: bool):
     """bench.py at the size of GPT-2 (with --quick: tiny), eager and compiled; ERL at its own batch of four."""
-    model = ["--device", device, "--model", "tiny" if quick else "gpt2", *["--quick"] * quick]
-    plans = [["step", *model], ["step", *model, "--compile"], ["erl", *model, "--batch-size", "4"]]
-    for argv in [*plans, ["rollout", *model], ["loss", "--device", device, *["--quick"] * quick]]:
-        print("\n==", "python bench/bench.py", *argv)
-        yield lambda argv=argv: bench.main(argv)
+    common = ["--device", device, "--model", "tiny" if quick else "gpt2", *["--quick"] * quick]
+    for argv in (["step"], ["step", "--compile"], ["erl", "--batch-size", "4"], ["rollout"], ["loss"]):
+        yield f"bench.py {' '.join(argv + common)}", lambda argv=argv: bench.main(argv + common)
 
 
 def attempt(name: str, f) -> bool:
@@ -243,8 +218,9 @@ def main(argv: list[str] | None = None) -> int:
     if args.device == "cuda" and not torch.cuda.is_available():
         p.error("this machine has no CUDA device that PyTorch can use: --device cpu --quick tries the command")
     done = [attempt(f.__name__, lambda f=f: f(args.device)) for f in CHECKS]
-    if not args.checks:
-        done += [attempt("benchmark", f) for f in benchmarks(args.device, args.quick)]
+    if args.device == "cuda":
+        torch.cuda.set_sync_debug_mode("default")
+    done += [attempt(name, f) for name, f in ([] if args.checks else benchmarks(args.device, args.quick))]
     return int(not all(done))
 
 
