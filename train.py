@@ -443,12 +443,12 @@ def parse(argv: list[str]):
 def check_options(args):
     """Let the losses themselves refuse options before any work is done: they are called on a few zeros. ValueError."""
     if args.algo in METHODS:
-        G = args.group_size
-        zeros, mask, rows = torch.zeros(G, 1, requires_grad=True), torch.ones(G, 1, dtype=torch.bool), torch.zeros(G)
-        experts, P = torch.zeros(G, 1, 1, 1, dtype=torch.long), torch.zeros(G, 1, 1, 1)
+        B, T = args.group_size, 2
+        zeros, mask, rows = torch.zeros(B, T, requires_grad=True), torch.ones(B, T, dtype=torch.bool), torch.zeros(B)
+        experts, P = torch.zeros(B, T, 1, 1, dtype=torch.long), torch.zeros(B, T, 1, 1)
         policy = Policy(zeros, experts, P)
-        log_mu = zeros.detach() - 10 * (args.mismatch == "icepop")  # far outside its band: some losses refuse a 0
-        rollout = Rollout(experts[:, 0, 0].repeat(1, 2), mask, log_mu, zeros.detach(), experts, P)
+        log_mu = torch.tensor([[0.0, -10.0]]).expand(B, T)  # the second token is far outside any band
+        rollout = Rollout(torch.zeros(B, T + 1, dtype=torch.long), mask, log_mu, zeros.detach(), experts, P)
         check_loss(args.algo, loss_inputs(policy, P, policy, rollout, rows, rows, MoEConfig(), args), args)
     elif args.algo == "erl":
 
