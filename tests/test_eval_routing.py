@@ -122,21 +122,19 @@ def test_text_scores_are_those_of_plain_forwards(sizes):
 
 @pytest.mark.parametrize("dataset", ["pydocs", "addition"])
 def test_each_sample_has_routes_of_its_own(dataset):
-    """The whole of rank_samples, replayed. One sample stands there twice: its original route alone scores alike."""
-    model, example = random_model(), data.Example("9+9=", "18", ("18",))
-    items = [random_window(), random_window(seed=6), random_window()] if dataset == "pydocs" else [example] * 3
-    samples = Samples(data.get_dataset(dataset), data.load_tokenizer("bytes"), items, 4, 20)
+    """The whole of rank_samples, replayed, one sample thrice. A prompt is never perturbed but for its last token."""
+    text = dataset == "pydocs"
+    model = random_model() if text else settled_model(0, writes=[ord("1"), ord("2")])
+    items = [random_window() if text else data.Example("9+9=", "111", ("111", "211", "122"))] * 3
+    samples = Samples(data.get_dataset(dataset), data.load_tokenizer("bytes"), items, 3, 21)
     args = SimpleNamespace(samples=3, seed=11, batch_size=None, split="test")
-    scored = eval_routing.rank_samples(args, model, samples)
+    scored = [sample.values for sample in eval_routing.rank_samples(args, model, samples)]
     for i, item in enumerate(items):
-        if dataset == "pydocs":
-            routes = eval_routing.draw_routes(model, 24, 11, "routes", i)
-            expected = eval_routing.score_text(model, item, routes)
-        else:  # the prompt is never perturbed; its last token predicts the answer's first one
-            routes = eval_routing.draw_routes(model, 8, 11, "routes", i, first=3)
-            expected = eval_routing.score_task(model, item, list(b"9+9="), routes, samples)
-        torch.testing.assert_close(scored[i].values, expected.values)
-    assert dataset != "pydocs" or (scored[0].values - scored[2].values).abs()[1:].min() > 1e-6
+        routes = eval_routing.draw_routes(model, 24 if text else 7, 11, "routes", i, first=0 if text else 3)
+        how = (item, routes) if text else (item, list(b"9+9="), routes, samples)
+        expected = (eval_routing.score_text if text else eval_routing.score_task)(model, *how).values
+        torch.testing.assert_close(scored[i], expected)
+    assert scored[0][0] == scored[2][0] and (scored[0] - scored[2]).abs().max() > 1e-3
 
 
 @pytest.mark.parametrize("top_k", [1, 2])
