@@ -1,89 +1,56 @@
-"""What routing could bring, and what of it can be learnt: exact credit, and the checks of PLAN.md's E1.
+"""E1 of PLAN.md: how much could routing bring, what of it can be learnt, and does ERL learn it?
 
-    python results/headroom.py STARTS --data-dir DIR --starts 0-6     one row a start in results/headroom.csv
+    python results/headroom.py STARTS --data-dir DIR --setting check --starts 0-6    PLAN.md's checks
+    python results/headroom.py STARTS --data-dir DIR --setting a --starts 0-6        a, b, c: PLAN.md's settings
+    python results/headroom.py report                                                tables, verdicts, picture
 
-STARTS/N is a run folder of `train.py --algo lm` (PLAN.md says with which settings). With `moe_every = 2` the last block
-holds experts and no attention follows it. So the expert that a token takes there changes the prediction of that token
-alone, and one forward up to the last router, with all E experts applied to every token, gives the exact log p of the
-next token under every expert.
+STARTS/N is a run folder of `train.py --algo lm` with the settings of PLAN.md. A run that has its row is not run again.
 
-B windows, T positions, D width, E experts, N = B * T tokens, R routes of a window.
+With `moe_every = 2` the last block holds experts and no attention follows it: the expert that a token takes there
+changes the prediction of that token alone. So one forward up to the last router, and all E experts applied to every
+token, give the exact log p of the next token under every expert. B windows, T positions, D width, E experts, m passes,
+R routes.
 """
 
 import argparse
 import csv
+import itertools
 import math
 import os
 import pathlib
+import statistics
 import subprocess
 import sys
+from collections import defaultdict
 from typing import NamedTuple
 
 sys.path.insert(0, str(pathlib.Path(__file__).parent.parent))
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
+import matplotlib
 import numpy as np
 import torch
 from safetensors.torch import load_file
+from scipy import stats
 from torch import Tensor
 
 import data
-from erl import random_routes
-from moe import GPT, SIZES, MoEConfig, Routes, feed_forward, router_losses, token_log_probs
-from support.optimizer import learning_rate
+from erl import Pass, erl_objective, explore, random_routes
+from moe import GPT, SIZES, MoEConfig, Routes, feed_forward, lm_loss, router_losses, token_log_probs
+from support.controls import constant, random_expert
+from support.optimizer import learning_rate, make_optimizer
 from support.tasks import TextBatches, rng
 
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt  # noqa: E402
+
 FOLDER = pathlib.Path(__file__).parent
-CONTEXT, WINDOWS, RANKED = 256, 400, 300  # of the test split: windows scored, windows whose routes are ranked
-ALPHAS, EACH = (0.25, 0.5, 0.75), 33  # the 99 perturbed routes of a window (ERL table 4)
-STEPS, BATCH = 600, 8
-RATES = (3e-4, 1e-3, 3e-3, 1e-2, 3e-2)
-
-
-def load_start(path) -> GPT:
-    """The model of a run folder. Its sizes are read off its weights."""
-    path = pathlib.Path(path, "checkpoint", "model.safetensors")
-    weights = {name: w for name, w in load_file(path).items() if not name.startswith("optimizer.")}
-    experts = next(len(w) for name, w in weights.items() if name.endswith("router.weight"))
-    model = GPT(MoEConfig(vocab_size=len(weights["wte.weight"]), n_expert=experts, top_k=1, **SIZES["tiny"]))
-    model.load_state_dict(weights)
-    return model.eval()
-
-
-def load_windows(name: str, split: str, data_dir, count: int = WINDOWS) -> Tensor:
-    """[count, T + 1] windows of a split's bytes, evenly spread over it."""
-    tokens = data.load_text(name, split, data.load_tokenizer("bytes"), data_dir=data_dir).tokens
-    starts = [i * (len(tokens) - CONTEXT - 1) // count for i in range(count)]
-    return torch.stack([torch.from_numpy(tokens[s : s + CONTEXT + 1].astype("int64")) for s in starts])
-
-
-def training_batches(name: str, data_dir, batch_size: int, seed) -> TextBatches:
-    tokens = data.load_text(name, "train", data.load_tokenizer("bytes"), data_dir=data_dir).tokens
-    return TextBatches(tokens, CONTEXT, batch_size, seed)
-
-
-def ngram_perplexity(train: np.ndarray, windows: Tensor, order: int) -> float:
-    """A count of n-grams of bytes that backs off to shorter ones (Witten-Bell), on the predictions of the windows."""
-    train, windows = train.astype(np.uint64), windows.numpy().astype(np.uint64)
-    p = np.full((len(windows), CONTEXT), 1 / 257)
-    for n in range(1, order + 1):
-        grams = sum(train[i : len(train) - n + 1 + i] * 257 ** (n - 1 - i) for i in range(n))
-        keys, counts = np.unique(grams, return_counts=True)
-        contexts, first, kinds = np.unique(keys // 257, return_index=True, return_counts=True)  # keys are sorted
-        totals = np.add.reduceat(counts, first)
-        here = np.arange(n - 1, CONTEXT)  # predictions whose whole context lies in the window; index t predicts t + 1
-        gram = sum(windows[:, here + 2 - n + i] * 257 ** (n - 1 - i) for i in range(n))
-        at, of = np.searchsorted(keys, gram), np.searchsorted(contexts, gram // 257)
-        at, of = at.clip(max=len(keys) - 1), of.clip(max=len(contexts) - 1)
-        count, known = counts[at] * (keys[at] == gram), contexts[of] == gram // 257
-        total, kind = totals[of] * known, kinds[of] * known
-        p[:, here] = np.where(known, (count + kind * p[:, here]) / np.maximum(total + kind, 1), p[:, here])
-    return float(np.exp(-np.log(p).mean()))
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Exact credit in the last block
-# ---------------------------------------------------------------------------------------------------------------------
+T, E, RANKED, R = 256, 8, 300, 99  # context, experts, windows whose routes are ranked, perturbed routes of a window
+STEPS, BATCH, RATES, FREE_RATE = 600, 8, (3e-4, 1e-3, 3e-3, 1e-2, 3e-2), 3e-4
+ALPHA, M = 0.6, 3
+ARMS = ("none", "exact", "erl", "ratio-uniform", "draw-router", "random-credit", "constant", "published", "erl-again")
+FREE_ARMS = ("none all", "exact all", "erl all", "erl router", "random-credit all", "ratio-uniform router")
+FREE_ARMS += ("random-credit router", "draw-router router")  # an arm, and how far its RL loss reaches
 
 
 class Decisions(NamedTuple):
@@ -94,142 +61,288 @@ class Decisions(NamedTuple):
 
 
 @torch.no_grad()
-def last_decisions(model: GPT, tokens: Tensor) -> Decisions:
-    """Exact counterfactuals of the last block's decisions, all else along the own route. tokens [B, T + 1], K = 1."""
-    x, last = model.stem(tokens[:, :-1]), model.blocks[-1]
-    for block in model.blocks[model.first_moe_block : -1]:
-        x, _ = block(x)
-    x = x + last.attn(last.ln_1(x))
-    h = last.ln_2(x)  # [B, T, D]
-    networks = zip(*(p.unbind(0) for p in last.mlp.experts.parameters()), strict=True)
-    outputs = (model.ln_f(x + feed_forward(h, *network)) for network in networks)
-    return Decisions(h, torch.stack([token_log_probs(y, model.wte.weight, tokens[:, 1:]) for y in outputs], -1))
-
-
-def decisions_of(model: GPT, batches) -> Decisions:
-    """Of many batches [B, T + 1], one after the other."""
-    return Decisions(*map(torch.cat, zip(*(last_decisions(model, tokens) for tokens in batches), strict=True)))
-
-
-def router_loss(logits: Tensor, coefficient: float = 1e-3) -> Tensor:
-    """Balance and z losses of one router's logits [B, T, E]."""
-    balance, z, _ = router_losses(logits[:, :, None], logits.argmax(-1)[:, :, None, None])
-    return (coefficient * balance + 1e-3 * z).sum()
+def last_decisions(model: GPT, batches) -> Decisions:
+    """Exact counterfactuals of the last block, all else along the own route (K = 1), of many tokens [B, T + 1]."""
+    found, last = [], model.blocks[-1]
+    for tokens in batches:
+        x = model.stem(tokens[:, :-1])
+        for block in model.blocks[model.first_moe_block : -1]:
+            x, _ = block(x)
+        x = x + last.attn(last.ln_1(x))
+        h = last.ln_2(x)  # [B, T, D]
+        networks = zip(*(p.unbind(0) for p in last.mlp.experts.parameters()), strict=True)
+        outputs = (model.ln_f(x + feed_forward(h, *network)) for network in networks)
+        worth = [token_log_probs(y, model.wte.weight, tokens[:, 1:]) for y in outputs]
+        found.append((h, torch.stack(worth, -1)))
+    return Decisions(*map(torch.cat, zip(*found, strict=True)))
 
 
 def exact_credit(logits: Tensor, log_probs: Tensor) -> Tensor:
-    """-E_P log p(next token): ERL's reward without noise and without a sign. Both [B, T, E]."""
+    """-E_P log p(next token): ERL's reward without its noise and its sign. Both [B, T, E]."""
     return -(logits.softmax(-1) * log_probs).sum(-1).mean()
 
 
-def train_router(weight: Tensor, decisions: Decisions, rate: float, loss_of) -> Tensor:
-    """One pass over the decisions with a router weight [E, D] and loss_of(step, inputs, log_probs, weight)."""
+def router_loss(logits: Tensor) -> Tensor:
+    """Balance and z losses of one router's logits [B, T, E]."""
+    balance, z, _ = router_losses(logits[:, :, None], logits.argmax(-1)[:, :, None, None])
+    return 1e-3 * (balance + z).sum()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Arms
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def erl_arm(arm: str, forward, mask: Tensor, generator, means: list) -> Tensor:
+    """L_o + delta * L_p. `means`: ERL's mean advantage at each step; ERL adds to it, `constant` uses it up."""
+
+    def on_one_map(routes):
+        if arm == "published" and routes is not None:  # for each layer and token, an exact count, shared by the rows
+            for S in routes[1].split(len(mask)):  # [B, T, L], the S of `explore` too: the same tensor
+                chosen = torch.randperm(S[0].numel(), generator=generator)[: round(ALPHA * S[0].numel())]
+                S.copy_(torch.zeros(S[0].numel(), dtype=torch.bool).index_fill(0, chosen, True).view_as(S[0]))
+        return forward(routes)
+
+    draw = "router" if arm in ("draw-router", "published") else "uniform"
+    paths = explore(on_one_map, mask, 1, alpha=ALPHA, n_perturb=M, draw=draw, generator=generator)
+    if arm == "erl":
+        counted = paths.S.sum(-1)
+        means.append(((paths.advantages * counted).sum() / counted.sum()).item())
+    elif arm == "random-credit":
+        paths = random_expert(paths, generator)
+    elif arm == "constant":
+        paths = constant(paths, means.pop(0))
+    ((loss, _),) = erl_objective(forward, paths, ratio="uniform" if arm == "ratio-uniform" else "router")
+    return loss
+
+
+def last_router_loss(arm: str, weight: Tensor, inputs: Tensor, log_probs: Tensor, generator, means: list) -> Tensor:
+    """An arm's loss where the last router alone is trained: all that it needs of the model are the decisions."""
+    noise = 0.01 if arm == "published" else 0.0
+
+    def forward(routes):
+        copies = 1 if routes is None else M
+        x = inputs.repeat(copies, 1, 1) if noise else inputs
+        logits = (x * (1 + noise * (2 * torch.rand(x.shape, generator=generator) - 1)) if noise else x) @ weight.T
+        log_p = (logits if noise else logits.repeat(copies, 1, 1)).log_softmax(-1)  # [B or m * B, T, E]
+        experts = log_p.argmax(-1, keepdim=True)
+        if routes is not None:
+            experts = torch.where(routes[1], routes[0][:, :, 0], experts)
+        worth = log_probs.repeat(copies, 1, 1).gather(-1, experts)[..., 0]
+        return Pass(worth, log_p[:, :, None], router_loss(logits) if routes is None else None)
+
+    if arm in ("none", "exact"):
+        logits = inputs @ weight.T
+        return router_loss(logits) + (exact_credit(logits, log_probs) if arm == "exact" else 0)
+    return erl_arm(arm, forward, torch.ones(inputs.shape[:2], dtype=torch.bool), generator, means)
+
+
+def train_last_router(arm: str, weight: Tensor, decisions: Decisions, rate: float, key=(), means=None) -> Tensor:
+    """One pass over the decisions with a router weight [E, D]. -> the new one"""
     weight = weight.clone().requires_grad_()
-    optimizer = torch.optim.AdamW([weight], lr=rate, betas=(0.9, 0.999), weight_decay=0.1)
+    optimizer = torch.optim.AdamW([weight], betas=(0.9, 0.999), weight_decay=0.1)
     parts = list(zip(*(t.split(BATCH) for t in decisions), strict=True))
     for step, part in enumerate(parts):
         optimizer.param_groups[0]["lr"] = learning_rate(step, len(parts), rate)
         optimizer.zero_grad()
-        loss_of(step, *part, weight).backward()
+        generator = rng(*key, "again" if arm == "erl-again" else "routes", step)
+        last_router_loss(arm, weight, *part, generator, means).backward()
         optimizer.step()
     return weight.detach()
 
 
-def none_loss(step, inputs, log_probs, weight):
-    return router_loss(inputs @ weight.T)
+def free_loss(model: GPT, tokens: Tensor, arm: str, gradient: str, generator) -> Tensor:
+    """An arm's loss on one batch [B, T + 1] where everything is free."""
+    targets, hidden = tokens[:, 1:], model.stem(tokens[:, :-1])
+
+    def forward(routes):
+        if routes is None:
+            features, routing = model.branch(hidden)
+            loss, log_probs = lm_loss(features, model.wte.weight, targets)
+            balance, z, _ = router_losses(routing.logits, routing.experts)
+            loss = loss + 1e-3 * (balance + z).sum()
+            if arm == "exact":
+                logits, worth = model.route_again(routing.inputs)[:, :, -1], last_decisions(model, [tokens]).log_probs
+                loss = loss + exact_credit(logits, worth)
+            return Pass(log_probs, routing.logits.detach().log_softmax(-1), loss)
+        with torch.set_grad_enabled(gradient == "all"):
+            features, routing = model.branch(hidden.repeat(M, 1, 1), routes=Routes(*routes))
+        logits = routing.logits if gradient == "all" else model.route_again(routing.inputs)
+        with torch.no_grad():
+            log_probs = token_log_probs(features, model.wte.weight, targets.repeat(M, 1))
+        return Pass(log_probs, logits.log_softmax(-1), None)
+
+    if arm in ("none", "exact"):
+        return forward(None).loss
+    return erl_arm(arm, forward, torch.ones_like(targets, dtype=torch.bool), generator, [])
 
 
-def exact_loss(step, inputs, log_probs, weight):
-    logits = inputs @ weight.T
-    return router_loss(logits) + exact_credit(logits, log_probs)
+# ---------------------------------------------------------------------------------------------------------------------
+# Figures
+# ---------------------------------------------------------------------------------------------------------------------
 
 
-def draw_router(start: int, draw: int, shape=(8, 128)) -> Tensor:
-    return torch.randn(shape, generator=rng(start, "new last router", draw))  # of deviation 1; Decision of moe.py: 0.1
+def draw_routes(log_probs: Tensor) -> tuple[Tensor, Tensor]:
+    """99 perturbed routes of each window (ERL table 4) in the last layer, the same for all routers that are compared.
+
+    log_probs [B, T, E] -> where the own expert stays [B, R, T], and the sum of log p where it does not [B, R].
+    """
+    log_probs = log_probs[:RANKED]
+    alphas = torch.tensor((0.25, 0.5, 0.75)).repeat_interleave(R // 3).repeat(len(log_probs))
+    experts, forced = random_routes(len(alphas), T, 1, E, 1, alphas, generator=rng("ranked"))
+    worth = log_probs.repeat_interleave(R, 0).gather(-1, experts[:, :, 0])[..., 0] * forced[..., 0]  # [B * R, T]
+    return (~forced).float().view(-1, R, T), worth.sum(-1).view(-1, R)
 
 
-class Ranking:
-    """MRR of own routes among 99 perturbed ones in the last layer, drawn once for all routers that are compared."""
-
-    def __init__(self, log_probs: Tensor):
-        self.log_probs, self.kept, self.forced = log_probs[:RANKED], [], []  # [B, T, E], B of [R, T], B of [R]
-        alphas = torch.tensor(ALPHAS).repeat_interleave(EACH)  # [R]
-        for i, worth in enumerate(self.log_probs):
-            experts, forced = random_routes(len(alphas), CONTEXT, 1, 8, 1, alphas, generator=rng("ranked", i))
-            values = worth.expand(len(alphas), -1, -1).gather(-1, experts[:, :, 0])[..., 0]  # [R, T]
-            self.kept.append(~forced[..., 0])
-            self.forced.append((values * forced[..., 0]).sum(-1))
-
-    def mrr(self, experts: Tensor) -> float:
-        """experts [.., T] of the windows."""
-        total, own = 0.0, self.log_probs.gather(-1, experts[:RANKED, :, None])[..., 0]  # [B, T]
-        for worth, kept, forced in zip(own, self.kept, self.forced, strict=True):
-            gap = (
-                forced + kept.float() @ worth - worth.sum()
-            ) / CONTEXT  # [R], positive: the perturbed route is better
-            better, tied = int((gap > 1e-6).sum()), int((gap.abs() <= 1e-6).sum())
-            total += sum(1 / r for r in range(better + 1, better + tied + 2)) / (
-                tied + 1
-            )  # ties: as expected of chance
-        return total / len(own)
-
-
-def score_router(weight: Tensor, test: Decisions, ranking: Ranking) -> dict:
-    """Of the last block's decisions along the own route, on the test windows."""
-    logits = test.inputs @ weight.T
-    log_p, experts = logits.log_softmax(-1), logits.argmax(-1)
-    own = test.log_probs.gather(-1, experts[..., None])[..., 0]
+def score(weight: Tensor, test: Decisions, kept: Tensor, forced: Tensor) -> dict:
+    """Of the last block's decisions along the own route; kept and forced as `draw_routes` gives them."""
+    log_p = (test.inputs @ weight.T).log_softmax(-1)
+    experts = log_p.argmax(-1, keepdim=True)
+    own = test.log_probs.gather(-1, experts)[..., 0]  # [B, T]
+    ranked = own[:RANKED, :, None]
+    gap = (forced + (kept @ ranked)[..., 0] - ranked.sum(1)) / T  # [B, R], positive: the perturbed route is better
+    places = zip((gap > 1e-6).sum(1).tolist(), (gap.abs() <= 1e-6).sum(1).tolist(), strict=True)
+    # ties count as their expectation under random tie-breaking
+    mrr = statistics.fmean(statistics.fmean(1 / r for r in range(n + 1, n + tied + 2)) for n, tied in places)
     return {
         "nats": -own.mean().item(),
         "regret": (test.log_probs.amax(-1) - own).mean().item(),
         "random_cost": (own - test.log_probs.mean(-1)).mean().item(),
-        "mrr": ranking.mrr(experts),
+        "mrr": mrr,
         "entropy": -(log_p.exp() * log_p).sum(-1).mean().item(),
-        "max_load": experts.flatten().bincount(minlength=8).max().item() / experts.numel(),
+        "max_load": experts.flatten().bincount(minlength=E).max().item() / experts.numel(),
     }
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# The checks
-# ---------------------------------------------------------------------------------------------------------------------
+def count_perplexity(train: np.ndarray, windows: Tensor, order: int) -> float:
+    """A count of n-grams of bytes that backs off to shorter ones (Witten-Bell), on the predictions of the windows."""
+    train, windows = train.astype(np.uint64), windows.numpy().astype(np.uint64)
+    p = np.full((len(windows), T), 1 / 257)
+    for n in range(1, order + 1):
+        keys, counts = np.unique(
+            sum(train[i : len(train) - n + 1 + i] * 257 ** (n - 1 - i) for i in range(n)), return_counts=True
+        )
+        contexts, first, kinds = np.unique(keys // 257, return_index=True, return_counts=True)  # keys are sorted
+        totals, here = np.add.reduceat(counts, first), np.arange(n - 1, T)  # the whole context lies in the window
+        gram = sum(windows[:, here + 2 - n + i] * 257 ** (n - 1 - i) for i in range(n))  # index t predicts t + 1
+        at = np.searchsorted(keys, gram).clip(max=len(keys) - 1)
+        of = np.searchsorted(contexts, gram // 257).clip(max=len(contexts) - 1)
+        known, seen = contexts[of] == gram // 257, counts[at] * (keys[at] == gram)
+        p[:, here] = np.where(known, (seen + kinds[of] * p[:, here]) / (totals[of] + kinds[of]), p[:, here])
+    return float(np.exp(-np.log(p).mean()))
 
 
 @torch.no_grad()
-def perplexity(model: GPT, windows: Tensor, random: bool = False) -> float:
-    """Along the own routes, or with every decision of every layer replaced by a random expert."""
+def random_perplexity(model: GPT, windows: Tensor) -> float:
+    """With every decision of every layer replaced by a random expert."""
     total, L = 0.0, len(model.config.moe_blocks)
     for i, part in enumerate(windows.split(16)):
-        drawn = random_routes(len(part), CONTEXT, L, 8, 1, 1.0, generator=rng("random routes", i))
-        features, _ = model(part[:, :-1], routes=Routes(*drawn) if random else None)
-        total -= token_log_probs(features, model.wte.weight, part[:, 1:]).sum().item()
-    return math.exp(total / windows[:, 1:].numel())
+        routes = Routes(*random_routes(len(part), T, L, E, 1, 1.0, generator=rng("random routes", i)))
+        total += lm_loss(model(part[:, :-1], routes=routes)[0], model.wte.weight, part[:, 1:])[0].item() * len(part)
+    return math.exp(total / len(windows))
 
 
-def check(model: GPT, train: Decisions, test: Decisions, start: int, data_dir) -> dict:
-    """The figures of PLAN.md's four checks, and whether they hold."""
-    windows, text = load_windows("wikitext2", "test", data_dir), training_batches("wikitext2", data_dir, 1, 0).tokens
-    ranking, settled = Ranking(test.log_probs), model.blocks[-1].mlp.router.weight.detach()
+# ---------------------------------------------------------------------------------------------------------------------
+# Runs
+# ---------------------------------------------------------------------------------------------------------------------
 
-    def nats(weight, loss):
-        return min(score_router(train_router(weight, train, r, loss), test, ranking)["nats"] for r in RATES)
 
-    own, anew = score_router(settled, test, ranking), 0.1 * draw_router(start, 0)
-    found = {"perplexity": perplexity(model, windows)}
-    found |= {f"count_{n}_perplexity": ngram_perplexity(text, windows, n) for n in (4, 5)}
-    found["random_routes_cost"] = perplexity(model, windows, random=True) / found["perplexity"] - 1
-    found |= {"nats": own["nats"], "best_expert_gain": own["regret"], "mrr": own["mrr"]}
-    found["settled_gain"] = own["nats"] - nats(settled, exact_loss)
-    found |= {"nats_none": nats(anew, none_loss), "nats_exact": nats(anew, exact_loss)}
+def load_start(folder) -> GPT:
+    """The model of a run folder. Its sizes are read off its weights."""
+    weights = load_file(pathlib.Path(folder, "checkpoint", "model.safetensors"))
+    model = GPT(MoEConfig(vocab_size=len(weights["wte.weight"]), n_expert=E, top_k=1, **SIZES["tiny"]))
+    model.load_state_dict({name: w for name, w in weights.items() if not name.startswith("optimizer.")})
+    return model
+
+
+def load_text(name: str, data_dir, batch_size: int, *key) -> tuple[TextBatches, Tensor]:
+    """Training batches, and 400 windows [400, T + 1], evenly spread over the test split."""
+    splits = [
+        data.load_text(name, s, data.load_tokenizer("bytes"), data_dir=data_dir).tokens for s in ("train", "test")
+    ]
+    starts = [i * (len(splits[1]) - T - 1) // 400 for i in range(400)]
+    windows = torch.stack([torch.from_numpy(splits[1][s : s + T + 1].astype("int64")) for s in starts])
+    return TextBatches(splits[0], T, batch_size, key), windows
+
+
+def prepare(folder: pathlib.Path, start: int, data_dir) -> tuple[Decisions, Decisions]:
+    """A start's decisions on STEPS training batches and on the test windows, kept beside it."""
+    if not (kept := folder / "decisions.pt").exists():
+        model, (batch, windows) = load_start(folder), load_text("wikitext2", data_dir, BATCH, "arms", start)
+        parts = (batch(step).tokens for step in range(STEPS)), windows.split(16)
+        torch.save([tuple(last_decisions(model, part)) for part in parts], kept)
+    return tuple(Decisions(*part) for part in torch.load(kept))
+
+
+def new_router(start: int, draw: int, std: float = 0.1) -> Tensor:
+    return std * torch.randn(E, SIZES["tiny"]["n_embd"], generator=rng(start, "new last router", draw))
+
+
+def run_check(folder: pathlib.Path, start: int, data_dir):
+    train, test = prepare(folder, start, data_dir)
+    model, (batch, windows), routes = (
+        load_start(folder),
+        load_text("wikitext2", data_dir, 1),
+        draw_routes(test.log_probs),
+    )
+
+    def nats(arm, weight):
+        return min(score(train_last_router(arm, weight, train, r), test, *routes)["nats"] for r in RATES)
+
+    settled = model.blocks[-1].mlp.router.weight.detach()
+    own, random = score(settled, test, *routes), random_perplexity(model, windows)
+    found = {"perplexity": math.exp(own["nats"]), "random_cost": random / math.exp(own["nats"]) - 1}
+    found |= {f"count_{n}": count_perplexity(batch.tokens, windows, n) for n in (4, 5)}
+    found |= {"nats": own["nats"], "regret": own["regret"], "settled_gain": own["nats"] - nats("exact", settled)}
+    found |= {f"nats_{arm}": nats(arm, new_router(start, 0)) for arm in ("none", "exact")}
     found["headroom"] = found["nats_none"] - found["nats_exact"]
-    below = found["perplexity"] < found["count_4_perplexity"]
-    learnable = found["random_routes_cost"] >= 0.05 and found["settled_gain"] < 0.005 and found["headroom"] >= 0.03
-    return found | {"holds": below and learnable}
+    found["holds"] = found["perplexity"] < found["count_4"] and found["random_cost"] >= 0.05
+    found["holds"] &= found["settled_gain"] < 0.005 and found["headroom"] >= 0.03
+    yield [{"start": start} | found]
 
 
-def versions() -> dict:
-    """What stands in every row beside its figures."""
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=FOLDER, capture_output=True, text=True).stdout
-    return {"torch": torch.__version__, "cpu": torch.backends.cpu.get_cpu_capability(), "commit": commit.strip()}
+def run_last_router(folder: pathlib.Path, start: int, data_dir, draws, done):
+    wanted = [w for w in itertools.product(draws, RATES) if ("a", str(start), str(w[0]), f"{w[1]:g}") not in done]
+    train, test = prepare(folder, start, data_dir) if wanted else (None, None)
+    routes = draw_routes(test.log_probs) if wanted else None
+    for draw, rate in wanted:
+        rows, means = [], []
+        for arm in ARMS:  # `constant` comes after `erl`, whose means it takes
+            weight = new_router(start, draw, 1.0 if arm == "published" else 0.1)
+            figures = score(train_last_router(arm, weight, train, rate, (start, draw), means), test, *routes)
+            rows.append(
+                {"setting": "a", "start": start, "draw": draw, "arm": arm, "rate": rate} | figures | {"left": ""}
+            )
+        yield rows
+
+
+def run_free(folder: pathlib.Path, start: int, data_dir, setting: str, rates: dict, done):
+    text = "pydocs" if setting == "c" else "wikitext2"
+    (batch, windows), (more, _) = (load_text(text, data_dir, 4, use, start) for use in ("free", "left"))
+    for arm in FREE_ARMS:
+        name, gradient = arm.split()
+        if (setting, str(start), arm) in done:
+            continue
+        model = load_start(folder)
+        for i in model.config.moe_blocks if setting == "b" else ():
+            torch.nn.init.normal_(model.blocks[i].mlp.router.weight, std=0.1, generator=rng(start, "new routers", i))
+        optimizer = make_optimizer(model, 0.1, rates[name] / FREE_RATE)
+        for step in range(STEPS):
+            for group in optimizer.param_groups:
+                group["lr"] = learning_rate(step, STEPS, FREE_RATE) * group["factor"]
+            optimizer.zero_grad()
+            free_loss(model, batch(step).tokens, name, gradient, rng(start, "routes", step)).backward()
+            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            optimizer.step()
+        test, weight = last_decisions(model, windows[::2].split(16)), model.blocks[-1].mlp.router.weight.detach()
+        figures = score(weight, test, *(routes := draw_routes(test.log_probs)))
+        with torch.no_grad():  # the largest load of any layer
+            loads = [layer.flatten().bincount() for layer in model(windows[:64, :-1])[1].experts.unbind(2)]
+        figures["max_load"] = max(load.max().item() / load.sum().item() for load in loads)
+        decisions = last_decisions(model, (more(step).tokens for step in range(100)))
+        left = figures["nats"] - score(train_last_router("exact", weight, decisions, 1e-2), test, *routes)["nats"]
+        row = {"setting": setting, "start": start, "draw": "", "arm": arm, "rate": rates[name]}
+        yield [row | figures | {"left": left}]
 
 
 def read_rows(path) -> list[dict]:
@@ -237,45 +350,157 @@ def read_rows(path) -> list[dict]:
 
 
 def add_rows(path, rows: list[dict]):
+    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=FOLDER, capture_output=True, text=True).stdout
+    versions = {"torch": torch.__version__, "cpu": torch.backends.cpu.get_cpu_capability(), "commit": commit.strip()}
     new = not pathlib.Path(path).exists()
     with open(path, "a", newline="") as file:
-        table = csv.DictWriter(file, rows[0], lineterminator="\n")
+        table = csv.DictWriter(file, rows[0] | versions, lineterminator="\n")
         if new:
             table.writeheader()
-        table.writerows({k: f"{v:.6g}" if type(v) is float else v for k, v in row.items()} for row in rows)
+        table.writerows({k: f"{x:.6g}" if type(x) is float else x for k, x in (r | versions).items()} for r in rows)
 
 
-def prepare(folder, start: int, data_dir) -> tuple[GPT, Decisions, Decisions]:
-    """A start, and its last block's decisions on STEPS training batches and on the test windows, kept beside it."""
-    folder = pathlib.Path(folder, str(start))
-    model, kept = load_start(folder), folder / "decisions.pt"
-    if not kept.exists():
-        batch = training_batches("wikitext2", data_dir, BATCH, f"arms of {start}")
-        train = decisions_of(model, (batch(step).tokens for step in range(STEPS)))
-        test = decisions_of(model, load_windows("wikitext2", "test", data_dir).split(16))
-        torch.save((tuple(train), tuple(test)), kept)
-    return model, *(Decisions(*part) for part in torch.load(kept))
+# ---------------------------------------------------------------------------------------------------------------------
+# Verdicts
+# ---------------------------------------------------------------------------------------------------------------------
+
+SHOWN = ("nats", "regret", "random_cost", "mrr", "entropy", "max_load")
+LABELS = {
+    "erl": "ERL as written",
+    "ratio-uniform": "ratio to the uniform draw",
+    "draw-router": "experts drawn from the router",
+    "random-credit": "ERL, random experts credited",
+    "constant": "ERL, a constant advantage",
+}
 
 
-def parse(description):
-    p = argparse.ArgumentParser(description=description)
-    p.add_argument("folder", help="holds the starts' run folders, 0, 1, ...")
-    p.add_argument("--data-dir", help="as train.py's")
-    p.add_argument("--starts", default="0-6", help="first-last")
-    p.add_argument("--csv", help="the file that rows are added to")
-    args = p.parse_args()
-    first, _, last = args.starts.partition("-")
-    args.starts = range(int(first), int(last or first) + 1)
-    return args
+def figures_of(rows, setting: str, figure: str, tuning: bool = False) -> dict[tuple, dict]:
+    """(arm, rate) -> start -> a figure, the mean over the draws of a start."""
+    found = defaultdict(lambda: defaultdict(list))
+    for r in rows:
+        if r["setting"] == setting and (r["start"] == "0") == tuning:
+            found[r["arm"], float(r["rate"])][int(r["start"])].append(float(r[figure] or "nan"))
+    return {arm: {start: statistics.fmean(values) for start, values in of.items()} for arm, of in found.items()}
+
+
+def chosen_rates(rows) -> dict[str, float]:
+    """Of each arm in (a): the rate with the fewest nats on start 0, the tuning start."""
+    nats = figures_of(rows, "a", "nats", tuning=True)
+    return {arm: min(RATES, key=lambda rate: nats[arm, rate][0]) for arm in ARMS}
+
+
+def less(a: dict, b: dict) -> dict:
+    """Paired differences, by start."""
+    return {start: a[start] - b[start] for start in a if start in b}
+
+
+def interval(values: dict) -> tuple[float, float, float]:
+    """Mean, and the ends of its 95 % t interval."""
+    mean, n = statistics.fmean(values.values()), len(values)
+    reach = stats.t.ppf(0.975, n - 1) * statistics.stdev(values.values()) / n**0.5 if n > 1 else math.inf
+    return mean, mean - reach, mean + reach
+
+
+def show(values: dict) -> str:
+    """The interval; where a gap is wider than half the range, the exact sign-flip test of a mean of 0 too."""
+    mean, low, high = interval(values)
+    text, ordered = f"{mean:.4f} [{low:.4f}, {high:.4f}]", sorted(values.values())
+    if len(ordered) > 2 and max(b - a for a, b in itertools.pairwise(ordered)) > (ordered[-1] - ordered[0]) / 2:
+        sums = [abs(np.dot(signs, ordered)) for signs in itertools.product((1, -1), repeat=len(ordered))]
+        text += f" (bimodal, p {np.mean(np.array(sums) >= abs(sum(ordered)) - 1e-12):.3f})"
+    return text
+
+
+def report_last_router(rows) -> tuple[list[str], float]:
+    rates, of = chosen_rates(rows), {figure: figures_of(rows, "a", figure) for figure in SHOWN}
+    none, headroom = of["nats"]["none", rates["none"]], {}
+    headroom = less(none, of["nats"]["exact", rates["exact"]])
+    share = {key: {s: gain / headroom[s] for s, gain in less(none, x).items()} for key, x in of["nats"].items()}
+    mean = {key: statistics.fmean(values.values()) for key, values in share.items()}
+    lines = [f"(a): {len(none)} starts, learnable headroom {show(headroom)} nats", ""]
+    lines += [f"| arm | rate | share recovered | {' | '.join(SHOWN)} |", "|" + " --- |" * (3 + len(SHOWN))]
+    for key in rates.items():
+        cells = " | ".join(f"{statistics.fmean(of[figure][key].values()):.4f}" for figure in SHOWN)
+        lines.append(f"| {key[0]} | {key[1]:g} | {show(share[key])} | {cells} |")
+    at = {arm: share[arm, rates[arm]] for arm in ARMS}
+    gain, even = less(at["erl"], at["random-credit"]), max(of["max_load"]["erl", rates["erl"]].values()) <= 0.9
+    holds = interval(at["erl"])[1] > 0.25 and interval(gain)[1] > 0 and even
+    verdict = "holds" if holds else "is refuted" if interval(at["erl"])[2] < 0.1 else "is not decided"
+    lines += ["", f"ERL less random credit {show(gain)}; ERL again less ERL {show(less(at['erl-again'], at['erl']))}"]
+    lines += [f"ERL's claim {verdict} in (a)."]
+    for key in ((arm, rates[arm]) for arm in ("constant", "random-credit")):
+        mrr = statistics.fmean(of["mrr"][key].values())
+        lines.append(
+            f"{key[0]}: MRR {mrr:.3f}, share {mean[key]:.3f}"
+            + ": MRR is no evidence of credit" * (mrr >= 0.17 and mean[key] < 0.1)
+        )
+    draw_picture(share, of["entropy"])
+    return lines, interval(headroom)[0]
+
+
+def report_free(rows, setting: str, headroom: float) -> list[str]:
+    of = {figure: {arm: x for (arm, _), x in figures_of(rows, setting, figure).items()} for figure in (*SHOWN, "left")}
+    nats, lines = (
+        of["nats"],
+        [f"({setting})", "", f"| arm | starts | gain over none | over random credit | {' | '.join(of)} |"],
+    )
+    lines += ["|" + " --- |" * (4 + len(of))]
+    for arm in nats:
+        gains = [less(nats.get(other, {}), nats[arm]) for other in ("none all", f"random-credit {arm.split()[1]}")]
+        cells = [show(gain) if gain else "" for gain in gains]
+        cells += [f"{statistics.fmean(of[figure][arm].values()):.4f}" for figure in of]
+        lines.append(f"| {arm} | {len(nats[arm])} | {' | '.join(cells)} |")
+        if arm.startswith("erl ") and all(gains):
+            low = min(interval(gain)[1] for gain in gains)
+            even = max(of["max_load"][arm].values()) <= 0.9
+            verdict = "is refuted" if interval(gains[0])[2] < headroom / 10 else "is not decided"
+            lines.append(f"{arm}: ERL's claim {'holds' if low > 0 and even else verdict} in ({setting}).")
+    return lines
+
+
+def draw_picture(share: dict, entropy: dict):
+    plt.rcParams["font.size"] = 13
+    figure, panels = plt.subplots(1, 2, figsize=(12, 4.6), layout="constrained")
+    titles = ("share of the learnable headroom recovered", "router entropy (nats)")
+    for panel, title, of in zip(panels, titles, (share, entropy), strict=True):
+        for arm, style in zip(LABELS, ("o-", "s-", "^-", "o--", "s--"), strict=True):
+            middle, low, high = np.array([interval(of[arm, rate]) for rate in RATES]).T
+            panel.errorbar(RATES, middle, (middle - low, high - middle), fmt=style, capsize=3, label=LABELS[arm])
+        panel.set(xscale="log", xlabel="learning rate of the router", title=title)
+    panels[0].axhline(1, color="gray", linestyle=":", label="exact credit at its best rate")
+    panels[0].axhline(0, color="gray", linewidth=0.8)
+    figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncol=3, frameon=False)
+    figure.savefig(FOLDER / "real-router.png", dpi=110)
 
 
 def main():
-    args = parse(__doc__.splitlines()[0])
-    path = args.csv or FOLDER / "headroom.csv"
+    p = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    p.add_argument("folder", help="of the starts, or `report`")
+    p.add_argument("--data-dir", help="as train.py's")
+    p.add_argument("--setting", choices=("check", "a", "b", "c"), default="a")
+    p.add_argument("--starts", type=int, nargs="+", default=range(7))
+    p.add_argument("--draws", type=int, nargs="+", default=[0], help="of the new router in (a)")
+    p.add_argument("--csv", type=pathlib.Path, default=FOLDER, help="folder of checks.csv and e1.csv")
+    args = p.parse_args()
+    checks, path = args.csv / "checks.csv", args.csv / "e1.csv"
+    rows = read_rows(path)
+    if args.folder == "report":
+        lines, headroom = report_last_router(rows)
+        for setting in sorted({r["setting"] for r in rows} - {"a"}):
+            lines += ["", *report_free(rows, setting, headroom)]
+        return print("\n".join(lines))
     for start in args.starts:
-        if str(start) not in [row["start"] for row in read_rows(path)]:
-            found = check(*prepare(args.folder, start, args.data_dir), start, args.data_dir)
-            add_rows(path, [{"start": start} | found | versions()])
+        where, done = (pathlib.Path(args.folder, str(start)), start, args.data_dir), set()
+        if args.setting == "check":
+            runs = () if str(start) in [r["start"] for r in read_rows(checks)] else run_check(*where)
+        elif args.setting == "a":
+            done = {("a", r["start"], r["draw"], r["rate"]) for r in rows}
+            runs = run_last_router(*where, args.draws, done)
+        else:
+            done = {(r["setting"], r["start"], r["arm"]) for r in rows}
+            runs = run_free(*where, args.setting, chosen_rates(rows), done)
+        for finished in runs:
+            add_rows(checks if args.setting == "check" else path, finished)
 
 
 if __name__ == "__main__":
