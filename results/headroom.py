@@ -1,8 +1,8 @@
 """E1 of PLAN.md: how much could routing bring, what of it can be learnt, and does ERL learn it?
 
-    python results/headroom.py STARTS --data-dir DIR --setting check --starts 0-6    PLAN.md's checks
-    python results/headroom.py STARTS --data-dir DIR --setting a --starts 0-6        a, b, c: PLAN.md's settings
-    python results/headroom.py report                                                tables, verdicts, picture
+    python results/headroom.py STARTS --data-dir DIR --setting a-new --check          PLAN.md's checks
+    python results/headroom.py STARTS --data-dir DIR --setting a-new --all-rates      its arms; settings a, a-new, b, c
+    python results/headroom.py report                                                 tables, verdicts, picture
 
 STARTS/N is a run folder of `train.py --algo lm` with the settings of PLAN.md. A run that has its row is not run again.
 
@@ -49,6 +49,7 @@ T, E, RANKED, R = 256, 8, 300, 99  # context, experts, windows whose routes are 
 STEPS, BATCH, RATES, FREE_RATE = 600, 8, (3e-4, 1e-3, 3e-3, 1e-2, 3e-2), 3e-4
 ALPHA, M = 0.6, 3
 ARMS = ("none", "exact", "erl", "ratio-uniform", "draw-router", "random-credit", "constant", "published", "erl-again")
+TEXTS = {"a": "wikitext2", "a-new": "pydocs", "b": "wikitext2", "c": "pydocs"}
 FREE_ARMS = ("none all", "exact all", "erl all", "erl router", "random-credit all", "ratio-uniform router")
 FREE_ARMS += ("random-credit router", "draw-router router")  # an arm, and how far its RL loss reaches
 
@@ -138,12 +139,12 @@ def last_router_loss(arm: str, weight: Tensor, inputs: Tensor, log_probs: Tensor
 
 
 def train_last_router(arm: str, weight: Tensor, decisions: Decisions, rate: float, key=(), means=None) -> Tensor:
-    """One pass over the decisions with a router weight [E, D]. -> the new one"""
+    """STEPS updates of a router weight [E, D] on the decisions, again from their beginning where they end."""
     weight = weight.clone().requires_grad_()
     optimizer = torch.optim.AdamW([weight], betas=(0.9, 0.999), weight_decay=0.1)
     parts = list(zip(*(t.split(BATCH) for t in decisions), strict=True))
-    for step, part in enumerate(parts):
-        optimizer.param_groups[0]["lr"] = learning_rate(step, len(parts), rate)
+    for step, part in zip(range(STEPS), itertools.cycle(parts), strict=False):
+        optimizer.param_groups[0]["lr"] = learning_rate(step, STEPS, rate)
         optimizer.zero_grad()
         generator = rng(*key, "again" if arm == "erl-again" else "routes", step)
         last_router_loss(arm, weight, *part, generator, means).backward()
@@ -256,20 +257,21 @@ def load_start(folder) -> GPT:
 
 
 def load_text(name: str, data_dir, batch_size: int, *key) -> tuple[TextBatches, Tensor]:
-    """Training batches, and 400 windows [400, T + 1], evenly spread over the test split."""
+    """Training batches, and 400 windows [400, T + 1] (or what there is), evenly spread over the test split."""
     splits = [
         data.load_text(name, s, data.load_tokenizer("bytes"), data_dir=data_dir).tokens for s in ("train", "test")
     ]
-    starts = [i * (len(splits[1]) - T - 1) // 400 for i in range(400)]
+    count = min(400, len(splits[1]) // T)
+    starts = [i * (len(splits[1]) - T - 1) // count for i in range(count)]
     windows = torch.stack([torch.from_numpy(splits[1][s : s + T + 1].astype("int64")) for s in starts])
     return TextBatches(splits[0], T, batch_size, key), windows
 
 
-def prepare(folder: pathlib.Path, start: int, data_dir) -> tuple[Decisions, Decisions]:
-    """A start's decisions on STEPS training batches and on the test windows, kept beside it."""
-    if not (kept := folder / "decisions.pt").exists():
-        model, (batch, windows) = load_start(folder), load_text("wikitext2", data_dir, BATCH, "arms", start)
-        parts = (batch(step).tokens for step in range(STEPS)), windows.split(16)
+def prepare(folder: pathlib.Path, start: int, text: str, data_dir) -> tuple[Decisions, Decisions]:
+    """A start's decisions on STEPS training batches (at most an epoch) and on the test windows, kept beside it."""
+    if not (kept := folder / f"decisions-{text}.pt").exists():
+        model, (batch, windows) = load_start(folder), load_text(text, data_dir, BATCH, "arms", start)
+        parts = (batch(step).tokens for step in range(min(STEPS, batch.per_epoch // BATCH))), windows.split(16)
         torch.save([tuple(last_decisions(model, part)) for part in parts], kept)
     return tuple(Decisions(*part) for part in torch.load(kept))
 
@@ -278,13 +280,10 @@ def new_router(start: int, draw: int, std: float = 0.1) -> Tensor:
     return std * torch.randn(E, SIZES["tiny"]["n_embd"], generator=rng(start, "new last router", draw))
 
 
-def run_check(folder: pathlib.Path, start: int, data_dir):
-    train, test = prepare(folder, start, data_dir)
-    model, (batch, windows), routes = (
-        load_start(folder),
-        load_text("wikitext2", data_dir, 1),
-        draw_routes(test.log_probs),
-    )
+def run_check(folder: pathlib.Path, start: int, data_dir, setting: str):
+    text = TEXTS[setting]
+    train, test = prepare(folder, start, text, data_dir)
+    model, (batch, windows), routes = load_start(folder), load_text(text, data_dir, 1), draw_routes(test.log_probs)
 
     def nats(arm, weight):
         return min(score(train_last_router(arm, weight, train, r), test, *routes)["nats"] for r in RATES)
@@ -293,31 +292,34 @@ def run_check(folder: pathlib.Path, start: int, data_dir):
     own, random = score(settled, test, *routes), random_perplexity(model, windows)
     found = {"perplexity": math.exp(own["nats"]), "random_cost": random / math.exp(own["nats"]) - 1}
     found |= {f"count_{n}": count_perplexity(batch.tokens, windows, n) for n in (4, 5)}
-    found |= {"nats": own["nats"], "regret": own["regret"], "settled_gain": own["nats"] - nats("exact", settled)}
+    found |= {"nats": own["nats"], "regret": own["regret"], "gain_own_router": own["nats"] - nats("exact", settled)}
     found |= {f"nats_{arm}": nats(arm, new_router(start, 0)) for arm in ("none", "exact")}
-    found["headroom"] = found["nats_none"] - found["nats_exact"]
-    found["holds"] = found["perplexity"] < found["count_4"] and found["random_cost"] >= 0.05
-    found["holds"] &= found["settled_gain"] < 0.005 and found["headroom"] >= 0.03
-    yield [{"start": start} | found]
+    yield [{"setting": setting, "start": start} | found | {"headroom": found["nats_none"] - found["nats_exact"]}]
 
 
-def run_last_router(folder: pathlib.Path, start: int, data_dir, draws, done):
-    wanted = [w for w in itertools.product(draws, RATES) if ("a", str(start), str(w[0]), f"{w[1]:g}") not in done]
-    train, test = prepare(folder, start, data_dir) if wanted else (None, None)
-    routes = draw_routes(test.log_probs) if wanted else None
-    for draw, rate in wanted:
+def run_last_router(folder: pathlib.Path, start: int, data_dir, setting: str, draws, chosen: dict, done):
+    """chosen: the rate of each arm, or nothing for all rates."""
+    wanted = []
+    for draw, rate in itertools.product(draws, RATES):
+        arms = {arm for arm in ARMS if chosen.get(arm, rate) == rate}
+        if not arms <= {arm for arm in ARMS if (setting, str(start), str(draw), f"{rate:g}", arm) in done}:
+            wanted.append((draw, rate, arms | ({"erl"} if "constant" in arms else set())))
+    if not wanted:
+        return
+    train, test = prepare(folder, start, TEXTS[setting], data_dir)
+    routes = draw_routes(test.log_probs)
+    for draw, rate, arms in wanted:
         rows, means = [], []
-        for arm in ARMS:  # `constant` comes after `erl`, whose means it takes
+        for arm in (arm for arm in ARMS if arm in arms):  # `constant` comes after `erl`, whose means it takes
             weight = new_router(start, draw, 1.0 if arm == "published" else 0.1)
             figures = score(train_last_router(arm, weight, train, rate, (start, draw), means), test, *routes)
-            rows.append(
-                {"setting": "a", "start": start, "draw": draw, "arm": arm, "rate": rate} | figures | {"left": ""}
-            )
+            row = {"setting": setting, "start": start, "draw": draw, "arm": arm, "rate": rate} | figures | {"left": ""}
+            rows += [] if (setting, str(start), str(draw), f"{rate:g}", arm) in done else [row]
         yield rows
 
 
 def run_free(folder: pathlib.Path, start: int, data_dir, setting: str, rates: dict, done):
-    text = "pydocs" if setting == "c" else "wikitext2"
+    text = TEXTS[setting]
     (batch, windows), (more, _) = (load_text(text, data_dir, 4, use, start) for use in ("free", "left"))
     for arm in FREE_ARMS:
         name, gradient = arm.split()
@@ -384,8 +386,8 @@ def figures_of(rows, setting: str, figure: str, tuning: bool = False) -> dict[tu
 
 
 def chosen_rates(rows) -> dict[str, float]:
-    """Of each arm in (a): the rate with the fewest nats on start 0, the tuning start."""
-    nats = figures_of(rows, "a", "nats", tuning=True)
+    """Of each arm in (a-new): the rate with the fewest nats on start 0, the tuning start."""
+    nats = figures_of(rows, "a-new", "nats", tuning=True)
     return {arm: min(RATES, key=lambda rate: nats[arm, rate][0]) for arm in ARMS}
 
 
@@ -412,12 +414,12 @@ def show(values: dict) -> str:
 
 
 def report_last_router(rows) -> tuple[list[str], float]:
-    rates, of = chosen_rates(rows), {figure: figures_of(rows, "a", figure) for figure in SHOWN}
+    rates, of = chosen_rates(rows), {figure: figures_of(rows, "a-new", figure) for figure in SHOWN}
     none, headroom = of["nats"]["none", rates["none"]], {}
     headroom = less(none, of["nats"]["exact", rates["exact"]])
     share = {key: {s: gain / headroom[s] for s, gain in less(none, x).items()} for key, x in of["nats"].items()}
     mean = {key: statistics.fmean(values.values()) for key, values in share.items()}
-    lines = [f"(a): {len(none)} starts, learnable headroom {show(headroom)} nats", ""]
+    lines = [f"(a-new): {len(none)} starts, learnable headroom {show(headroom)} nats", ""]
     lines += [f"| arm | rate | share recovered | {' | '.join(SHOWN)} |", "|" + " --- |" * (3 + len(SHOWN))]
     for key in rates.items():
         cells = " | ".join(f"{statistics.fmean(of[figure][key].values()):.4f}" for figure in SHOWN)
@@ -427,7 +429,7 @@ def report_last_router(rows) -> tuple[list[str], float]:
     holds = interval(at["erl"])[1] > 0.25 and interval(gain)[1] > 0 and even
     verdict = "holds" if holds else "is refuted" if interval(at["erl"])[2] < 0.1 else "is not decided"
     lines += ["", f"ERL less random credit {show(gain)}; ERL again less ERL {show(less(at['erl-again'], at['erl']))}"]
-    lines += [f"ERL's claim {verdict} in (a)."]
+    lines += [f"ERL's claim {verdict} in (a-new)."]
     for key in ((arm, rates[arm]) for arm in ("constant", "random-credit")):
         mrr = statistics.fmean(of["mrr"][key].values())
         lines.append(
@@ -477,30 +479,36 @@ def main():
     p = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     p.add_argument("folder", help="of the starts, or `report`")
     p.add_argument("--data-dir", help="as train.py's")
-    p.add_argument("--setting", choices=("check", "a", "b", "c"), default="a")
+    p.add_argument("--setting", choices=TEXTS, default="a-new")
+    p.add_argument("--check", action="store_true", help="the checks of the setting instead of its arms")
     p.add_argument("--starts", type=int, nargs="+", default=range(7))
     p.add_argument("--draws", type=int, nargs="+", default=[0], help="of the new router in (a)")
+    p.add_argument("--all-rates", action="store_true", help="not only the rates that start 0 chose")
     p.add_argument("--csv", type=pathlib.Path, default=FOLDER, help="folder of checks.csv and e1.csv")
     args = p.parse_args()
-    checks, path = args.csv / "checks.csv", args.csv / "e1.csv"
+    path = args.csv / ("checks.csv" if args.check else "e1.csv")
     rows = read_rows(path)
     if args.folder == "report":
         lines, headroom = report_last_router(rows)
-        for setting in sorted({r["setting"] for r in rows} - {"a"}):
+        for setting in sorted({r["setting"] for r in rows} & {"b", "c"}):
             lines += ["", *report_free(rows, setting, headroom)]
         return print("\n".join(lines))
     for start in args.starts:
-        where, done = (pathlib.Path(args.folder, str(start)), start, args.data_dir), set()
-        if args.setting == "check":
-            runs = () if str(start) in [r["start"] for r in read_rows(checks)] else run_check(*where)
-        elif args.setting == "a":
-            done = {("a", r["start"], r["draw"], r["rate"]) for r in rows}
-            runs = run_last_router(*where, args.draws, done)
+        where = pathlib.Path(args.folder, str(start)), start, args.data_dir, args.setting
+        if args.check:
+            runs = (
+                run_check(*where)
+                if (args.setting, str(start)) not in {(r["setting"], r["start"]) for r in rows}
+                else ()
+            )
+        elif args.setting in ("a", "a-new"):
+            done = {(r["setting"], r["start"], r["draw"], r["rate"], r["arm"]) for r in rows}
+            runs = run_last_router(*where, args.draws, {} if args.all_rates else chosen_rates(rows), done)
         else:
             done = {(r["setting"], r["start"], r["arm"]) for r in rows}
-            runs = run_free(*where, args.setting, chosen_rates(rows), done)
+            runs = run_free(*where, chosen_rates(rows), done)
         for finished in runs:
-            add_rows(checks if args.setting == "check" else path, finished)
+            add_rows(path, finished)
 
 
 if __name__ == "__main__":
