@@ -92,9 +92,7 @@ def erl_loss(router_log_probs, old_router_log_probs, advantages, perturbed, *, c
     B, T, L, K = router_log_probs.shape
     _check_shape("old_router_log_probs", old_router_log_probs, (B, T, L, K))
     _check_shape("advantages", advantages, (B, T))
-    _check_shape("perturbed", perturbed, (B, T, L))
-    if perturbed.dtype != torch.bool:
-        raise ValueError(f"perturbed must be torch.bool, got {perturbed.dtype}")
+    _check_shape("perturbed", perturbed, (B, T, L), torch.bool)
     if not clip_eps >= 0:
         raise ValueError(f"clip_eps must be at least 0, got {clip_eps}")
 
@@ -109,16 +107,14 @@ def erl_loss(router_log_probs, old_router_log_probs, advantages, perturbed, *, c
     decisions = perturbed.sum().clamp(min=1)  # |S|
     loss = -objective.sum() / (decisions * K)  # eq. 14, with the 1/K of eq. 13
 
-    with torch.no_grad():
-        metrics = {
-            "rl_loss": loss.detach(),
-            "ratio_mean": (ratio * in_S).sum() / (decisions * K),
-            "clip_share": (clipped < unclipped).sum() / (decisions * K),
-            "advantage_positive": (A > 0).sum() / decisions,
-            "advantage_negative": (A < 0).sum() / decisions,
-            "perturbed_share": perturbed.sum() / max(perturbed.numel(), 1),
-        }
-    return loss, metrics
+    return loss, {
+        "rl_loss": loss.detach(),
+        "ratio_mean": (ratio.detach() * in_S).sum() / (decisions * K),
+        "clip_share": (clipped < unclipped).sum() / (decisions * K),
+        "advantage_positive": (A > 0).sum() / decisions,
+        "advantage_negative": (A < 0).sum() / decisions,
+        "perturbed_share": perturbed.sum() / max(perturbed.numel(), 1),
+    }
 
 
 class Pass(NamedTuple):
@@ -180,19 +176,15 @@ def explore(
     ValueError: n_perturb below 1, rounding_units below 0, unknown draw, draw="router" with K > 1, another shape or type
     of the mask or of what forward returns, and what random_routes and erl_advantage refuse.
     """
-    if n_perturb < 1:
-        raise ValueError(f"n_perturb must be at least 1, got {n_perturb}")
-    if not rounding_units >= 0:
-        raise ValueError(f"rounding_units must be at least 0, got {rounding_units}")
+    if n_perturb < 1 or not rounding_units >= 0:
+        raise ValueError(f"n_perturb must be at least 1, rounding_units at least 0, got {n_perturb}, {rounding_units}")
     if draw not in ("uniform", "router") or draw == "router" and top_k > 1:
         raise ValueError(f'draw must be "uniform" or, with top_k 1, "router"; got {draw!r} with top_k {top_k}')
     original = Pass(*forward(None))
     if original.router_log_probs.dim() != 4:
         raise ValueError(f"forward must return router_log_probs [B, T, L, E], got {original.router_log_probs.dim()}-d")
     original_log_probs, (B, T, L, E) = original.log_probs.detach(), original.router_log_probs.shape
-    _check_shape("mask", mask, (B, T))
-    if mask.dtype != torch.bool:
-        raise ValueError(f"mask must be torch.bool, got {mask.dtype}")
+    _check_shape("mask", mask, (B, T), torch.bool)
     experts, replaced = random_routes(n_perturb * B, T, L, E, top_k, alpha, generator=generator)  # eq. 6-9
     if draw == "router":
         P = original.router_log_probs.detach().exp().cpu().repeat(n_perturb, 1, 1, 1)  # [m * B, T, L, E]
@@ -236,10 +228,8 @@ def erl_objective(
     clip_eps. ValueError: anything else with it, delta below 0, inner_epochs below 1, wpl without that loss, and what
     erl_loss refuses.
     """
-    if not delta >= 0:
-        raise ValueError(f"delta must be at least 0, got {delta}")
-    if inner_epochs < 1:
-        raise ValueError(f"inner_epochs must be at least 1, got {inner_epochs}")
+    if not delta >= 0 or inner_epochs < 1:
+        raise ValueError(f"delta must be at least 0, inner_epochs at least 1, got {delta}, {inner_epochs}")
     if wpl and paths.perturbed.loss is None:
         raise ValueError("wpl needs the LM loss of the perturbed passes: forward returned None for it")
     if ratio not in ("router", "uniform"):
@@ -256,12 +246,8 @@ def erl_objective(
         loss, metrics = erl_loss(log_probs, old_router_log_probs, paths.advantages, paths.S, clip_eps=clip)
         if wpl:
             metrics["perturbed_lm_loss"] = again.loss.detach()
-        if epoch == 0:
-            L_p = loss + again.loss if wpl else loss  # eq. 17, eq. 15
-            loss = paths.original.loss + delta * L_p  # eq. 16
-        else:
-            loss = delta * loss
-        yield loss, metrics
+        L_p = loss + again.loss if wpl and epoch == 0 else loss  # eq. 17, eq. 15
+        yield (paths.original.loss if epoch == 0 else 0) + delta * L_p, metrics  # eq. 16
 
 
 def rounding(log_probs, dtype=torch.float32, units: float = 8.0):
@@ -280,6 +266,7 @@ def _at_least_float32(x):
     return x if x.dtype == torch.float64 else x.float()
 
 
-def _check_shape(name, tensor, shape):
-    if tuple(tensor.shape) != tuple(shape):
-        raise ValueError(f"{name} must have shape {list(shape)}, got {list(tensor.shape)}")
+def _check_shape(name, tensor, shape, dtype=None):
+    if tuple(tensor.shape) != tuple(shape) or dtype not in (None, tensor.dtype):
+        wanted = f"shape {list(shape)}" + f" and type {dtype}" * (dtype is not None)
+        raise ValueError(f"{name} must have {wanted}, got {list(tensor.shape)}, {tensor.dtype}")

@@ -6,11 +6,8 @@
 
 A run has two phases. First `--pretrain-steps` of next-token prediction: of a dense model, which is then upcycled into
 experts (dense, lm, erl), or of the MoE itself on reference answers (all others). Then `--steps` of the algorithm.
-Read `train_text` and `train_answers`, then `run` for the order of events. Flags and their defaults, a peak
-learning rate's too, are in support/command_line.py, its schedule in support/optimizer.py; what a step writes down, and
-what a resumed run reads, in support/run_folder.py.
-
-One process: for more machines see recipes/.
+Read `train_text` and `train_answers`; `run` at the end puts them together. Flags and their defaults are in
+support/arguments.py, the run's folder in support/run.py. One process: for more machines see recipes/.
 """
 
 import inspect
@@ -19,13 +16,6 @@ import sys
 from functools import partial
 from typing import NamedTuple
 
-# PyTorch reads these when it is imported; a user's own setting wins. On Linux it then asks for huge pages for tensors
-# of 2 MB and more: fresh memory, page by page, was 30 % of the time of a layer of 128 experts.
-os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
-# A thread that waits for its team looks 2,000 times (50 us) before it sleeps: 97 % of a step's parallel regions begin
-# sooner. OpenMP's own 300,000 keep a core from the process that it waits for, and a step took 4 to 8 times as long.
-if "OMP_WAIT_POLICY" not in os.environ:
-    os.environ.setdefault("GOMP_SPINCOUNT", "2000")
 if __name__ == "__main__":
     from support.errors import begin_program
 
@@ -35,22 +25,32 @@ import torch
 from torch import Tensor
 
 import data
-from baselines import cispo_loss, gmpo_loss, group_advantages, grpo_loss, gspo_loss
-from erl import erl_objective, explore
+from baselines import (
+    cispo_loss,
+    dppo_loss,
+    gmpo_loss,
+    group_advantages,
+    grpo_loss,
+    gspo_loss,
+    mismatch_weights,
+    sapo_loss,
+)
+from erl import Pass, erl_objective, explore
 from erpo import erpo_loss
-from moe import GPT, MoEConfig, Routes, router_losses, upcycle
+from moe import GPT, MoEConfig, Routes, Routing, router_losses, upcycle
 from rais import rais_loss
-from support import command_line
+from support import arguments
 from support.arguments import options_of
-from support.checkpoints import load_model
+from support.checkpoints import check_model, find_checkpoint, initial_model, load_checkpoint
+from support.demo import demo
 from support.device import pick_device
-from support.errors import plainly, say, sentence
-from support.fast import speed_up
-from support.generation import Rollout, generate
-from support.initial import check_model, check_step, initial_model
+from support.errors import UserError, as_user_error, run_program
+from support.generation import Rollout, generate, sampler_of
+from support.head import masked_lm_loss, masked_log_probs
+from support.optimizer import clip_gradients, set_learning_rate
 from support.pictures import plot_curves
 from support.routing_report import routing_report
-from support.run_folder import NEW_STATE, Run, find_checkpoint, load_state, open_folder, write_json
+from support.run import Run, State, load_state, open_folder, write_json
 from support.tasks import Batch, Task, load_task, rng
 
 # Reinforcement learning on generated answers: a name and its loss. What a loss needs is what its parameters are called
@@ -60,14 +60,18 @@ METHODS = {
     "gspo": gspo_loss,
     "gmpo": gmpo_loss,
     "cispo": cispo_loss,
+    "sapo": sapo_loss,
+    "dppo": dppo_loss,
     "erpo": erpo_loss,
     "rais": rais_loss,
 }
 EXPLORE, OBJECTIVE = options_of(explore), options_of(erl_objective)
 OPTIONS = {"erl": EXPLORE | OBJECTIVE} | {name: options_of(loss) for name, loss in METHODS.items()}
+MISMATCH = {"mismatch_" + n: o._replace(name="mismatch_" + n) for n, o in options_of(mismatch_weights).items()}
+LOG_EVERY = 10  # steps of text between two lines of metrics.jsonl; of generated answers each step has its line
 
 
-def option_values(options, args) -> dict:
+def values_of(options, args) -> dict:
     """The values of some options of a loss."""
     return {name: getattr(args, name) for name in options}
 
@@ -77,78 +81,77 @@ def option_values(options, args) -> dict:
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def train_text(model: GPT, task: Task, args, run: Run, algo: str):
-    losses = erl_losses if algo == "erl" else lm_losses
-    for step in run.steps():
-        batch, report = task.batch(step).to(model.wte.weight.device), {}
-        for loss, metrics in losses(model, batch, args, step):  # ERL: one an inner epoch
-            report |= metrics | run.update(loss)
-        routing = report.pop("routing", None)  # the router's own, of the original pass
-        run.after(report, tokens=int(batch.mask.sum()), more=partial(describe_routing, routing, batch))
+def train_text(model: GPT, task: Task, args, run: Run, optimizer, peak_lr: float, losses):
+    """losses(model, batch, args, step, report) -> (loss, metrics), once an optimizer step; report: with routing's."""
+    run.evaluate_before()
+    for step in run.steps_to_do():
+        lr = set_learning_rate(optimizer, step, run.steps, peak_lr)
+        batch, metrics = task.batch(step).to(model.wte.weight.device), {}
+        logging = (run.state.step + 1) % LOG_EVERY == 0 or run.state.step + 1 == run.total
+        for loss, found in losses(model, batch, args, step, report=logging):  # ERL: one an inner epoch
+            optimizer.zero_grad(set_to_none=True)
+            loss.backward()
+            metrics |= found | run.count_update(clip_gradients(model, args.clip_grad))
+            optimizer.step()
+        run.finish_step(tokens=int(batch.mask.sum()))
+        run.evaluate_if_due()
+        if logging:
+            run.log(metrics, lr)
+        run.save_if_due(metrics, optimizer)
 
 
-def lm_losses(model: GPT, batch: Batch, args, step: int):
+def lm_losses(model: GPT, batch: Batch, args, step: int, report: bool):
     """L_o of the plain MoE (or dense) model, once. -> (loss, metrics)"""
-    features, routing = model.branch(model.stem(batch.tokens[:, :-1]), noise=jitter(model, batch, args, step))
-    yield original_loss(model, features, routing, batch, args)[:2]
+    noise, hidden = jitter(model, batch, args, step), model.stem(batch.tokens[:, :-1])
+    original, metrics = original_pass(model, hidden, batch, args, noise, report)
+    yield original.loss, metrics
 
 
-def erl_losses(model: GPT, batch: Batch, args, step: int):
+def erl_losses(model: GPT, batch: Batch, args, step: int, report: bool, explore=explore):
     """ERL's objective on one batch, once an inner epoch. -> (loss, metrics)
 
-    All passes share what lies before the first router, and the noise on the routers' input if there is any: they
-    differ in their routes alone.
+    The passes share what lies before the first block with experts, and the noise on the routers' input if there is
+    any: they differ in their routes alone.
     """
-    tokens, m, shared, original_metrics = batch.tokens, args.n_perturb, None, {}
-    noise = jitter(model, batch, args, step)
+    tokens, m, noise = batch.tokens[:, :-1], args.n_perturb, jitter(model, batch, args, step)
+    hidden = model.stem(tokens)  # [B, T, D]
+    original, original_metrics = original_pass(model, hidden, batch, args, noise, report)
 
     def forward(routes):
-        nonlocal shared  # what lies before the first router: the original pass leaves it to the first perturbed one
-        hidden = model.stem(tokens[:, :-1]) if shared is None else shared  # [B, T, D]
-        shared = hidden if routes is None else None  # a later inner epoch has other weights
         if routes is None:
-            features, routing = model.branch(hidden, noise=noise)
-            loss, metrics, log_probs = original_loss(model, features, routing, batch, args)
-            original_metrics.update(metrics)
-            return log_probs, routing.logits.detach().log_softmax(-1), loss
+            return original
         # Apart from the original, not in one batch with it: the backward then leaves out what follows the last router
         # of the perturbed passes, which nothing but their LM loss needs.
-        repeated = None if noise is None else [n.repeat(m, 1, 1) for n in noise]
         with torch.set_grad_enabled(args.erl_grad == "all" or args.wpl):
-            routes_1_over_k = Routes(*routes, uniform=True)  # weight 1/K each (eq. 9)
-            features, routing = model.branch(hidden.repeat(m, 1, 1), routes_1_over_k, noise=repeated)
+            shared = hidden if args.inner_epochs == 1 else model.stem(tokens)  # a later epoch has other weights
+            repeated = noise and [n.repeat(m, 1, 1) for n in noise]
+            features, routing = model.branch(shared.repeat(m, 1, 1), Routes(*routes), noise=repeated)
         # "router": the routers are asked again about what they saw, and the gradient stops there.
         logits = model.route_again(routing.inputs) if args.erl_grad == "router" else routing.logits
-        log_probs, lm_loss = perturbed_log_probs(model, features, batch, routes[1], args)
-        return log_probs, logits.log_softmax(-1), lm_loss
+        log_probs, perturbed_lm_loss = perturbed_log_probs(model, features, batch, routes[1], args)
+        return log_probs, logits.log_softmax(-1), perturbed_lm_loss
 
     dtype, generator = getattr(torch, args.dtype), rng(args.seed, "routes", step)
-    paths = explore(forward, batch.mask, args.top_k, dtype=dtype, generator=generator, **option_values(EXPLORE, args))
-    for loss, metrics in erl_objective(forward, paths, **option_values(OBJECTIVE, args)):
+    paths = explore(forward, batch.mask, args.top_k, dtype=dtype, generator=generator, **values_of(EXPLORE, args))
+    for loss, metrics in erl_objective(forward, paths, **values_of(OBJECTIVE, args)):
         yield loss, original_metrics | metrics
 
 
-def original_loss(model: GPT, features, routing, batch: Batch, args):
+def original_pass(model: GPT, hidden: Tensor, batch: Batch, args, noise, report: bool) -> tuple[Pass, dict]:
     """L_o (ERL section 3.3): LM loss, and the balance and z losses over every token that is not padding.
 
-    -> L_o, metrics, log p [B, T] of the next token without gradient, 0 where the prediction does not count.
+    -> log p [B, T] of the next token (0 where the prediction does not count), log P [B, T, L, E], L_o; and metrics.
     """
-    mask, device = batch.mask, features.device
-    lm_loss, picked = model.lm_loss(*select_positions(mask, features, batch.tokens[:, 1:]))
-    log_probs = picked.new_zeros(mask.shape).masked_scatter(mask.to(device), picked)
-    metrics = {"loss": lm_loss.detach()}
-    if not routing.logits.shape[2]:
-        return lm_loss, metrics, log_probs
-    balance, z, _ = router_losses(routing.logits, routing.experts, batch.routed)  # [L], [L]
-    loss = lm_loss + args.balance_coef * balance.sum() + args.z_coef * z.sum()  # Switch: each MoE layer adds its own
-    metrics |= {"balance_loss": balance.detach().mean(), "z_loss": z.detach().mean()}
-    metrics["routing"] = routing._replace(logits=routing.logits.detach(), inputs=())
-    return loss, metrics, log_probs
-
-
-def describe_routing(routing, batch: Batch) -> dict:
-    """Load, entropy and the like over every token that is not padding; nothing of a dense model."""
-    return {} if routing is None else routing_report(routing.logits, mask=batch.routed, experts=routing.experts)
+    features, routing = model.branch(hidden, noise=noise)
+    loss, log_probs = masked_lm_loss(model, features, batch.tokens[:, 1:], batch.mask)
+    metrics = {"loss": loss.detach()}
+    if routing.logits.shape[2]:
+        balance, z, _ = router_losses(routing.logits, routing.experts, batch.routed)  # [L], [L]
+        loss = loss + args.balance_coef * balance.sum() + args.z_coef * z.sum()  # Switch: each MoE layer adds its own
+        metrics |= {"balance_loss": balance.detach().mean(), "z_loss": z.detach().mean()}
+        if report:
+            metrics |= routing_report(routing.logits, mask=batch.routed, experts=routing.experts)
+    return Pass(log_probs, routing.logits.detach().log_softmax(-1), loss), metrics
 
 
 def perturbed_log_probs(model: GPT, features, batch: Batch, S, args):
@@ -158,31 +161,22 @@ def perturbed_log_probs(model: GPT, features, batch: Batch, S, args):
     """
     targets = batch.tokens[:, 1:].repeat(args.n_perturb, 1)
     if args.wpl:
-        mask = batch.mask.repeat(args.n_perturb, 1)
-        lm_loss, picked = model.lm_loss(*select_positions(mask, features, targets))
-    else:
-        mask, lm_loss = S.any(-1), None
-        with torch.no_grad():
-            picked = model.token_log_probs(*select_positions(mask, features, targets))
-    return picked.new_zeros(mask.shape).masked_scatter(mask.to(features.device), picked), lm_loss
+        loss, log_probs = masked_lm_loss(model, features, targets, batch.mask.repeat(args.n_perturb, 1))
+        return log_probs, loss
+    with torch.no_grad():
+        return masked_log_probs(model, features, targets, S.any(-1)), None
 
 
-def select_positions(mask: Tensor, features: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-    """Features [n, D] and targets [n] of the n positions where mask [B, T] is True: what the head is asked about.
+def jitter(model: GPT, batch: Batch, args, step: int) -> list[Tensor] | None:
+    """Switch's noise on the routers' input, factors from U(1 - jitter, 1 + jitter), the same for every pass of a step.
 
-    Over 50,257 words the head is most of a small model's work, and prompts and padding are most of a task's rows. Where
-    the mask lies on the CPU, nothing waits for the device.
+    -> L tensors [B, T, D], or None, the default.
     """
-    features, targets, places = features.flatten(0, 1), targets.flatten(), mask.flatten().nonzero().squeeze(1)
-    if len(places) == len(targets):
-        return features, targets
-    places = places.to(features.device)
-    return features.index_select(0, places), targets.index_select(0, places)
-
-
-def jitter(model: GPT, batch: Batch, args, step: int):
-    """Switch's noise on the routers' input, the same for every pass of a step; None by default."""
-    return model.jitter(batch.mask.shape, args.jitter, rng(args.seed, "jitter", step))
+    layers = len(model.config.moe_blocks)
+    if not args.jitter or not layers:
+        return None
+    draw = torch.rand(layers, *batch.mask.shape, model.config.n_embd, generator=rng(args.seed, "jitter", step))
+    return list(1 + args.jitter * (2 * draw.to(model.wte.weight.device) - 1))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -194,39 +188,82 @@ class Policy(NamedTuple):
     """What a policy says of given responses, index t for the token that position t predicts."""
 
     log_probs: Tensor  # [B, T], 0 outside the response
-    experts: Tensor  # [B, T, L, K]
+    experts: Tensor  # int64 [B, T, L, K], its own, or those that were imposed on it
     expert_log_probs: Tensor  # [B, T, L, K], log P of `experts`
-    log_probs_at_old_experts: Tensor  # [B, T, L, K], log P (of this policy) of the experts that the rollout used
-    router_logits: Tensor | None = None  # [B, T, L, E]; a rollout keeps none
 
 
-def train_answers(model: GPT, task: Task, args, run: Run):
+def rows_of(record, rows: Tensor):
+    """Some rows of a Rollout or a Policy."""
+    return type(record)(*(t[rows] for t in record))
+
+
+def train_answers(model: GPT, task: Task, args, run: Run, optimizer):
     G, N, device = args.group_size, args.prompts_per_step, model.wte.weight.device
-    sampling = {"temperature": args.temperature, "top_p": args.top_p, "max_new_tokens": args.max_new_tokens}
-    for step in run.steps():
+    run.evaluate_before()
+    for step in run.steps_to_do():
+        lr = set_learning_rate(optimizer, step, run.steps, args.lr)
         examples, prompts = task.prompts(step, N, G)  # N * G rows, those of a group next to each other
-        generator = rng(args.seed, "rollout", step)
-        rollout = generate(model, prompts, end_token=task.tokenizer.end, generator=generator, **sampling)
+        rollout = sample(model, prompts, task, args, step)
         rewards = task.rewards(rollout, examples).to(device)  # [N * G]
         advantages = group_advantages(rewards, G)
-        if args.dtype != "float32":  # bfloat16 forwards of other shapes differ by more than rounding: ask once more
-            rollout = recorded_again(model, rollout, args)
+        old = policy_before(model, rollout, args)
         updates = []
         for rows, share in minibatches(rewards, args):
-            part = Rollout(*(t[rows] for t in rollout))
-            new, aux_loss = policy_forward(model, part, args)
+            part, old_part = rows_of(rollout, rows), rows_of(old, rows)
+            routes = None if args.replay == "none" else old_part.experts
+            policy, routing = policy_forward(model, part, args, routes)
+            report = moved_routes(policy, routing, old_part, part, args)
+            at_old_experts = routing.expert_log_probs(old_part.experts)  # [B, T, L, K]
             if not updates:
-                # Nothing has been updated yet: the old policy is this one. The numbers recorded while sampling differ
-                # from it by rounding (other matrix shapes), and the first ratio of a batch must be exactly 1.
-                old = Policy(*(t.detach() for t in new))
-            else:
-                old = Policy(part.log_probs, part.experts, part.expert_log_probs, part.expert_log_probs)
-            inputs = loss_inputs(new, old, rewards[rows], advantages[rows], part.response_mask, model.config, args)
-            loss, metrics = METHODS[args.algo](**inputs)
-            norms = run.update(loss * share + aux_loss)
-            updates.append(moved_routes(new, part) | metrics | norms | {"loss": loss.detach() * share})
-        metrics = rollout_metrics(rollout, rewards, G) | mean_metrics(updates)
-        run.after(metrics, tokens=int(rollout.response_mask.sum()), every=1)
+                # Nothing has been updated yet: the old policy is this one. The numbers recorded before differ from it
+                # by rounding (other matrix shapes), and the first ratio of a batch must be exactly 1.
+                old_part = Policy(policy.log_probs.detach(), policy.experts, policy.expert_log_probs.detach())
+                at_old_experts = routing.expert_log_probs()
+            given = policy, at_old_experts, old_part, part, rewards[rows], advantages[rows]
+            loss, metrics = METHODS[args.algo](**loss_inputs(*given, model.config, args))
+            optimizer.zero_grad(set_to_none=True)
+            (loss * share + balance_loss(routing, part, args)).backward()
+            norms = run.count_update(clip_gradients(model, args.clip_grad))
+            optimizer.step()
+            updates.append(report | metrics | norms | {"loss": loss.detach() * share})
+        metrics = rollout_metrics(rollout, rewards, task, args) | mean_metrics(updates)
+        if not same_arithmetic(args):
+            metrics |= engine_metrics(old, rollout)
+        run.finish_step(tokens=int(rollout.response_mask.sum()))
+        run.evaluate_if_due()
+        run.log(metrics, lr)
+        run.save_if_due(metrics, optimizer)
+
+
+def sample(model: GPT, prompts, task: Task, args, step: int) -> Rollout:
+    """Responses of the sampler, mu: the model itself, or what an engine of another precision makes of its weights."""
+    how = {"temperature": args.temperature, "top_p": args.top_p, "max_new_tokens": args.max_new_tokens}
+    how |= {"end_token": task.tokenizer.end, "generator": rng(args.seed, "rollout", step)}
+    if args.rollout_dtype == args.dtype:
+        return generate(model, prompts, **how)
+    with torch.autocast(model.wte.weight.device.type, enabled=False):
+        return generate(sampler_of(model, getattr(torch, args.rollout_dtype)), prompts, **how)
+
+
+def policy_before(model: GPT, rollout: Rollout, args) -> Policy:
+    """pi_old, the trainer's policy before the first update, on all rows of a batch.
+
+    Where sampler and trainer both compute in float32 it is what the rollout recorded, within rounding. Otherwise the
+    trainer is asked: along its own routes, or with R3 along the sampler's.
+    """
+    if same_arithmetic(args):
+        return Policy(rollout.log_probs, rollout.experts, rollout.expert_log_probs)
+    every, parts = torch.arange(len(rollout.tokens), device=rollout.tokens.device), []
+    with torch.no_grad():
+        for rows in every.chunk(args.minibatches):
+            part = rows_of(rollout, rows)
+            parts.append(policy_forward(model, part, args, part.experts if args.replay == "r3" else None)[0])
+    return Policy(*(torch.cat(tensors) for tensors in zip(*parts, strict=True)))
+
+
+def same_arithmetic(args) -> bool:
+    """Whether sampler and trainer agree within rounding (in bfloat16 forwards of other shapes differ by more)."""
+    return args.dtype == args.rollout_dtype == "float32"
 
 
 def minibatches(rewards: Tensor, args):
@@ -246,72 +283,82 @@ def zero_variance_groups(rewards: Tensor, group_size: int) -> Tensor:
     return (group_advantages(rewards, group_size) == 0).view(-1, group_size).all(1)
 
 
-def policy_forward(model: GPT, rollout: Rollout, args) -> tuple[Policy, Tensor | float]:
-    """Teacher-forced forward over a rollout's rows, with gradient, and the balance loss if it is asked for.
+def policy_forward(model: GPT, rollout: Rollout, args, routes: Tensor | None) -> tuple[Policy, Routing]:
+    """Teacher-forced forward over a rollout's rows, along the model's own routes or imposed experts [B, T, L, K].
 
-    Decision: by default it is not. A group of equal rewards must give no update, and whether it helps here is open.
+    Imposed experts have the weights that the router gives them today (replay).
     """
-    routes, mask = None, rollout.response_mask
-    if args.replay == "routing":  # the experts of the rollout, weighted by the router of today
-        routes = Routes(rollout.experts, torch.ones_like(rollout.experts[..., 0], dtype=torch.bool), uniform=False)
-    features, routing = model.branch(model.stem(rollout.tokens[:, :-1]), routes)
-    picked = model.token_log_probs(*select_positions(mask, features, rollout.tokens[:, 1:]), args.temperature)
-    log_probs = picked.new_zeros(mask.shape).masked_scatter(mask, picked)
-    aux_loss = 0.0
-    if args.answer_balance_coef:
-        routed = mask.flip(1).cumsum(1).flip(1) > 0  # prompt and response: up to the last response token
-        aux_loss = args.answer_balance_coef * router_losses(routing.logits, routing.experts, routed)[0].sum()
-    at_old_experts = routing.expert_log_probs(rollout.experts)
-    policy = Policy(log_probs, routing.experts, routing.expert_log_probs(), at_old_experts, routing.logits)
-    return policy, aux_loss
+    mask, forced = rollout.response_mask, torch.ones_like(rollout.experts[..., 0], dtype=torch.bool)
+    replayed = None if routes is None else Routes(routes, forced, uniform=False)
+    features, routing = model(rollout.tokens[:, :-1], routes=replayed)
+    log_probs = masked_log_probs(model, features, rollout.tokens[:, 1:], mask, args.temperature)
+    return Policy(log_probs, routing.experts, routing.expert_log_probs()), routing
 
 
-def loss_inputs(new: Policy, old: Policy, rewards, advantages, response_mask, config: MoEConfig, args) -> dict:
+def balance_loss(routing: Routing, rollout: Rollout, args) -> Tensor | float:
+    """Decision: 0 by default. A group of equal rewards must give no update, and whether it helps here is open."""
+    if not args.answer_balance_coef:
+        return 0.0
+    routed = rollout.response_mask.flip(1).cumsum(1).flip(1) > 0  # prompt and response: up to the last response token
+    return args.answer_balance_coef * router_losses(routing.logits, routing.experts, routed)[0].sum()
+
+
+def loss_inputs(
+    policy: Policy, at_old_experts, old: Policy, rollout: Rollout, rewards, advantages, config, args
+) -> dict:
     """What the chosen loss asks for, by the names of its parameters, and its options."""
     given = {
-        "log_probs": new.log_probs,  # [B, T]
+        "log_probs": policy.log_probs,  # [B, T]
         "old_log_probs": old.log_probs,
         "rewards": rewards,  # [B]
         "advantages": advantages,  # [B]
-        "response_mask": response_mask,  # [B, T]
-        "experts": new.experts,  # [B, T, L, K], the new policy's own
+        "response_mask": rollout.response_mask,  # [B, T]
+        "experts": policy.experts,  # [B, T, L, K], the new policy's own
         "old_experts": old.experts,
-        "expert_probs": new.expert_log_probs.exp(),
+        "expert_probs": policy.expert_log_probs.exp(),
         "old_expert_probs": old.expert_log_probs.exp(),
-        "router_log_probs": new.log_probs_at_old_experts,  # both at the experts that the OLD policy used
-        "old_router_log_probs": old.log_probs_at_old_experts,
+        "router_log_probs": at_old_experts,  # both at the experts that the OLD policy used
+        "old_router_log_probs": old.expert_log_probs,
         "num_experts": config.n_expert,
         "group_size": args.group_size,
     }
+    if args.mismatch != "none":
+        options = {name.removeprefix("mismatch_"): value for name, value in values_of(MISMATCH, args).items()}
+        mu, mask = rollout.log_probs, rollout.response_mask
+        given["weights"] = mismatch_weights(old.log_probs, mu, mask, kind=args.mismatch, **options)
+    if args.algo == "dppo" and args.rollout_dtype != args.dtype:
+        given["old_log_probs"] = rollout.log_probs  # its anchor is the sampler itself
     wanted = inspect.signature(METHODS[args.algo]).parameters
-    return {name: given[name] for name in wanted if name in given} | option_values(OPTIONS[args.algo], args)
+    return {name: given[name] for name in wanted if name in given} | values_of(OPTIONS[args.algo], args)
 
 
-def recorded_again(model: GPT, rollout: Rollout, args) -> Rollout:
-    """The rollout as a forward of the updates' shapes sees it."""
-    with torch.no_grad():
-        seen, _ = policy_forward(model, rollout, args)
-    return rollout._replace(log_probs=seen.log_probs, experts=seen.experts, expert_log_probs=seen.expert_log_probs)
-
-
-def rollout_metrics(rollout: Rollout, rewards: Tensor, group_size: int) -> dict:
+def rollout_metrics(rollout: Rollout, rewards: Tensor, task: Task, args) -> dict:
     lengths = rollout.response_mask.sum(1).float()
+    ended = ((rollout.tokens[:, 1:] == task.tokenizer.end) & rollout.response_mask).any(1)
     return {
         "reward_mean": rewards.mean(),
         "reward_std": rewards.std(),
         "accuracy": (rewards >= 1).float().mean(),
         "response_length": lengths.mean(),
-        "silent_groups": zero_variance_groups(rewards, group_size).float().mean(),
+        "cut_responses": 1 - ended.float().mean(),  # share without an end token: --max-new-tokens was too few
+        "silent_groups": zero_variance_groups(rewards, args.group_size).float().mean(),
         "entropy": (rollout.entropies.sum(1) / lengths.clamp(min=1)).mean(),
     }
 
 
-def moved_routes(new: Policy, rollout: Rollout) -> dict:
-    """How far the updated router is from the one that wrote the responses: agreement, gamma, entropy, load ..."""
-    mask = rollout.response_mask
-    old, experts = rollout.expert_log_probs, {"experts": new.experts, "old_experts": rollout.experts}
-    report = routing_report(new.router_logits, old, mask, **experts)
-    # gamma against the rollout; RAIS's own metrics of that name are against the policy that its ratio compares with
+def engine_metrics(old: Policy, rollout: Rollout) -> dict:
+    """How often the trainer before its updates and the sampler choose other experts, over response tokens."""
+    differs = (old.experts.sort(-1).values != rollout.experts.sort(-1).values).any(-1)[rollout.response_mask]  # [n, L]
+    return {"engine_moved_tokens": differs.any(-1).float().mean(), "engine_moved_decisions": differs.float().mean()}
+
+
+def moved_routes(policy: Policy, routing: Routing, old: Policy, rollout: Rollout, args) -> dict:
+    """How far the router is from the one before the updates, and the two parts of the ratio to the sampler."""
+    experts = {"experts": policy.experts, "old_experts": old.experts}
+    if not same_arithmetic(args):
+        experts["log_probs"] = policy.log_probs, old.log_probs, rollout.log_probs
+    report = routing_report(routing.logits, old.expert_log_probs, rollout.response_mask, **experts)
+    # RAIS's own metrics have the plain names, and 1 in the first update of a batch, where its old policy is the new one
     return {name.replace("gamma", "rollout_gamma").replace("floor", "rollout_floor"): x for name, x in report.items()}
 
 
@@ -328,15 +375,18 @@ def mean_metrics(updates: list[dict]) -> dict:
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def run(args) -> dict:
-    """One training run from its arguments (see `parse`) to summary.json, whose content it returns."""
-    device, generative = plainly(pick_device, args.device), args.algo in METHODS
-    check_options(args)
+def run(args, *, explore=explore, lm_losses=lm_losses, initial_model=initial_model, load_task=load_task) -> dict:
+    """One training run from its arguments (see `parse`) to summary.json, whose content it returns.
+
+    Experiments put functions of their own in the place of the four that are named here.
+    """
+    with as_user_error():
+        device, generative = pick_device(args.device), args.algo in METHODS
+        check_options(args)
 
     def prepare(model: GPT) -> GPT:
-        """The one place where a model gets its device, its fast kernels and the compiler."""
-        model = speed_up(model.to(device))
-        for name, parameter in model.named_parameters():
+        """The one place where a model gets its device and the compiler."""
+        for name, parameter in model.to(device).named_parameters():
             parameter.requires_grad_(not (args.freeze_router and name.endswith("router.weight")))
         if args.compile:
             model.stem, model.branch = torch.compile(model.stem), torch.compile(model.branch)
@@ -345,82 +395,89 @@ def run(args) -> dict:
     tokenizer = data.prepare(args.dataset, args.tokenizer, args.data_dir)
     checkpoint = find_checkpoint(args.out) if args.resume else None
     if checkpoint:
-        model, state = plainly(load_model, os.path.join(checkpoint, "model.safetensors"))[0], load_state(checkpoint)
-        target = check_model(args, tokenizer, model, f"the checkpoint in {args.out}")
+        with as_user_error():
+            model, metadata, optimizer_tensors = load_checkpoint(checkpoint)
+        state, target = load_state(args, metadata), check_model(args, tokenizer, model, checkpoint)
     else:
         model, target = initial_model(args, tokenizer, dense_first=not generative)
-        state = dict(NEW_STATE)
+        state, optimizer_tensors = State(), {}
     task = load_task(args, target.context, generative)
-    command_line.fill_steps(args, task, generative)
-    check_step(state["step"], model.config, target, args)
-    phases = {"supervised": args.pretrain_steps, args.algo: args.steps}
+    if state.fingerprint not in ("", task.fingerprint):
+        raise UserError(f"the records of {args.dataset} have changed since {args.out} began: put them back to resume")
+    state.fingerprint = task.fingerprint
+    arguments.fill_steps(args, task, generative)
     open_folder(args)
-    process = Run(args, state, phases, prepare)
+    process = Run(args, state, {"supervised": args.pretrain_steps, args.algo: args.steps}, task, prepare)
     # Without its cache: the bfloat16 copies of the weights would outlive the updates, and those that generation makes
     # without a gradient would serve the forward that needs one.
     autocast = torch.autocast(device.type, torch.bfloat16, enabled=args.dtype == "bfloat16", cache_enabled=False)
     with process.open(), autocast:
-        command_line.describe(args, state["step"], *GPT(target).count_parameters())
-        if state["step"] < args.pretrain_steps:
+        arguments.announce(args, state.step, *GPT(target).count_parameters())
+        if state.step < args.pretrain_steps:
             if generative and model.config != target:
                 model = upcycle(model, target, rng(args.seed, "routers"))
             model = prepare(model)
-            process.begin("supervised", model, task, args.pretrain_lr)
-            train_text(model, task, args, process, "supervised")
+            optimizer = process.begin("supervised", model, optimizer_tensors)
+            train_text(model, task, args, process, optimizer, args.pretrain_lr, lm_losses)
         if model.config != target:
             model = upcycle(model, target, rng(args.seed, "routers"))
         model = prepare(model)
-        process.begin(args.algo, model, task, args.lr)
+        optimizer = process.begin(args.algo, model, optimizer_tensors)
         if generative:
-            train_answers(model, task, args, process)
+            train_answers(model, task, args, process, optimizer)
         else:
-            train_text(model, task, args, process, args.algo)
+            losses = partial(erl_losses, explore=explore) if args.algo == "erl" else lm_losses
+            train_text(model, task, args, process, optimizer, args.lr, losses)
         summary = process.finish()
     write_json(os.path.join(args.out, "summary.json"), summary)
     plot_curves(args.out)
-    say(process.result_line(summary))
+    print(process.result_line(summary))
     return summary
 
 
 def parse(argv: list[str]):
     """Arguments with every default filled in. UserError for what does not fit together."""
-    return command_line.parse(argv, __doc__.split("\n\n")[0], OPTIONS)
+    return arguments.parse(argv, __doc__.split("\n\n")[0], OPTIONS, MISMATCH)
 
 
 def check_options(args):
-    """Let the losses themselves refuse options, before any work is done: they are called on a few zeros."""
+    """Let the losses themselves refuse options before any work is done: they are called on a few zeros. ValueError."""
     if args.algo in METHODS:
-        rows, zeros = torch.zeros(args.group_size), torch.zeros(args.group_size, 1, 1, 1)
-        policy, mask = Policy(zeros[:, :, 0, 0], zeros.long(), zeros, zeros), zeros[:, :, 0, 0] == 0
-        inputs = loss_inputs(policy, policy, rows, rows, mask, MoEConfig(), args)
-        plainly(lambda: METHODS[args.algo](**inputs))
+        G = args.group_size
+        zeros, mask, rows = torch.zeros(G, 1, requires_grad=True), torch.ones(G, 1, dtype=torch.bool), torch.zeros(G)
+        experts, P = torch.zeros(G, 1, 1, 1, dtype=torch.long), torch.zeros(G, 1, 1, 1)
+        policy = Policy(zeros, experts, P)
+        log_mu = zeros.detach() - 10 * (args.mismatch == "icepop")  # far outside its band: some losses refuse a 0
+        rollout = Rollout(experts[:, 0, 0].repeat(1, 2), mask, log_mu, zeros.detach(), experts, P)
+        check_loss(args.algo, loss_inputs(policy, P, policy, rollout, rows, rows, MoEConfig(), args), args)
     elif args.algo == "erl":
 
         def forward(routes):
             rows = 2 if routes is None else len(routes[0])
-            return torch.zeros(rows, 1), torch.zeros(rows, 1, 1, 1, requires_grad=True), torch.zeros(())
+            E = max(2, args.top_k)
+            return torch.zeros(rows, 1), torch.zeros(rows, 1, 1, E, requires_grad=True), torch.zeros(())
 
         mask = torch.ones(2, 1, dtype=torch.bool)
-        paths = plainly(lambda: explore(forward, mask, 1, **option_values(EXPLORE, args)))
-        plainly(lambda: next(erl_objective(forward, paths, **option_values(OBJECTIVE, args))))
+        paths = explore(forward, mask, args.top_k, **values_of(EXPLORE, args))
+        next(erl_objective(forward, paths, **values_of(OBJECTIVE, args)))
+
+
+def check_loss(name: str, inputs: dict, args):
+    """ValueError unless the loss takes these arguments and returns what the loop needs."""
+    try:
+        result = METHODS[name](**inputs)
+    except TypeError as error:
+        raise ValueError(f"the loss of {name} cannot be called with {', '.join(inputs)}: {error}") from error
+    if "weights" not in inputs and args.mismatch != "none":
+        raise ValueError(f"the loss of {name} has no argument weights: leave --mismatch out")
+    loss = result[0] if isinstance(result, tuple) and len(result) == 2 and isinstance(result[1], dict) else None
+    if not isinstance(loss, Tensor) or loss.dim() or not loss.requires_grad:
+        raise ValueError(f"the loss of {name} must return (loss, metrics): a 0-d tensor with gradient, and a dict")
 
 
 def main(argv: list[str] | None = None) -> int:
     argv = sys.argv[1:] if argv is None else argv
-    try:
-        if not argv:
-            from results.demo import demo  # it imports this file
-
-            return demo()
-        run(parse(argv))
-        return 0
-    except KeyboardInterrupt:
-        return 130
-    except Exception as error:
-        if (text := sentence(error)) is None:
-            raise
-        say(f"train.py: {text}", sys.stderr)
-        return 2
+    return run_program("train.py", lambda: run(parse(argv)) if argv else demo(run, parse))
 
 
 if __name__ == "__main__":

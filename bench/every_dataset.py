@@ -23,10 +23,10 @@ import train  # noqa: E402, before torch: it sets what torch reads when it is im
 
 # isort: split
 import torch  # noqa: E402
+from support.command_line import TEXT  # noqa: E402
 
 import data  # noqa: E402
 from support.arguments import number  # noqa: E402
-from support.command_line import TEXT  # noqa: E402
 
 FLAGS = """--steps 2 --batch-size 2 --prompts-per-step 2 --minibatches 2 --group-size 4 --max-new-tokens 8 --beams 2
 --eval-samples 4 --eval-every 100""".split()

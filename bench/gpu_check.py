@@ -1,15 +1,17 @@
-"""Does the program compute on a GPU what it computes on a CPU? Part of bench/on_gpu.sh.
+"""All that a GPU is asked, in one command. PyTorch 2.11 or later, no network.
 
-    python bench/gpu_check.py --device cuda
+    python bench/gpu_check.py                         checks, then the benchmarks of bench.py: ten minutes on one GPU
+    python bench/gpu_check.py --device cpu --quick    does the command itself run?
 
-float32 on both: every loss and its gradient, training steps, generation, the head, ERL's passes. Then on the device
-alone: bfloat16 against float32, compilation without a graph break, no wait for the device in forward and backward.
-Prints a line a check and ends with status 1 if one of them failed.
+In float32 the device is compared with the CPU; then it is asked whether a run repeats to the last bit, how far bfloat16
+is from float32, whether the model compiles into one graph, and whether forward and backward wait for the host. Every
+part runs, whatever the others do, and has its line; the status is 1 if one failed.
 """
 
 import argparse
 import os
 import sys
+import tempfile
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 sys.path[:0] = [ROOT, os.path.join(ROOT, "bench")]
@@ -21,185 +23,205 @@ import train  # noqa: E402
 import torch  # noqa: E402
 
 from baselines import group_advantages  # noqa: E402
-from moe import MoEConfig  # noqa: E402
-from support.generation import generate  # noqa: E402
+from moe import MoEConfig, Routes, router_losses  # noqa: E402
+from support.checkpoints import find_checkpoint, load_model  # noqa: E402
+from support.generation import Rollout, generate  # noqa: E402
+from support.head import lm_loss, token_log_probs  # noqa: E402
 from support.tasks import rng  # noqa: E402
-
-CHECKS = []
-
-
-def check(f):
-    CHECKS.append(f)
-    return f
 
 
 def near(a, b, what: str, atol=1e-4, rtol=1e-3):
-    torch.testing.assert_close(a.detach().cpu(), b.detach().cpu(), atol=atol, rtol=rtol, msg=lambda m: f"{what}: {m}")
+    a, b = a.detach().cpu().float(), b.detach().cpu().float()
+    torch.testing.assert_close(a, b, atol=atol, rtol=rtol, msg=lambda message: f"{what}: {message}")
+
+
+def compare(f, device, what: str, **tolerance):
+    """f(where) -> tensors, on the CPU and on the device."""
+    for a, b in zip(f("cpu"), f(device), strict=True):
+        near(a, b, what, **tolerance)
 
 
 def sizes(device, dtype="float32"):
-    """The arguments of bench.py that `bench.build` and `bench.Steps` read."""
+    """The arguments of bench.py that its functions read."""
     device = torch.device(device)
     return argparse.Namespace(model="tiny", quick=False, device=device, dtype=dtype, compile=False, batch_size=4)
 
 
 def policies(device, B=8, T=12, L=3, K=2, E=8):
-    """Two policies on the same rows, and the rewards of their groups."""
-    g, made = rng("policies"), []
-    for _ in range(2):
-        logits = torch.randn(B, T, L, E, generator=g)
-        experts, P = logits.topk(K).indices, logits.log_softmax(-1)
-        made.append(train.Policy(-torch.rand(B, T, generator=g), experts, P.gather(-1, experts), P[..., :K], logits))
-    new, old = (train.Policy(*(t.to(device) for t in p)) for p in made)
+    """A newer policy, log P of the old routes under it, the older policy and its rollout, and rewards [B]."""
+    g = rng("policies")
+    log_P, p = torch.randn(2, B, T, L, E, generator=g).log_softmax(-1), -torch.rand(2, B, T, generator=g)
+    experts, rewards = log_P.topk(K).indices, torch.rand(B, generator=g)
+    at_old, P = log_P[0].gather(-1, experts[1]), log_P.gather(-1, experts)
     mask = torch.arange(T) < torch.randint(4, T + 1, (B, 1), generator=g)
-    return new, old, torch.rand(B, generator=g).to(device), mask.to(device)
+    p, experts, P, at_old, rewards, mask = (t.to(device) for t in (p, experts, P, at_old, rewards, mask))
+    new, old = (train.Policy(*(t[i] for t in (p, experts, P))) for i in (0, 1))
+    return new, at_old, old, Rollout(None, mask, old.log_probs, None, old.experts, old.expert_log_probs), rewards
 
 
-@check
 def losses(device):
     """Every loss of train.METHODS, value and gradient with respect to the log-probabilities."""
     for name, loss in train.METHODS.items():
-        args, results = train.parse(["--algo", name, "--dataset", "addition", "--group-size", "4"]), []
-        for where in ("cpu", device):
-            new, old, rewards, mask = policies(where)
+        args = train.parse(["--algo", name, "--dataset", "addition", "--group-size", "4"])
+
+        def value_and_gradient(where, loss=loss, args=args):
+            new, at_old, old, rollout, rewards = policies(where)
             new = new._replace(log_probs=new.log_probs.requires_grad_())
-            advantages = group_advantages(rewards, 4)
-            inputs = train.loss_inputs(new, old, rewards, advantages, mask, MoEConfig(n_expert=8), args)
-            value, _ = loss(**inputs)
-            results.append((value, *torch.autograd.grad(value, new.log_probs)))
-        for a, b in zip(*results, strict=True):
-            near(a, b, name, atol=1e-6)
+            given = rollout, rewards, group_advantages(rewards, 4), MoEConfig(n_expert=8), args
+            value, _ = loss(**train.loss_inputs(new, at_old, old, *given))
+            return value, *torch.autograd.grad(value, new.log_probs)
+
+        compare(value_and_gradient, device, name, atol=1e-6)
 
 
-@check
+def forced_routes(device, B=4, T=64, L=2, E=8) -> Routes:
+    experts = torch.randint(E, (B, T, L, 1), generator=rng("experts"))
+    return Routes(experts.to(device), (torch.rand(B, T, L, generator=rng("forced")) < 0.6).to(device))
+
+
+def forward_and_backward(device):
+    """Features, routes, router losses and all gradients of the model, along routes of which a part is imposed."""
+
+    def outputs(where):
+        model, tokens = bench.build(sizes(where), 257, gate="prob"), 4 * torch.arange(256).view(4, 64) % 257
+        features, routing = model(tokens.to(where), routes=forced_routes(where))
+        balance, z, load = router_losses(routing.logits, routing.experts)
+        loss = features.square().mean() + balance.sum() + z.sum()
+        return features, load, *torch.autograd.grad(loss, list(model.parameters()))
+
+    compare(outputs, device, "model")
+
+
 def training_steps(device):
     """Three steps of lm and of both kinds of ERL: the losses on the way, and the weights behind them."""
-    # advantage "log": the sign of a gain of nearly 0 may differ
-    for algo, options in (
-        ("lm", {}),
-        ("erl", {"advantage": "log", "erl_grad": "all"}),
-        ("erl", {"advantage": "log", "erl_grad": "router"}),
-    ):
-        results = []
-        for where in ("cpu", device):
-            run, seen = bench.Steps(bench.build(sizes(where), 257), sizes(where), algo, **options), []
-            for step in range(3):
-                batch = run.task.batch(step).to(run.model.wte.weight.device)
-                for loss, _ in (train.erl_losses if algo == "erl" else train.lm_losses)(
-                    run.model, batch, run.args, step
-                ):
-                    run.optimizer.param_groups[0]["lr"] = 1e-4
-                    run.update(loss)
-                    seen.append(loss.detach().cpu())
-            results.append((torch.stack(seen), torch.cat([p.detach().cpu().flatten() for p in run.model.parameters()])))
-        (a, b), (c, d) = results
-        near(a, c, f"losses of {algo} {options}")
-        near(b, d, f"weights of {algo} {options}", atol=1e-4)
+    log = {"advantage": "log"}  # the sign of a gain of nearly 0 may differ
+    for algo, flags in (("lm", {}), ("erl", log | {"erl_grad": "all"}), ("erl", log | {"erl_grad": "router"})):
+
+        def losses_and_weights(where, algo=algo, flags=flags):
+            model = bench.build(sizes(where), 257)
+            once = bench.training_step(model, sizes(where), algo, **flags)
+            return [once()["loss"] for _ in range(3)] + list(model.parameters())
+
+        compare(losses_and_weights, device, f"{algo} {flags}")
 
 
-@check
+def large_head(device):
+    """The head over 50,257 words: LM loss, log-probabilities and gradients."""
+
+    def outputs(where):
+        weight = (0.02 * torch.randn(50257, 128, generator=rng("weight"))).to(where).requires_grad_()
+        x = torch.randn(64, 128, generator=rng("x")).to(where).requires_grad_()
+        targets = torch.randint(50257, (64,), generator=rng("targets")).to(where)
+        loss, log_probs = lm_loss(x, weight, targets)[0], token_log_probs(x, weight, targets)
+        return loss, log_probs, *torch.autograd.grad(loss + log_probs.mean(), [x, weight])
+
+    compare(outputs, device, "head")
+
+
 def generation(device):
     """Greedy answers are the same words, and what a rollout records is what a forward says of it."""
-    prompts = [[1, 2, 3], [4, 5, 6, 7], [8, 9]]
-    rows = []
+    prompts, greedy = [[1, 2, 3], [4, 5, 6, 7], [8, 9]], []
     for where in ("cpu", device):
         model = bench.build(sizes(where), 257, top_k=2)
-        greedy = generate(model, prompts, max_new_tokens=16, end_token=256, temperature=0)
-        rows.append(greedy)
-        sampled = generate(model, prompts, max_new_tokens=16, end_token=256, generator=rng("rollout"))
         with torch.no_grad():
-            features, routing = model.branch(model.stem(sampled.tokens[:, :-1]))
-            log_probs = model.token_log_probs(features, sampled.tokens[:, 1:])
+            greedy.append(generate(model, prompts, max_new_tokens=16, end_token=256, temperature=0))
+            sampled = generate(model, prompts, max_new_tokens=16, end_token=256, generator=rng("rollout"))
+            features, routing = model(sampled.tokens[:, :-1])
+            log_probs = token_log_probs(features, model.wte.weight, sampled.tokens[:, 1:])
         mask = sampled.response_mask
         near(log_probs[mask], sampled.log_probs[mask], "recorded log-probabilities")
         near(routing.expert_log_probs(sampled.experts)[mask], sampled.expert_log_probs[mask], "recorded routes")
-    assert torch.equal(rows[0].tokens, rows[1].tokens.cpu()), "greedy answers differ"
-    near(rows[0].log_probs, rows[1].log_probs, "log-probabilities")
+    assert torch.equal(greedy[0].tokens, greedy[1].tokens.cpu()), "greedy answers differ"
 
 
-@check
-def large_head(device):
-    """The head in blocks over 50,257 words: LM loss, log-probabilities and gradients."""
-    results = []
-    for where in ("cpu", device):
-        model = bench.build(sizes(where), 50257)
-        x = torch.randn(64, model.config.n_embd, generator=rng("x")).to(where).requires_grad_()
-        targets = torch.randint(50257, (64,), generator=rng("targets")).to(where)
-        loss, _ = model.lm_loss(x, targets)
-        log_probs = model.token_log_probs(x, targets)
-        results.append((loss, log_probs, *torch.autograd.grad(loss + log_probs.mean(), [x, model.wte.weight])))
-    for a, b in zip(*results, strict=True):
-        near(a, b, "head")
+def the_same_run_twice(device):
+    """Short runs of train.py, one of each loop, end in the same weights when they are repeated."""
+    short = (
+        "--dataset pydocs --steps 4 --pretrain-steps 4 --eval-samples 4 --test-samples 4 --max-new-tokens 16 --seed 1"
+    )
+    for algo in ("erl --erl-grad all", "gmpo --prompts-per-step 4"):
+        weights = []
+        for _ in range(2):
+            with tempfile.TemporaryDirectory() as out:
+                train.run(train.parse(f"--algo {algo} {short} --device {device} --out {out}/run".split()))
+                model, _ = load_model(find_checkpoint(f"{out}/run"))
+            weights.append(torch.cat([p.detach().flatten() for p in model.parameters()]))
+        assert torch.equal(*weights), f"{algo}: up to {(weights[0] - weights[1]).abs().max()} apart"
 
 
-@check
 def bfloat16(device):
     """Loss and gradient of an LM step in bfloat16 beside float32."""
-    results = []
+    results, tokens = [], torch.randint(257, (4, 257), generator=rng("tokens")).to(device)
     for dtype in ("float32", "bfloat16"):
-        args = sizes(device, dtype)
-        run = bench.Steps(bench.build(args, 257), args)
-        batch = run.task.batch(0).to(run.model.wte.weight.device)
-        with run.autocast:
-            ((loss, _),) = train.lm_losses(run.model, batch, run.args, 0)
-        loss.backward()
-        results.append((loss.detach(), torch.cat([p.grad.flatten().float() for p in run.model.parameters()])))
+        model = bench.build(sizes(device), 257, gate="prob")
+        with bench.autocast(sizes(device, dtype)):
+            loss = lm_loss(model(tokens[:, :-1])[0], model.wte.weight, tokens[:, 1:])[0]
+        grads = torch.autograd.grad(loss, list(model.parameters()))
+        results.append((loss.detach(), torch.cat([g.flatten().float() for g in grads])))
     (a, g), (b, h) = results
-    assert (a - b).abs() < 0.01 * a, f"loss {a} in float32, {b} in bfloat16"
     cosine = torch.nn.functional.cosine_similarity(g, h, dim=0)
-    assert cosine > 0.99, f"cosine of the gradients {cosine}"
+    assert (a - b).abs() < 0.01 * a and cosine > 0.99, f"loss {a} and {b}, cosine of the gradients {cosine}"
 
 
-@check
 def compiles_whole(device):
     """stem and branch as train.py --compile compiles them, in bfloat16 and in one graph each, along routes too."""
     torch._dynamo.reset()
-    args = sizes(device, "bfloat16")
-    model = bench.build(args, 257)
-    tokens = torch.randint(257, (4, 64), generator=rng("tokens")).to(device)
+    model, tokens = bench.build(sizes(device), 257), torch.randint(257, (4, 64), generator=rng("tokens")).to(device)
     stem, branch = torch.compile(model.stem, fullgraph=True), torch.compile(model.branch, fullgraph=True)
-    drawn = train.Routes(
-        torch.randint(8, (4, 64, 2, 1), generator=rng("r")), torch.rand(4, 64, 2, generator=rng("f")) < 0.6
-    )
-    drawn = drawn._replace(experts=drawn.experts.to(device), forced=drawn.forced.to(device))
-    with bench.autocast(args):
-        for routes in (None, drawn):
-            features, routing = branch(stem(tokens), routes)
+    with bench.autocast(sizes(device, "bfloat16")):
+        for routes in (None, forced_routes(device)):
+            features, routing = branch(stem(tokens), routes=routes)
             (features.float().square().mean() + routing.logits.logsumexp(-1).mean()).backward()
-            expected = model.branch(model.stem(tokens), routes)[0]
-            near(features.float(), expected.float(), "compiled features", atol=0.1, rtol=0.1)
+            near(features, model.branch(model.stem(tokens), routes=routes)[0], "compiled features", 0.1, 0.1)
 
 
-@check
 def no_wait_for_the_device(device):
     """Forward, losses and backward of the model read nothing on the host (CUDA alone can tell)."""
-    args = sizes(device, "bfloat16")
-    model, tokens = bench.build(args, 257), torch.randint(257, (4, 257), generator=rng("tokens")).to(device)
-    for strict in (False, True):  # once before: what is set up once may wait
-        if strict and torch.device(device).type == "cuda":
-            torch.cuda.set_sync_debug_mode("error")
-        try:
-            with bench.autocast(args):
-                out = model(tokens[:, :-1], tokens[:, 1:])
-                (out.lm_loss + out.balance_loss.sum() + out.z_loss.sum()).backward()
-        finally:
-            if torch.device(device).type == "cuda":
-                torch.cuda.set_sync_debug_mode("default")
+    model, tokens = bench.build(sizes(device), 257), torch.randint(257, (4, 257), generator=rng("tokens")).to(device)
+    for mode in ("default", "error"):  # at first: what is set up once may wait
+        if torch.device(device).type == "cuda":
+            torch.cuda.set_sync_debug_mode(mode)
+        with bench.autocast(sizes(device, "bfloat16")):
+            features, routing = model(tokens[:, :-1])
+            balance, z, _ = router_losses(routing.logits, routing.experts)
+            loss = lm_loss(features, model.wte.weight, tokens[:, 1:])[0] + balance.sum() + z.sum()
+        loss.backward()
+
+
+CHECKS = [losses, forward_and_backward, training_steps, large_head, generation]
+CHECKS += [the_same_run_twice, bfloat16, compiles_whole, no_wait_for_the_device]
+
+
+def benchmarks(device: str, quick: bool):
+    """bench.py at the size of GPT-2 (with --quick: tiny), eager and compiled; ERL at its own batch of four."""
+    common = ["--device", device, "--model", "tiny" if quick else "gpt2", *["--quick"] * quick]
+    for argv in (["step"], ["step", "--compile"], ["erl", "--batch-size", "4"], ["rollout"], ["loss"]):
+        yield f"bench.py {' '.join(argv + common)}", lambda argv=argv: bench.main(argv + common)
+
+
+def attempt(name: str, f) -> bool:
+    try:
+        f()
+    except Exception as error:  # whatever it is, the others are worth knowing too
+        print(f"FAILED  {name}: {str(error)[:2000] or repr(error)}", flush=True)
+        return False
+    print(f"ok      {name}", flush=True)
+    return True
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--device", default="cuda")
-    args = parser.parse_args(argv)
-    failed = 0
-    for f in CHECKS:
-        try:
-            f(args.device)
-            print(f"ok      {f.__name__}", flush=True)
-        except Exception as error:  # whatever it is, the others are worth knowing too
-            failed += 1
-            print(f"FAILED  {f.__name__}: {str(error)[:2000] or repr(error)}", flush=True)
-    return min(failed, 1)
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p.add_argument("--device", default="cuda")
+    p.add_argument("--checks", action="store_true", help="no benchmarks")
+    p.add_argument("--quick", action="store_true", help="the benchmarks at their smallest sizes")
+    args = p.parse_args(argv)
+    if args.device == "cuda" and not torch.cuda.is_available():
+        p.error("this machine has no CUDA device that PyTorch can use: --device cpu --quick tries the command")
+    done = [attempt(f.__name__, lambda f=f: f(args.device)) for f in CHECKS]
+    if args.device == "cuda":
+        torch.cuda.set_sync_debug_mode("default")
+    done += [attempt(name, f) for name, f in ([] if args.checks else benchmarks(args.device, args.quick))]
+    return int(not all(done))
 
 
 if __name__ == "__main__":

@@ -5,9 +5,10 @@
     torchrun --nproc_per_node 2 -m recipes.erl_hf --arm erl --out out/erl2
     python -m recipes.erl_hf --model any/transformers-moe --out out/own  # Qwen3-MoE, OLMoE, Mixtral, GPT-OSS, ...
 
-Arms, by --arm: lm (L_o alone); erl; and three controls that keep what ERL draws and take its meaning away: shuffled
-(advantages exchanged between positions), centred (less their mean over the passes at a position), expert-random (the
-advantage credits a random expert, not the one that worked). The method itself is erl.py's explore and erl_objective.
+Arms, by --arm: lm (L_o alone); erl; and the controls of support/controls.py, which keep what ERL draws and take its
+meaning away, window by window: random-expert, shuffled, level, constant. The method itself is erl.py's explore and
+erl_objective. A random expert weighs 1/K where the model's gate renormalises the top-K (as an upcycled one does, and
+Mixtral), else P_e.
 
 A step sums over its windows, one at a time, with weights that make the sum the loss of the whole batch; processes share
 the windows and add their gradients up. Every draw has a key (seed, step, window), so the number of processes does not
@@ -18,6 +19,7 @@ import json
 import os
 import sys
 import time
+from pathlib import Path
 
 import torch
 from accelerate import Accelerator
@@ -25,13 +27,19 @@ from accelerate import Accelerator
 from erl import erl_objective, explore, random_routes
 from moe import router_losses
 from recipes.hf_routing import Routes, find_routers, next_token_log_probs
-from recipes.hf_text import evaluate, load_model, load_windows
+from recipes.hf_text import evaluate, load_model, load_windows, written
 from support.arguments import Parser, number, one_of
-from support.errors import UserError
-from support.run_folder import write_json
+from support.controls import constant, level, random_expert, shuffled
+from support.errors import UserError, describe_error
 from support.tasks import rng
 
-ARMS = ("lm", "erl", "shuffled", "centred", "expert-random")
+CONTROLS = {  # arm -> (paths, generator) -> paths
+    "random-expert": random_expert,
+    "shuffled": shuffled,
+    "level": lambda paths, _: level(paths),
+    "constant": lambda paths, _: constant(paths),
+}
+ARMS = ("lm", "erl", *CONTROLS)
 # Decision: 64 units of rounding, where 8 do for a small model. Along routes through copies of one expert the
 # log-probabilities of SmolLM2-135M, 30 blocks deep, differ by up to 1.7e-5 nats, which is 36: with a bound of 4 and
 # before the first update 39 % of the decisions had an advantage of +1 or -1 that was nothing else.
@@ -79,24 +87,6 @@ def make_forward(model, tokens, mask, args):
     return forward
 
 
-def control(paths, arm, generator):
-    """The same paths with other credit. Advantages of positions without a perturbed decision are read by nobody."""
-    A, (B, T) = paths.advantages.clone(), paths.original[0].shape
-    if arm == "shuffled":
-        rows, at = paths.S.any(-1).nonzero(as_tuple=True)
-        order = torch.randperm(len(rows), generator=generator).to(rows.device)
-        A[rows, at] = A[rows[order], at[order]]
-    elif arm == "centred":
-        passes = A.view(-1, B, T)  # [m, B, T]
-        A = (passes - passes.mean(0)).view_as(A)
-    elif arm == "expert-random":
-        (rows, T, L, K), E = paths.experts.shape, paths.perturbed[1].shape[-1]
-        experts = random_routes(rows, T, L, E, K, 1.0, generator=generator)[0].to(paths.experts.device)
-        old = paths.perturbed[1].detach().gather(-1, experts)
-        return paths._replace(experts=experts, old_router_log_probs=old)
-    return paths._replace(advantages=A)
-
-
 def window_losses(model, tokens, args, step, indices):
     """tokens [B, T + 1], the windows of a step; indices: this process's. Yields (loss, metrics) for each of them, parts
     of a sum; the caller runs backward. erl_loss divides by a window's own |S|, the step's loss by the sum of all."""
@@ -114,7 +104,9 @@ def window_losses(model, tokens, args, step, indices):
             share = float(sizes_of_S[i] / sum(sizes_of_S).clamp(min=1))
             options = dict(alpha=args.alpha, n_perturb=args.n_perturb, rounding_units=args.rounding_units)
             options |= dict(dtype=model.dtype, generator=rng(*keys[i]))
-            paths = control(explore(forward, mask, sizes[2], **options), args.arm, rng(args.seed, args.arm, step, i))
+            paths = explore(forward, mask, sizes[2], **options)
+            if args.arm in CONTROLS:
+                paths = CONTROLS[args.arm](paths, rng(args.seed, args.arm, step, i))
             ((loss, metrics),) = erl_objective(forward, paths, delta=args.delta * share * B)
             metrics = {k: v * (1 / B if k == "perturbed_share" else share) for k, v in metrics.items()}
         yield loss / B, metrics | {"loss": loss.detach() / B}
@@ -145,8 +137,9 @@ def open_folder(args):
             raise UserError(f"{args.out} holds a run already: continue it with --resume or choose another --out")
         if differs := [k for k, v in mine.items() if theirs.get(k) != v and k not in ("out", "data_dir")]:
             raise UserError(f"{args.out} was started with another --{differs[0].replace('_', '-')}")
-    os.makedirs(args.out, exist_ok=True)
-    write_json(path, mine)
+    with written(path) as aside:
+        os.makedirs(args.out, exist_ok=True)
+        Path(aside).write_text(json.dumps(mine, indent=2) + "\n")
 
 
 def log_of(args, step) -> str:
@@ -155,7 +148,7 @@ def log_of(args, step) -> str:
     if os.path.exists(path):
         with open(path) as file:
             done = {json.loads(line)["step"]: line for line in file.readlines()[::-1] if line.endswith("\n")}
-        with open(path, "w") as file:
+        with written(path) as aside, open(aside, "w") as file:
             file.writelines(done[i] for i in range(step + 1) if step and i in done)
     return path
 
@@ -210,13 +203,14 @@ def train(args, accelerator):
             write(step=step, **metrics, seconds=time.perf_counter() - began)
             if (step % args.checkpoint_every == 0 or step == args.steps) and accelerator.is_main_process:
                 state = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "step": step, "start": start}
-                torch.save(state, path + ".tmp")
-                os.replace(path + ".tmp", path)  # whole or not at all
+                with written(path) as aside, open(aside, "wb") as file:
+                    torch.save(state, file)
         figures, _ = evaluate(model, tests, accelerator, start)
         write(step=step, **figures)
     if accelerator.is_main_process:
-        model.save_pretrained(os.path.join(args.out, "model"))
-        tokenizer.save_pretrained(os.path.join(args.out, "model"))
+        with written(os.path.join(args.out, "model")) as aside:
+            model.save_pretrained(aside)
+            tokenizer.save_pretrained(aside)
     return figures
 
 
@@ -243,13 +237,17 @@ def main(argv=None) -> int:
     try:
         args = parse(argv)
         # without a GPU it must be told so, or each process takes itself for the only one
-        figures = train(args, Accelerator(cpu=not torch.accelerator.is_available()))
-    except UserError as error:
-        print(f"erl_hf: {error}", file=sys.stderr)
-        return 2
+        accelerator = Accelerator(cpu=not torch.accelerator.is_available())
+        figures = train(args, accelerator)
+        accelerator.end_training()  # ends the process group: gloo's threads must not outlive the interpreter
     except KeyboardInterrupt:
         print(f"erl_hf: stopped; --resume goes on from the last checkpoint in {args.out}", file=sys.stderr)
         return 130
+    except Exception as error:
+        if (text := describe_error(error)) is None:
+            raise
+        print(f"erl_hf: {text}", file=sys.stderr)
+        return 2
     print(f"perplexity {figures['perplexity']:.3f}; the model is in {os.path.join(args.out, 'model')}")
     return 0
 

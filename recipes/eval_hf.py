@@ -4,8 +4,9 @@
     python -m recipes.eval_hf out/erl/model --out out/erl --samples 20     # --data-dir ../shared/data: without the hub
 
 MODEL is a hub id or folder of a Qwen2-MoE, Qwen3-MoE, OLMoE, Mixtral or GPT-OSS; a dense one is upcycled.
-Each sample is a window of a text, scored along its own route and along 99 perturbed ones (see eval_routing.py).
-Writes routing.json and eval_routing.py's pictures, and routing_tokens.txt, the coloured text for a terminal.
+Each sample is a window of a text, scored along its own route and along 99 perturbed ones; at --decisions decisions each
+expert is forced in turn (see eval_routing.py). Writes routing.json and the pictures of eval_routing.py, and
+routing_tokens.txt, the coloured text for a terminal.
 """
 
 import os
@@ -15,16 +16,14 @@ import torch
 from tqdm import tqdm
 
 from erl import random_routes
-from eval_routing import Scored, figures, route_alphas, show_tokens
+from eval_routing import Decision, Scored, decision_of, figures, regret_figures, route_alphas
 from recipes.hf_routing import Routes, find_routers, next_token_log_probs
 from recipes.hf_text import HubTokenizer, load_model, load_windows
 from support.arguments import Parser, number, one_of
 from support.device import pick_device
-from support.errors import UserError
-from support.pictures import draw_routing
-from support.run_folder import write_json
+from support.errors import run_program
+from support.routing_text import describe, write_results
 from support.tasks import rng
-from support.verdict import describe, doubts
 
 
 def parse(argv=None):
@@ -34,10 +33,11 @@ def parse(argv=None):
     add("--out", required=True, help="folder of the results")
     add("--samples", type=count, default=20, help="windows of the test split, evenly spread; each is scored 108 times")
     add("--context", type=count, default=256)
+    add("--decisions", type=number(int, low=0), default=1000, help="decisions at which each expert is forced; 0: none")
     add("--batch-size", type=count, default=4, help="routes in one forward")
     add("--dataset", type=one_of("text set", ("wikitext2", "pydocs")), default="wikitext2")
     add("--data-dir", help="read the set below this folder, not from the hub")
-    add("--seed", type=number(int, low=0), default=0, help="draws the random routes")
+    add("--seed", type=number(int, low=0), default=0, help="draws the random routes and the decisions")
     return p.parse_args(argv)
 
 
@@ -45,9 +45,10 @@ class HubModel:
     """What scoring a text needs of a model: its sizes, and a forward along given routes."""
 
     def __init__(self, model):
-        routers = [router for router, _ in find_routers(model)]
+        self.routers = [router for router, _ in find_routers(model)]
         self.model, self.device = model.eval(), next(model.parameters()).device
-        self.layers, self.n_expert, self.top_k = len(routers), routers[0].weight.shape[0], routers[0].top_k
+        self.layers, self.n_expert = len(self.routers), self.routers[0].weight.shape[0]
+        self.top_k = self.routers[0].top_k
 
     def draw_routes(self, length, *key) -> Routes:
         """Of one sample: R rows of `length` positions, the same for every batch size."""
@@ -70,7 +71,37 @@ class HubModel:
             values.append(log_probs.cpu().double().mean(1))
             if original is None:
                 original = tokens[:-1], experts[0].cpu(), router_log_probs[0].cpu()
-        return Scored(torch.cat(values), len(tokens) - 1, *original)
+        return Scored(torch.cat(values), *original)
+
+    @torch.no_grad()
+    def score_decision(self, tokens, layer: int) -> Decision:
+        """The decision of `layer` at the last but one of tokens [T + 1]; see eval_routing.score_decision."""
+        tokens, chosen = tokens.to(self.device), []
+        cache = self.model(input_ids=tokens[None, :-2], use_cache=True).past_key_values
+        cache.batch_repeat_interleave(self.n_expert)
+
+        def force_each(router, args, output):
+            logits, weights, experts = output  # [E, ...], a row an expert
+            chosen.append(experts[0].tolist())  # of the own route: all rows are equal up to here
+            return (
+                logits,
+                weights,
+                torch.cat([torch.arange(len(experts), device=self.device)[:, None], experts[:, 1:]], 1),
+            )
+
+        last = tokens[-2].expand(self.n_expert, 1)
+        with self.routers[layer].register_forward_hook(force_each):
+            logits = self.model(input_ids=last, past_key_values=cache, use_cache=True).logits[:, -1]  # [E, V]
+        return decision_of(logits.float().log_softmax(-1), chosen[0], int(tokens[-1]))
+
+    def score_decisions(self, windows, count: int, seed: int) -> list[Decision]:
+        decisions = []
+        for i in tqdm(range(count), disable=None, leave=False, unit="decision", desc="forcing experts"):
+            draw = rng(seed, "decisions", i)
+            position = int(torch.randint(1, windows.shape[1] - 1, (), generator=draw))
+            layer = int(torch.randint(self.layers, (), generator=draw))
+            decisions.append(self.score_decision(windows[i % len(windows), : position + 2], layer))
+        return decisions
 
 
 def run(args) -> dict:
@@ -84,27 +115,20 @@ def run(args) -> dict:
         scored.append(hub.score_text(window, routes, args.batch_size))
     names = {"run": args.model, "step": None, "dataset": text, "split": "test", "seed": args.seed}
     result = names | {"score": "perplexity"} | figures(scored, text=True)
-    result["warnings"] = doubts(result, model.config.vocab_size)
-    write_json(os.path.join(args.out, "routing.json"), result)
-    draw_routing(result, args.out)
-    coloured = show_tokens(scored, HubTokenizer(tokenizer), os.path.join(args.out, "routing_tokens.png"))
+    if decisions := hub.score_decisions(windows, args.decisions, args.seed):
+        result["regret"] = regret_figures(decisions)
+    coloured = write_results(result, scored, HubTokenizer(tokenizer), args.out)
     with open(os.path.join(args.out, "routing_tokens.txt"), "w") as file:
         file.write(coloured)
     return result
 
 
 def main(argv=None) -> int:
-    try:
+    def program():
         args = parse(argv)
-        result = run(args)
-    except UserError as error:
-        print(f"eval_hf: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        return 130
-    print(describe(result))
-    print(f"routing.json and the pictures are in {args.out}")
-    return 0
+        print(f"{describe(run(args))}\nrouting.json and the pictures are in {args.out}")
+
+    return run_program("eval_hf", program)
 
 
 if __name__ == "__main__":

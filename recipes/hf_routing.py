@@ -14,6 +14,10 @@ How: in transformers 5 every family has a router module that returns (logits, we
 reads or replaces them; no weight and no class is touched. So it works with gradient checkpointing (not the reentrant
 kind), with DDP, and with every implementation of the experts but a fused kernel that runs the router itself.
 With gradient checkpointing call backward inside the `impose` block: the layers are computed again there.
+
+A model that was compiled and called before runs without hooks that are added later: both blocks notice and raise.
+Within `torch.compiler.set_stance("force_eager")` it runs uncompiled, and they work. (One that is called for the first
+time in a block is compiled with its hooks, which takes a while and is right too.)
 """
 
 from contextlib import contextmanager, nullcontext
@@ -22,13 +26,20 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+PASSED_BY = (
+    "a model that was compiled and called before the block runs without hooks (set torch.compiler.set_stance to "
+    '"force_eager" around the forward), and so does a fused kernel that holds the router'
+)
+
 
 class Routes(NamedTuple):
     """Routing decisions imposed on a forward. Where `forced` is False the router decides, and `experts` is not read."""
 
     experts: Tensor  # int64 [B, T, L, K]
     forced: Tensor  # bool [B, T, L]
-    uniform: bool = True  # weights of imposed experts: 1/K (exploration), or the model's own gate (replay)
+    uniform: bool = (
+        True  # exploration: weight 1/K, or P_e where the gate does not renormalise. False, replay: the gate's
+    )
 
 
 class Tape:
@@ -60,9 +71,14 @@ class Tape:
         if len(layers) != len(self.routers):
             raise RuntimeError(
                 f"{len(layers)} of {len(self.routers)} routers were seen: run one full forward of the recorded model "
-                "in the block (generation is not recorded), and no fused kernel that passes by the routers"
+                f"in the block (generation is not recorded); {PASSED_BY}"
             )
         return layers
+
+
+def renormalises(router) -> bool:
+    """Whether the gate makes the weights of the K experts sum to 1. Mixtral and GPT-OSS have no option: always."""
+    return getattr(router, "norm_topk_prob", True)
 
 
 def gate_weights(router, logits, experts) -> Tensor:
@@ -70,9 +86,7 @@ def gate_weights(router, logits, experts) -> Tensor:
     if type(router).__name__.startswith("GptOss"):  # softmax over the chosen logits
         return logits.gather(-1, experts).softmax(-1)
     weights = logits.softmax(-1, dtype=torch.float32).gather(-1, experts)
-    if getattr(router, "norm_topk_prob", True):  # Mixtral has no such option: always
-        weights = weights / weights.sum(-1, keepdim=True)
-    return weights
+    return weights / weights.sum(-1, keepdim=True) if renormalises(router) else weights
 
 
 def find_routers(model) -> list:
@@ -107,8 +121,11 @@ def check_router(router, args):
 
 @contextmanager
 def _hooked(found, hook_of, prepend):
-    """hook_of(layer, router)(args, output, B, T) -> output after every router; gone after the block, come what may."""
-    handles, shapes = [], {}
+    """hook_of(layer, router)(args, output, B, T) -> output after every router; gone after the block, come what may.
+
+    Yields the handles, and a set of the layers whose router has run.
+    """
+    handles, shapes, seen = [], {}, set()
 
     def note_shape(layer):
         def hook(block, args, kwargs):
@@ -123,6 +140,7 @@ def _hooked(found, hook_of, prepend):
             if not state["checked"]:
                 check_router(router, args)
                 state["checked"] = True
+            seen.add(layer)
             return inner(args, output, *shapes[layer])
 
         return hook
@@ -131,7 +149,7 @@ def _hooked(found, hook_of, prepend):
         for layer, (router, block) in enumerate(found):
             handles.append(block.register_forward_pre_hook(note_shape(layer), with_kwargs=True))
             handles.append(router.register_forward_hook(with_shape(layer, router), prepend=prepend))
-        yield handles
+        yield handles, seen
     finally:
         for handle in handles:
             handle.remove()
@@ -142,14 +160,16 @@ def record(model):
     """Record the one full forward of `model` that runs in the block -> Tape, which outlives the block.
 
     Ignored: forwards that get a key-value cache, as those of `generate` do, and what gradient checkpointing computes
-    again in backward. RuntimeError on a second forward (so also when `generate` runs without a cache).
+    again in backward. RuntimeError on a second forward (so also when `generate` runs without a cache), and where the
+    Tape is read and a router was passed by.
     """
     found = find_routers(model)
     tape = Tape([router for router, _ in found])
     state = {"on": False}
 
     def start(module, args, kwargs):
-        state["on"] = kwargs.get("past_key_values") is None
+        # transformers 5.24 calls the cache `cache`, versions before it `past_key_values`
+        state["on"] = kwargs.get("cache") is None and kwargs.get("past_key_values") is None
         if state["on"] and tape.logits:
             raise RuntimeError("a record block holds one forward: open another block for the next")
 
@@ -166,7 +186,7 @@ def record(model):
 
         return hook
 
-    with _hooked(found, hook_of, prepend=False) as handles:  # after the hooks of `impose`, whichever came first
+    with _hooked(found, hook_of, prepend=False) as (handles, _):  # after the hooks of `impose`, whichever came first
         handles.append(model.register_forward_pre_hook(start, with_kwargs=True))
         handles.append(model.register_forward_hook(stop, always_call=True))
         yield tape
@@ -175,9 +195,14 @@ def record(model):
 @contextmanager
 def impose(model, routes):
     """Forwards of `model` in the block take the experts of `routes` (Routes, or any (experts, forced, uniform)) where
-    they are forced; their weights come from the live logits by the model's own gate, or are 1/K if uniform.
+    they are forced.
 
-    ValueError for routes of another shape, which also a decoding step of `generate` has.
+    Their weights come from the live logits by the model's own gate. With `uniform` they are 1/K where that gate
+    renormalises the top-K (Mixtral, GPT-OSS, norm_topk_prob=True; ERL eq. 9), and where it does not they are P_e all
+    the same, as the router's own experts have them: 1/K would scale a random route otherwise than the router's.
+
+    ValueError for routes of another shape, which also a decoding step of `generate` has. RuntimeError where a forward,
+    or the whole block, passed by a router: nothing was imposed there.
     """
     experts, forced, uniform = routes
     found = find_routers(model)
@@ -196,12 +221,21 @@ def impose(model, routes):
             here = forced[:, :, layer].reshape(-1, 1).to(own.device)
             chosen = torch.where(here, experts[:, :, layer].flatten(0, 1).to(own.device), own)
             weights = gate_weights(router, logits, chosen).to(own_weights.dtype)
-            return logits, torch.where(here, 1 / K, weights) if uniform else weights, chosen
+            equal = uniform and renormalises(router)
+            return logits, torch.where(here, 1 / K, weights) if equal else weights, chosen
 
         return hook
 
-    with _hooked(found, hook_of, prepend=True):
+    with _hooked(found, hook_of, prepend=True) as (handles, seen):
+
+        def check(*_):
+            if len(seen) < L:
+                raise RuntimeError(f"{L - len(seen)} of {L} routers never asked for their routes: {PASSED_BY}")
+
+        handles.append(model.register_forward_pre_hook(lambda *_: seen.clear()))
+        handles.append(model.register_forward_hook(check))
         yield
+        check()  # a model that is compiled as a whole passes by its own hooks too
 
 
 def next_token_log_probs(model, tokens, routes=None, attention_mask=None):

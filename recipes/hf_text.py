@@ -1,8 +1,12 @@
-"""What the recipes on text share: a transformers model and its tokenizer, windows of a data set, and perplexity."""
+"""What the recipes on text share: a transformers model, its tokenizer, windows of a data set, perplexity, files."""
 
+import contextlib
 import hashlib
+import os
+import shutil
 
 import torch
+from safetensors import SafetensorError
 
 import data
 from recipes.hf_routing import next_token_log_probs
@@ -76,3 +80,23 @@ def evaluate(model, windows, accelerator, start=None):
     report = routing_report(logits, start, experts=experts)
     report = {name: value.item() for name, value in report.items() if value.dim() == 0}
     return {"perplexity": torch.tensor(-mean).exp().item(), "eval_windows": len(windows), **report}, logits
+
+
+@contextlib.contextmanager
+def written(path):
+    """A path beside `path` to write a file or folder to, which takes its place at the end: whole or not at all.
+
+    UserError where it cannot be written, as on a full disk. Nothing half-written stays behind.
+    """
+    aside = path + ".tmp"
+    try:
+        yield aside
+        shutil.rmtree(path, ignore_errors=True)  # a folder has to be gone first
+        os.replace(aside, path)
+    except (OSError, RuntimeError, SafetensorError) as error:  # a full disk, as open, torch and safetensors call it
+        reason = error.__context__ or error
+        raise UserError(f"{path} could not be written ({reason}); once it can, --resume goes on") from error
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)
+        with contextlib.suppress(OSError):
+            os.remove(aside)

@@ -1,4 +1,4 @@
-"""ERPO, RAIS and GSPO with routing replay inside TRL's GRPOTrainer.
+"""ERPO, RAIS, and GSPO with routing replay (R2) inside TRL's GRPOTrainer.
 
     python3 -m venv .venv && .venv/bin/pip install -r recipes/requirements-trl.txt
     .venv/bin/python recipes/trl_grpo.py --loss erpo
@@ -16,11 +16,17 @@ What TRL does stays as it is: generation, rewards, advantages (std + 1e-4, where
 temperature, gradient accumulation, and the auxiliary loss. That one is on unless router_aux_loss_coef=0: by default
 the model's own coefficient (0.001 in Qwen3-MoE) times its load-balancing loss over all tokens, prompts included, is
 added to the loss, so a router moves even where every advantage is 0.
-Clip ranges are loss_options; GRPOConfig settings that this trainer does not read are refused, vLLM among them.
+Clip ranges are loss_options; GRPOConfig settings that this trainer does not read are refused.
+
+Where another engine sampled and TRL keeps its log-probabilities (vLLM, or a rollout_func that returns them), every loss
+gets the weights of baselines.mismatch_weights, by GRPOConfig's vllm_importance_sampling_* settings: a sequence mask
+unless told otherwise. Tested with a rollout_func, against TRL's own GRPO. vLLM itself was not run: not what it returns,
+nor how TRL hands it new weights. Its routes are not known here, so replay R3 is not possible.
 """
 
 import argparse
 import contextlib
+import math
 import random
 import sys
 from pathlib import Path
@@ -33,18 +39,21 @@ from trl import GRPOConfig, GRPOTrainer
 from trl.trainer.utils import split_tensor_dict
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the root, when run as a file
-from baselines import gmpo_loss, grpo_loss, gspo_loss  # noqa: E402
+from baselines import gmpo_loss, grpo_loss, gspo_loss, mismatch_weights, sapo_loss  # noqa: E402
 from erpo import erpo_loss  # noqa: E402
 from rais import rais_loss  # noqa: E402
 from recipes.hf_routing import impose, record  # noqa: E402
 from support.errors import UserError  # noqa: E402
 from support.routing_report import routing_report  # noqa: E402
 
-ROW_LOSSES = {"grpo": grpo_loss, "gspo": gspo_loss, "gmpo": gmpo_loss, "gspo-replay": gspo_loss}
+ROW_LOSSES = {"grpo": grpo_loss, "gspo": gspo_loss, "gmpo": gmpo_loss, "sapo": sapo_loss, "gspo-replay": gspo_loss}
 LOSSES = ("erpo", "rais", *ROW_LOSSES)
 # Settings of GRPOConfig that change TRL's loss and would do nothing here.
-NOT_READ = ("loss_type", "importance_sampling_level", "epsilon", "epsilon_high", "delta", "beta", "use_vllm")
+NOT_READ = ("loss_type", "importance_sampling_level", "epsilon", "epsilon_high", "delta", "beta")
 NOT_READ += ("off_policy_mask_threshold", "top_entropy_quantile", "entropy_coef", "use_adaptive_entropy")
+NOT_READ += ("sapo_temperature_pos", "sapo_temperature_neg")
+# vllm_importance_sampling_mode -> kind of mismatch_weights.
+KINDS = {"token_truncate": "tis", "token_mask": "icepop", "sequence_mask": "sequence-mask"}
 
 
 class MoEGRPOTrainer(GRPOTrainer):
@@ -62,6 +71,9 @@ class MoEGRPOTrainer(GRPOTrainer):
                 f"make per_device_train_batch_size ({args.per_device_train_batch_size}) a multiple of num_generations "
                 f"({args.num_generations}): a microbatch holds whole groups"
             )
+        mode, low = args.vllm_importance_sampling_mode, args.vllm_importance_sampling_clip_min
+        if mode not in KINDS or mode == "token_truncate" and low is not None:
+            raise UserError(f"vllm_importance_sampling_mode: {', '.join(KINDS)}; token_truncate without a clip_min")
         super().__init__(model, reward_funcs, args, **kwargs)
         self.loss, self.loss_options = loss, loss_options or {}
         self._until_backward = contextlib.ExitStack()
@@ -97,20 +109,32 @@ class MoEGRPOTrainer(GRPOTrainer):
             batch["old_per_token_logps"] = self._forward(self.model, batch)[0]  # [B, C]
         batch["old_routes"] = tape.routes(torch.cat([batch["prompt_mask"], batch["completion_mask"]], 1))
         batch["old_router_log_probs"] = tape.router_log_probs().gather(-1, tape.experts)  # [B, P + C, L, K]
+        if "sampling_per_token_logps" in batch and self.vllm_importance_sampling_correction:
+            batch["mismatch_weights"] = self._mismatch_weights(batch)
         return batch
+
+    def _mismatch_weights(self, batch):
+        """pi_old / mu of each token [B, C], mu the sampler, truncated or masked as GRPOConfig says."""
+        old, sampler = batch["old_per_token_logps"], batch["sampling_per_token_logps"]
+        sampler = torch.where(sampler.isnan(), old, sampler)  # vLLM had none for this token: weight 1, as in TRL
+        kind, low = KINDS[self.vllm_importance_sampling_mode], self.vllm_importance_sampling_clip_min
+        high = self.vllm_importance_sampling_clip_max
+        if kind == "sequence-mask":
+            bounds = {"clip_min": low, "clip_max": high}
+        else:
+            bounds = {"threshold": math.inf if high is None else high, "threshold_lower": low or 0.0}
+        return mismatch_weights(old, sampler, self._mask(batch), kind=kind, **bounds)
+
+    def _mask(self, batch):
+        """bool [B, C]: completion tokens, without those that a tool wrote, which are no action."""
+        return batch["completion_mask"] * batch.get("tool_mask", 1) > 0
 
     def _forward(self, model, batch):
         """-> log-probs, entropies [B, C] at the sampling temperature (TRL's head divides by it), and the aux loss."""
         ids = torch.cat([batch["prompt_ids"], batch["completion_ids"]], 1)  # [B, P + C]
         attention_mask = torch.cat([batch["prompt_mask"], batch["completion_mask"]], 1)
-        return self._get_per_token_logps_and_entropies(
-            model,
-            ids,
-            attention_mask,
-            batch["completion_ids"].shape[1],
-            compute_entropy=True,
-            compute_aux_loss=self.aux_loss_enabled,
-        )
+        length, more = batch["completion_ids"].shape[1], {"compute_aux_loss": self.aux_loss_enabled}
+        return self._get_per_token_logps_and_entropies(model, ids, attention_mask, length, compute_entropy=True, **more)
 
     def training_step(self, *args, **kwargs):
         # Gradient checkpointing runs the forward again inside backward: imposed routes have to stay that long.
@@ -124,14 +148,14 @@ class MoEGRPOTrainer(GRPOTrainer):
                 (self._until_backward if training else in_eval).enter_context(impose(unwrapped, inputs["old_routes"]))
             with record(unwrapped) as tape:
                 log_probs, entropies, aux_loss = self._forward(model, inputs)  # [B, C] each, 0-d
-        mask = inputs["completion_mask"] * inputs.get("tool_mask", 1) > 0  # [B, C]; what a tool wrote is no action
+        mask, weights = self._mask(inputs), inputs.get("mismatch_weights")  # [B, C] each, or no weights
         # The routing of a token is that of the position that predicted it, one before its own.
         at = slice(-mask.shape[1] - 1, -1)
         router = tape.router_log_probs().detach()[:, at]  # [B, C, L, E]
         experts, old_experts = tape.experts[:, at], inputs["old_routes"].experts[:, at]  # [B, C, L, K]
         old_router = inputs["old_router_log_probs"][:, at]  # [B, C, L, K], of old_experts
 
-        old_log_probs, options = inputs["old_per_token_logps"], self.loss_options
+        old_log_probs, options = inputs["old_per_token_logps"], {"weights": weights, **self.loss_options}
         row = (log_probs, old_log_probs, inputs["advantages"], mask)
         if self.loss == "erpo":
             probs, old_probs = router.gather(-1, experts).exp(), old_router.exp()
@@ -146,6 +170,10 @@ class MoEGRPOTrainer(GRPOTrainer):
         if self.aux_loss_enabled:
             loss = loss + self.router_aux_loss_coef * aux_loss
             metrics["aux_loss"] = aux_loss.detach()
+        if weights is not None:
+            gap = (old_log_probs - inputs["sampling_per_token_logps"]).nan_to_num(0).abs()  # |log pi_old - log mu|
+            for name, x in (("weight", weights), ("logp_difference", gap)):
+                metrics[f"sampling/{name}_mean"] = (x * mask).sum() / mask.sum().clamp(min=1)
         metrics["entropy"] = (entropies.detach() * mask).sum() / mask.sum().clamp(min=1)
         report = routing_report(router, old_router, mask, experts=experts, old_experts=old_experts)
         metrics |= {f"routing/{name}": value for name, value in report.items() if value.dim() == 0}
@@ -211,30 +239,18 @@ def main():
 
     torch.set_num_threads(1)  # a model this small gains nothing from threads, and waits for them on a busy machine
     model, tokenizer = tiny_model(args.seed)
+    # Two groups a microbatch; a generation batch of 64 rows is two optimizer steps, twice.
+    sizes = {"num_generations": 8, "max_completion_length": 12, "per_device_train_batch_size": 16}
+    steps = {"gradient_accumulation_steps": 2, "steps_per_generation": 4, "num_iterations": 2, "max_steps": args.steps}
+    quiet = {"logging_steps": 1, "save_strategy": "no", "report_to": "none", "disable_tqdm": True}
+    device = {"bf16": False, "use_cpu": not torch.cuda.is_available()}
     trainer = MoEGRPOTrainer(
         loss=args.loss,
         model=model,
         processing_class=tokenizer,
         reward_funcs=random_rewards if args.random_rewards else rule,
         train_dataset=prompts(args.seed),
-        args=GRPOConfig(
-            output_dir=args.output_dir,
-            seed=args.seed,
-            learning_rate=args.lr,
-            max_steps=args.steps,
-            num_generations=8,
-            max_completion_length=12,
-            per_device_train_batch_size=16,  # two groups a microbatch
-            gradient_accumulation_steps=2,
-            steps_per_generation=4,  # a generation batch of 64 rows: two optimizer steps, twice
-            num_iterations=2,
-            logging_steps=1,
-            save_strategy="no",
-            report_to="none",
-            bf16=False,
-            use_cpu=not torch.cuda.is_available(),
-            disable_tqdm=True,
-        ),
+        args=GRPOConfig(args.output_dir, seed=args.seed, learning_rate=args.lr, **sizes, **steps, **quiet, **device),
     )
     trainer.train()
     if trainer.accelerator.is_main_process:
@@ -242,6 +258,7 @@ def main():
         fifth = max(1, len(shares) // 5)
         first, last = sum(shares[:fifth]) / fifth, sum(shares[-fifth:]) / fifth
         print(f"{args.loss}: share by the rule {first:.3f} in the first fifth, {last:.3f} in the last")
+    trainer.accelerator.end_training()  # ends the process group: gloo's threads must not outlive the interpreter
 
 
 if __name__ == "__main__":

@@ -4,13 +4,15 @@
     .venv/bin/pip install --no-deps verl==0.9.1
     .venv/bin/python recipes/verl_losses.py
 
-It prints how far grpo_loss, gspo_loss and gmpo_loss are from verl's "vanilla", "gspo" and "geo_mean" on random numbers,
-in value and in gradient, and rais_loss from the same three with gamma in the old log-probabilities.
+It prints how far grpo_loss, gspo_loss, gmpo_loss, cispo_loss, sapo_loss and dppo_loss are from verl's "vanilla",
+"gspo", "geo_mean", "cispo", "sapo" and "dppo_tv" on random numbers, in value and in gradient; then the same with
+weights for another engine's samples, and rais_loss from the first three with gamma in the old log-probabilities.
 
 What to set in verl for this: loss_agg_mode "seq-mean-token-mean" (its default, "token-mean", lets long rows weigh
-more), the clip ranges, and for "vanilla" a clip_ratio_c so large that its second clip (rows with A < 0 and a ratio
-above 3) never acts. What stays different: "vanilla" and "gspo" average over the rows that have a response, ours over
-all; "geo_mean" over all, as ours, whatever loss_agg_mode says.
+more; "sapo" uses no other), the clip ranges, and clip_ratio_c: for "vanilla" so large that its second clip (rows with
+A < 0 and a ratio above 3) never acts, for "dppo_tv" max_ratio. What stays different: all but "geo_mean" average over
+the rows that have a response, ours over all. "gspo" with weights has our value, but the gradient of a token has the
+token's own weight, ours (and TRL's) the mean of the row's. A log ratio counts at most as 20 (10 in "gspo").
 
 What verl 0.9.1 passes to a registered loss (read in verl/workers/utils/losses.py, ppo_loss): old_log_prob, log_prob,
 advantages, response_mask [B, T], loss_agg_mode, config and rollout_is_weights. No routes: ppo_loss keeps three to five
@@ -20,10 +22,11 @@ log-probabilities are returned by no engine. So ERPO and RAIS cannot be register
   1. from the engine's forward, log P of the recorded experts at the positions that predict the response, [B, T, L, K],
      once with the old policy beside old_log_probs, and once in training;
   2. both kept in ppo_loss, up to the call;
-  3. one line: router_shifted below, around any registered loss.
+  3. one line, around any registered loss: `old_log_prob - gamma.log()` for old_log_prob (rais.router_shift).
 ERPO would need the experts and their P of both policies, the rewards as they are, and whole groups in a microbatch.
 """
 
+import inspect
 import sys
 from importlib.abc import Loader, MetaPathFinder
 from importlib.machinery import ModuleSpec
@@ -34,21 +37,18 @@ from unittest.mock import MagicMock
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the root, when run as a file
-from baselines import gmpo_loss, grpo_loss, gspo_loss  # noqa: E402
-from rais import CLIP_RANGES, rais_loss, router_shift  # noqa: E402
+from baselines import cispo_loss, dppo_loss, gmpo_loss, grpo_loss, gspo_loss, sapo_loss  # noqa: E402
+from rais import rais_loss, router_shift  # noqa: E402
 from support.errors import UserError  # noqa: E402
 
 VERSION = "0.9.1"
 OURS = {"vanilla": grpo_loss, "gspo": gspo_loss, "geo_mean": gmpo_loss}
+OURS |= {"cispo": cispo_loss, "sapo": sapo_loss, "dppo_tv": dppo_loss}
 BASES = {"vanilla": "grpo", "gspo": "gspo", "geo_mean": "gmpo"}
-UNUSED = (
-    "codetiming",
-    "hydra",
-    "omegaconf",
-    "orjson",
-    "ray",
-    "tensordict",
-)  # imported by verl, not by its losses' work
+NAMES = {"clip_low": "clip_ratio_low", "clip_high": "clip_ratio_high", "max_ratio": "clip_ratio_c"}  # verl's
+NAMES |= {"tau_positive": "tau_pos", "tau_negative": "tau_neg"}
+# Imported by verl, not by its losses' work.
+UNUSED = ("codetiming", "hydra", "omegaconf", "orjson", "ray", "tensordict")
 
 
 class _Unused(MetaPathFinder, Loader):
@@ -82,43 +82,35 @@ def load_verl():
     return POLICY_LOSS_REGISTRY, ActorConfig
 
 
-def call(name, log_probs, old_log_probs, advantages, response_mask):
-    """verl's loss `name` with our clip ranges and reduction. Shapes as in baselines.py -> 0-d."""
+def call(name, log_probs, old_log_probs, advantages, response_mask, weights=None):
+    """verl's loss `name` with our options and reduction. Shapes as in baselines.py -> 0-d."""
     registry, ActorConfig = load_verl()
-    low, high = CLIP_RANGES[BASES[name]]
-    config = ActorConfig(
-        strategy="fsdp",
-        rollout_n=1,
-        ppo_micro_batch_size_per_gpu=1,
-        clip_ratio_low=low,
-        clip_ratio_high=high,
-        clip_ratio_c=1e9,
-    )
+    options = {"clip_ratio_c": 1e9}
+    for option, parameter in inspect.signature(OURS[name]).parameters.items():
+        if option in NAMES:
+            options[NAMES[option]] = parameter.default
     loss, _ = registry[name](
         old_log_prob=old_log_probs,
         log_prob=log_probs,
         advantages=advantages[:, None].expand_as(log_probs),  # verl has one a token
         response_mask=response_mask,
         loss_agg_mode="seq-mean-token-mean",
-        config=config,
+        config=ActorConfig(strategy="fsdp", rollout_n=1, ppo_micro_batch_size_per_gpu=1, **options),
+        rollout_is_weights=weights,
     )
     return loss
 
 
-def router_shifted(name, log_probs, old_log_probs, advantages, response_mask, gamma):
-    """RAIS around verl's loss `name`: gamma [B, T] (rais.router_shift) joins the ratio, before the clip."""
-    return call(name, log_probs, old_log_probs - gamma.log(), advantages, response_mask)
-
-
 def example(seed=0, B=8, T=16, L=3, K=2, shift=0.3):
-    """Random policies that are `shift` apart, a mask with a response in every row, routers apart as well."""
+    """Random policies that are `shift` apart, a mask with a response in every row, routers apart as well, weights."""
     draw = torch.Generator().manual_seed(seed)
     log_probs = -3 * torch.rand(B, T, generator=draw)
     old_log_probs = log_probs + shift * torch.randn(B, T, generator=draw)
     mask = torch.rand(B, T, generator=draw) < 0.7
     mask[:, 0] = True
     new, old = (-2 * torch.rand(B, T, L, K, generator=draw) for _ in range(2))
-    return log_probs, old_log_probs, torch.randn(B, generator=draw), mask, old + 0.3 * (new - old), old
+    advantages, weights = torch.randn(B, generator=draw), 0.1 + 2 * torch.rand(B, T, generator=draw)
+    return log_probs, old_log_probs, advantages, mask, old + 0.3 * (new - old), old, weights
 
 
 def difference(ours, theirs, log_probs):
@@ -134,24 +126,32 @@ def difference(ours, theirs, log_probs):
 
 
 def differences(name, **options):
-    """-> the same for our baseline, then for RAIS on it, against verl's loss `name`."""
-    log_probs, old, A, mask, router, old_router = example(**options)
-    gamma = router_shift(router, old_router)
-    return (
-        difference(lambda x: OURS[name](x, old, A, mask)[0], lambda x: call(name, x, old, A, mask), log_probs),
-        difference(
-            lambda x: rais_loss(x, old, A, mask, router, old_router, base=BASES[name])[0],
-            lambda x: router_shifted(name, x, old, A, mask, gamma),
+    """-> {what: difference} of our loss from verl's `name`, of the weighted one, and of RAIS where it is a base."""
+    log_probs, old, A, mask, router, old_router, weights = example(**options)
+    ours = OURS[name]
+    found = {
+        ours.__name__: difference(lambda x: ours(x, old, A, mask)[0], lambda x: call(name, x, old, A, mask), log_probs),
+        "with weights": difference(
+            lambda x: ours(x, old, A, mask, weights=weights)[0],
+            lambda x: call(name, x, old, A, mask, weights),
             log_probs,
         ),
-    )
+    }
+    if name in BASES:
+        shifted = old - router_shift(router, old_router).log()
+        found["rais_loss"] = difference(
+            lambda x: rais_loss(x, old, A, mask, router, old_router, base=BASES[name])[0],
+            lambda x: call(name, x, shifted, A, mask),
+            log_probs,
+        )
+    return found
 
 
 def main():
-    print("verl's loss   ours        value    gradient  largest gradient")
-    for name, base in BASES.items():
-        for ours, (value, gradient, largest) in zip((base, f"rais/{base}"), differences(name), strict=True):
-            print(f"{name:12}  {ours:10}  {value:.1e}  {gradient:.1e}   {largest:.1e}")
+    print("verl's loss   ours          value    gradient  largest gradient")
+    for name in OURS:
+        for ours, (value, gradient, largest) in differences(name).items():
+            print(f"{name:12}  {ours:12}  {value:.1e}  {gradient:.1e}   {largest:.1e}")
 
 
 if __name__ == "__main__":

@@ -1,15 +1,22 @@
-"""Command lines: flags with bounds, and a loss function's keyword arguments as flags."""
+"""Command lines: flags with bounds, a loss function's keyword arguments as flags, and the flags of train.py."""
 
 import argparse
+import functools
 import inspect
 import json
 import math
 import os
 import re
+import sys
 import types
 import typing
 
-from support.errors import UserError, nearest
+import torch
+
+import data
+from moe import GATES, SIZES
+from support.checkpoints import drop_capacity, locate, look_at
+from support.errors import UserError, as_user_error, nearest
 
 
 class Help(argparse.RawDescriptionHelpFormatter):
@@ -86,7 +93,10 @@ def options_of(*functions) -> dict[str, Option]:
     """
     options = {}
     for function in functions:
-        hints = typing.get_type_hints(function)
+        plain = function
+        while isinstance(plain, functools.partial):  # whose own arguments are defaults in its signature
+            plain = plain.func
+        hints = typing.get_type_hints(plain)
         for name, parameter in inspect.signature(function).parameters.items():
             if parameter.kind is not parameter.KEYWORD_ONLY or parameter.default is parameter.empty:
                 continue
@@ -94,9 +104,10 @@ def options_of(*functions) -> dict[str, Option]:
             if typing.get_origin(hint) in (types.UnionType, typing.Union):
                 hint = next(part for part in hint.__args__ if part is not type(None))
             if typing.get_origin(hint) is typing.Literal:
-                hint, choices = str, typing.get_args(hint)
+                choices = typing.get_args(hint)
+                hint = type(choices[0])
             if hint in (bool, int, float, str):
-                options[name] = Option(name, hint, choices, parameter.default, _help(function, name))
+                options[name] = Option(name, hint, choices, parameter.default, _help(plain, name))
     return options
 
 
@@ -113,57 +124,270 @@ def add_options(parser, title: str, options: dict[str, Option], aliases: dict[st
     group = parser.add_argument_group(title)
     for o in options.values():
         flags = ["--" + n.replace("_", "-") for n in (o.name, aliases.get(o.name)) if n]
-        text = o.help.replace("%", "%%")
+        how = {"default": o.default, "dest": o.name, "help": o.help.replace("%", "%%")}
         if o.type is bool:
-            on_or_off = argparse.BooleanOptionalAction if o.default else "store_true"  # --name and --no-name
-            group.add_argument(*flags, action=on_or_off, default=o.default, dest=o.name, help=text)
-            continue
-        plain = {int: number(int, low=1, high=10**6), float: number(float), str: str}[o.type]
-        kind = one_of(o.name.replace("_", " "), o.choices) if o.choices else plain
-        group.add_argument(*flags, type=kind, default=o.default, dest=o.name, help=text)
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# The arguments of a run that is resumed
-# ---------------------------------------------------------------------------------------------------------------------
+            how["action"] = argparse.BooleanOptionalAction if o.default else "store_true"  # --name and --no-name
+        elif o.type is str:
+            how["type"] = one_of(o.name.replace("_", " "), o.choices) if o.choices else str
+        else:
+            how |= {"type": number(o.type), "choices": o.choices or None}
+        try:
+            group.add_argument(*flags, **how)
+        except argparse.ArgumentError:
+            raise UserError(
+                f"{flags[0]} is a flag of the program: give that option of your loss another name"
+            ) from None
 
 
 def read_config(folder: str) -> dict:
-    """config.json of a run folder, as it stands."""
+    """config.json of a run folder, as it stands but for the flags of earlier versions."""
     path = os.path.join(folder, "config.json")
     try:
         with open(path) as file:
             saved = json.load(file)
-    except (OSError, ValueError, RecursionError):
+    except (OSError, ValueError):
         raise UserError(f"{folder} holds no run (no readable config.json)") from None
     if not isinstance(saved, dict):
         raise UserError(f"{path} is not that of a run of this program")
-    return saved
+    with as_user_error():
+        return drop_capacity(saved)
 
 
-def check_types(folder: str, saved: dict, wanted: dict):
-    """UserError unless each of some saved arguments is of its type: for programs that read no more than these."""
-    for name, kind in wanted.items():
-        if not isinstance(saved.get(name), kind):
-            raise UserError(f"{folder}/config.json was changed by hand: {name} cannot be {saved.get(name)!r}")
+# ---------------------------------------------------------------------------------------------------------------------
+# train.py
+# ---------------------------------------------------------------------------------------------------------------------
+
+TEXT = ("dense", "lm", "erl")  # algorithms that learn from the text, or the reference answers, of the data set
+# --preset paper: what the papers state, for their sizes of model. ERL table 7 (text: batch 4, tasks: 8; alpha and delta
+# are the defaults already); ERPO section 5.1 (batches of 128 prompts in 4 minibatches, 8 responses a prompt).
+PAPER_TEXT = {"lr": 1e-5, "weight_decay": 0.1, "epochs": 15.0, "n_perturb": 3, "erl_grad": "all"}
+PAPER_ANSWERS = {"prompts_per_step": 128, "minibatches": 4, "group_size": 8}
+# Flags that an option of a loss had before: still understood.
+ALIASES = {"alpha": "entropy_alpha", "base": "shift_base", "floor": "shift_floor"}
+# What a resumed run may be given anew: it changes where and how fast a run goes, not what it computes.
+FREE_ON_RESUME = {"resume", "out", "data_dir", "device", "compile"}
+EPILOG = "[...]: what a paper states, for the sizes of its models."
+
+count, natural = number(int, low=1, high=10**8), number(int, low=0, high=10**8)
+positive, not_negative = number(float, above=0, high=1e30), number(float, low=0, high=1e30)
+share = number(float, low=0, high=1)
 
 
-def saved_arguments(parser: Parser, saved: dict, folder: str, may_lack: set[str]) -> dict:
-    """A run's saved arguments, each read back through the type of its own flag; those in `may_lack` may be None."""
-    values = {}
-    for action in parser._actions:
-        if action.dest in ("help", "resume"):
-            continue
-        if action.dest not in saved:
-            raise UserError(f"{folder}/config.json is not that of a run of this program: it lacks {action.dest}")
-        value = values[action.dest] = saved[action.dest]
-        try:
-            if isinstance(action.default, bool):
-                right = isinstance(value, bool)
-            else:
-                right = (action.type or str)(str(value)) == value if value is not None else action.dest in may_lack
-        except argparse.ArgumentTypeError:
-            right = False
-        if not right:
-            raise UserError(f"{folder}/config.json was changed by hand: {action.dest} cannot be {value!r}")
-    return values
+def parser(description: str, algo: str | None, options: dict[str, dict[str, Option]], mismatch) -> Parser:
+    """options: of every algorithm that has some; their flags are there for `algo` alone. mismatch: of that weight."""
+    usage = "python train.py [--algo NAME] [--dataset NAME] [--FLAG VALUE ...]     (no flags: the demo)"
+    p = Parser(usage=usage, description=description, allow_abbrev=False, epilog=EPILOG)
+
+    def flag(name, kind, default, help, choices=None, **more):
+        if choices:
+            kind, help = one_of(kind, choices), ", ".join((*choices, *([help] if help else [])))
+        g.add_argument(name, type=kind, default=default, help=help, **more)
+
+    g = p.add_argument_group("what to run")
+    flag("--algo", "algorithm", None, "", TEXT + tuple(name for name in options if name not in TEXT))
+    flag("--dataset", "data set", None, "", tuple(data.DATASETS))
+    flag("--data-dir", str, None, "read the set from files below DIR instead of the hub", metavar="DIR")
+    flag("--tokenizer", "tokenizer", None, "default: the set's", ("gpt2", "bytes"))
+    flag("--preset", "preset", None, "what ERL table 7 or ERPO section 5.1 states", ("paper",))
+    if algo in options:
+        title = f"options of {algo}: the keyword arguments of its loss"
+        add_options(p, title, options[algo], {} if algo == "erl" else ALIASES)
+
+    g = p.add_argument_group("model")
+    flag("--model", "model", "tiny", "", tuple(SIZES))
+    flag("--n-expert", count, 8, "experts of a MoE layer [ERL table 10: 8]")
+    flag("--top-k", count, None, "experts of a token; default 1, for generated answers 2 [ERL table 10: 1]")
+    flag("--n-shared-expert", number(int, low=0, high=1000), 0, "further experts that every token passes")
+    flag("--moe-every", count, 2, "every n-th block holds experts")
+    flag("--gate", "gate", "renorm", "weights of the chosen experts", GATES)
+    sources = "scratch, gpt2, a run folder, a checkpoint, or a folder with GPT-2's weights"
+    flag("--init", str, "scratch", sources, metavar="FROM")
+
+    g = p.add_argument_group("training")
+    flag("--pretrain-steps", natural, None, "next-token prediction before the algorithm; default 600-1000")
+    flag("--pretrain-lr", positive, 1e-3, "peak learning rate of those steps")
+    flag("--steps", count, None, "steps of the algorithm; default 1000, for generated answers 400")
+    flag("--epochs", positive, None, "in place of --steps: passes over the training data [ERL 5, 10, 15]")
+    flag("--batch-size", count, None, "sequences a step, from text; default 4-32 [ERL table 7: 4, tasks 8]")
+    flag("--lr", positive, None, "peak learning rate; default 1e-4 to 1e-3 [ERL table 7: 1e-5]")
+    flag("--router-lr-factor", not_negative, 1.0, "the routers' rate is this times --lr")
+    g.add_argument("--freeze-router", action="store_true", help="routers keep their weights")
+    flag("--weight-decay", not_negative, 0.1, "of matrices [ERL table 7: 0.1]")
+    flag("--clip-grad", not_negative, 1.0, "largest norm of the gradient, 0: no limit")
+    flag("--balance-coef", not_negative, 1e-3, "of Switch's balance loss on text")
+    flag("--z-coef", not_negative, 1e-3, "of Switch's router z loss on text")
+    flag("--jitter", share, 0.0, "noise on the routers' input, for lm and erl [Switch: 0.01]")
+    flag("--erl-grad", "gradient", "router", "how far ERL's RL loss reaches [ERL eq. 14: all]", ("all", "router"))
+    flag("--seed", natural, 0, "of weights, order of data, routes and answers")
+    flag("--device", "device", "auto", "", ("auto", "cpu", "cuda", "mps"))
+    flag("--dtype", "dtype", "float32", "of autocast; routers stay in float32", ("float32", "bfloat16"))
+    g.add_argument("--compile", action="store_true", help="torch.compile the forward")
+
+    g = p.add_argument_group("generated answers")
+    flag("--group-size", number(int, low=2, high=10**8), 8, "responses to a prompt [ERPO section 5.1: 4 or 8]")
+    flag("--prompts-per-step", count, None, "default 16, of short problems 64 [ERPO section 5.1: 128]")
+    flag("--minibatches", count, 4, "updates on one batch of responses [ERPO section 5.1: 4]")
+    flag("--max-new-tokens", count, None, "longest response; default: the set's")
+    flag("--temperature", positive, 1.0, "of sampling")
+    flag("--top-p", number(float, above=0, high=1), 1.0, "of sampling")
+    flag("--rollout-dtype", "dtype", None, "what the sampler computes in; default: --dtype", ("float32", "bfloat16"))
+    replays = "updates along their own routes, those of the policy before them (R2), or the sampler's (R3)"
+    flag("--replay", "replay", "none", replays, ("none", "r2", "r3"))
+    weights = "how the sampler's mismatch weighs tokens or answers; see mismatch_weights in baselines.py"
+    flag("--mismatch", "kind of weight", "none", weights, ("none", "tis", "icepop", "sequence-mask"))
+    add_options(p, "options of --mismatch", mismatch, {})
+    flag("--answer-balance-coef", not_negative, 0.0, "of the balance loss in the updates")
+    flag("--beams", count, None, "of evaluation; default 6 for samsum, xsum, squad, else 1 [ERL table 7: 6]")
+
+    g = p.add_argument_group("the run")
+    flag("--eval-every", count, None, "steps between evaluations; default: ten in a run")
+    flag("--eval-samples", natural, None, "windows or examples of an evaluation on the way, 0: all")
+    flag("--test-samples", natural, None, "of the last evaluation, 0: all; default: all, of large sets 500")
+    flag("--checkpoint-every", count, None, "steps between checkpoints; default: with each evaluation")
+    flag("--out", str, None, "run folder; default: a new one below runs/", metavar="DIR")
+    g.add_argument("--resume", action="store_true", help="continue the run in --out")
+    if algo is None:
+        flags = {name: " ".join("--" + o.replace("_", "-") for o in theirs) for name, theirs in options.items()}
+        lines = (f"  --algo {name:6} {theirs}" for name, theirs in flags.items())
+        p.epilog = "\n".join(["options of one algorithm, explained by --algo NAME --help:", *lines, "", EPILOG])
+    return p
+
+
+def parse(argv: list[str], description: str, options: dict[str, dict[str, Option]], mismatch) -> argparse.Namespace:
+    """Arguments with every default filled in. UserError for what does not fit together."""
+    first = Parser(add_help=False, allow_abbrev=False)
+    for name in ("--algo", "--out"):
+        first.add_argument(name)
+    first.add_argument("--resume", action="store_true")
+    seen, _ = first.parse_known_args(argv)
+    saved = read_config(seen.out) if seen.resume and seen.out else {}
+    p = parser(description, saved.get("algo", seen.algo), options, mismatch)
+    args, unknown = p.parse_known_args(argv)
+    if unknown:
+        raise UserError(_unknown(unknown[0], args.algo, options))
+    for action in p._actions:  # once more without defaults: what the user gave
+        action.default = argparse.SUPPRESS
+    given = set(vars(p.parse_args(argv)))
+    if args.resume:
+        if not args.out:
+            raise UserError("--resume needs --out RUN: which run should go on?")
+        return _resumed(args, saved, given)
+    if args.algo is None:
+        raise UserError("--algo is missing: " + ", ".join(TEXT + tuple(n for n in options if n not in TEXT)))
+    args.dataset = args.dataset or "pydocs"
+    _fill(args, given, generative=args.algo not in TEXT)
+    return args
+
+
+def _unknown(flag: str, algo: str | None, options) -> str:
+    name = flag.partition("=")[0].lstrip("-").replace("-", "_")
+    older = {old: new for new, old in ALIASES.items()}
+    owners = [a for a, theirs in options.items() if name in theirs or a != "erl" and older.get(name) in theirs]
+    if owners and flag.startswith("--"):
+        return f"{flag.partition('=')[0]} is an option of --algo {' or '.join(owners)}, not of {algo}: leave it out"
+    return f"unknown flag {flag}: see --help"
+
+
+def _resumed(args, saved: dict, given: set[str]) -> argparse.Namespace:
+    """The saved arguments of the run in args.out, and what may be given anew."""
+    if saved.get("replay") == "routing":
+        raise UserError(f"{args.out} ran with --replay routing, which is --replay r3 now: start a new run with that")
+    if lacks := [name for name in vars(args) if name not in saved and name != "resume"]:
+        raise UserError(f"{args.out}/config.json is not that of a run of this program: it lacks {lacks[0]}")
+    for name in given - FREE_ON_RESUME:
+        if saved[name] != getattr(args, name):
+            flag = "--" + name.replace("_", "-")
+            raise UserError(f"{flag} was {saved[name]} when {args.out} began: leave it out, or start a new run")
+    kept = {name: getattr(args, name) for name in FREE_ON_RESUME & given}
+    return argparse.Namespace(**{name: saved.get(name) for name in vars(args)} | kept)
+
+
+def _fill(args, given: set[str], generative: bool):
+    """Defaults that depend on the algorithm, the data set and the model that --init names."""
+    spec = data.get_dataset(args.dataset)
+    if args.steps and args.epochs:
+        raise UserError("--steps and --epochs say the same thing: give one of them")
+    size, vocabulary = look_at(args.init)
+    if size and "model" in given and args.model != size:
+        print(f"--init {args.init} brings its own size: --model {args.model} counts for nothing", file=sys.stderr)
+    args.model = size if size in SIZES else args.model
+    text, short, started = spec.kind == "text", spec.problems is not None, size is not None
+    trained_before = size == "gpt2" or locate(args.init)[0] == "gpt2"  # GPT-2's weights, or what was made from them
+    if args.preset == "paper":
+        paper = PAPER_ANSWERS if generative else PAPER_TEXT | {"batch_size": 4 if text else 8}
+        kept = given | ({"epochs"} if args.steps else set())
+        vars(args).update({name: v for name, v in paper.items() if hasattr(args, name) and name not in kept})
+    if args.algo == "erl" and not text:  # ERL table 7
+        vars(args).update({name: v for name, v in {"alpha": 0.7, "delta": 2.0}.items() if name not in given})
+    if trained_before:
+        lr = 1e-5  # ERL table 7
+    elif generative:
+        lr = 1e-4
+    elif args.algo == "dense" and not started:
+        lr = 1e-3  # a small model from random weights
+    else:
+        lr = 3e-4  # an upcycled small model, which its first phase has trained
+    defaults = {
+        "tokenizer": "gpt2" if vocabulary == 50257 else "bytes" if vocabulary == 257 else spec.tokenizer,
+        "top_k": 2 if generative else 1,
+        "pretrain_steps": 0 if started or args.algo == "dense" else 600 if generative else 1000,
+        "batch_size": 32 if short else 4 if text and args.model == "gpt2" else 8,
+        "lr": lr,
+        "max_new_tokens": min(spec.max_new_tokens, SIZES[args.model]["context"] // 2),
+        "rollout_dtype": args.dtype,
+        "beams": spec.beams,
+        "eval_samples": 64 if text else 0 if short else 200,
+        "test_samples": spec.test_samples,
+        "prompts_per_step": 64 if short else 16,
+    }
+    for name, value in defaults.items():
+        if getattr(args, name) is None:
+            setattr(args, name, value)
+    if args.steps is None and args.epochs is None:
+        args.steps = 400 if generative else 1000
+    _check(args, spec, generative)
+
+
+def _check(args, spec, generative: bool):
+    """Flags that do not fit together."""
+    if spec.test_only:
+        tested = args.dataset in data.get_dataset("deepscaler").test_sets
+        why = "train on deepscaler, which is tested on it" if tested else "train on gsm8k or deepscaler"
+        raise UserError(f"{args.dataset} is a test set: {why}")
+    if args.algo != "dense" and args.n_expert == 1:
+        raise UserError(f"--n-expert 1 leaves nothing to route: --algo {args.algo} needs at least 2 (dense has one)")
+    if args.algo == "erl" and args.freeze_router and args.erl_grad == "router":
+        raise UserError("--freeze-router and --erl-grad router leave ERL nothing to learn: give --erl-grad all")
+    if generative and args.prompts_per_step % args.minibatches:
+        raise UserError(
+            f"--prompts-per-step {args.prompts_per_step} is not divisible by --minibatches {args.minibatches}: a "
+            "group's responses stay together"
+        )
+    if args.algo == "dppo" and args.mismatch != "none":
+        raise UserError("dppo compares with the sampler itself and takes no weight: leave --mismatch out")
+
+
+def fill_steps(args, task, generative: bool):
+    """Steps from epochs, and the intervals that follow from the number of steps."""
+    if args.steps is None:
+        draws = args.prompts_per_step if generative else args.batch_size
+        items = len(task.examples) if generative else task.batch.per_epoch
+        args.steps = max(1, math.ceil(args.epochs * items / draws))
+    args.eval_every = args.eval_every or max(1, (args.pretrain_steps + args.steps) // 10)
+    args.checkpoint_every = args.checkpoint_every or args.eval_every
+
+
+def announce(args, step: int, size: int, active: int):
+    """What a person wants to know at the start of a run, or where it goes on."""
+    phases = f"{args.pretrain_steps} supervised steps, then " if args.pretrain_steps else ""
+    total = args.pretrain_steps + args.steps
+    if step:
+        print(
+            f"all {total} steps are done" if step == total else f"going on at step {step} of {total}", file=sys.stderr
+        )
+    print(
+        f"{args.algo} on {args.dataset}: {phases}{args.steps} steps at learning rate {args.lr:g}, seed {args.seed}, "
+        f"{torch.get_num_threads()} thread(s)\n{size:,} parameters, {active:,} active a token; every setting in "
+        f"{args.out}/config.json",
+        file=sys.stderr,
+    )

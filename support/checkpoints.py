@@ -1,62 +1,83 @@
-"""Models on disk: our own checkpoints, and GPT-2's weights from the hub or from a folder."""
+"""Models on disk: checkpoints, GPT-2's weights from the hub or a folder, and the model that a run starts from.
+
+A checkpoint is one safetensors file: the weights by their names, the optimizer's tensors under `optimizer.`, and in its
+header the configuration and whatever else there is, as JSON.
+"""
 
 import contextlib
 import json
 import os
-from dataclasses import asdict
+from dataclasses import asdict, replace
 
 import torch
 from torch import Tensor
 
-from moe import GPT, MoEConfig
+from moe import GPT, SIZES, MoEConfig
+from support.errors import UserError, as_user_error
+from support.tasks import rng
 
-DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+OPTIMIZER = "optimizer."
 
 
-def save_model(model: GPT, path: str, **metadata):
-    """Weights as safetensors; the configuration and `metadata` (JSON values) travel in the file's header."""
+def save_checkpoint(path: str, model: GPT, optimizer=None, **metadata):
+    """Write the file aside and rename it: whoever is killed meanwhile leaves a whole one, old or new.
+
+    metadata: JSON values. UserError where it cannot be written; nothing half-written stays behind.
+    """
+    from safetensors import SafetensorError
     from safetensors.torch import save_file
 
-    # one entry alone: safetensors writes several in an order that changes from run to run, and so would the bytes
+    tensors = {name: w.contiguous() for name, w in model.state_dict().items()}
+    for name, p in model.named_parameters() if optimizer else ():
+        tensors |= {f"{OPTIMIZER}{name}.{key}": x for key, x in optimizer.state.get(p, {}).items()}
+    # One entry alone: safetensors writes several in an order that changes from run to run, and so would the bytes.
     header = {"config": json.dumps(asdict(model.config) | {"metadata": metadata})}
-    save_file({k: v.contiguous() for k, v in model.state_dict().items()}, path, metadata=header)
+    try:
+        os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
+        save_file(tensors, path + ".tmp", metadata=header)
+        os.replace(path + ".tmp", path)
+    except (OSError, RuntimeError, SafetensorError) as error:  # a full disk comes as any of them
+        with contextlib.suppress(OSError):
+            os.remove(path + ".tmp")
+        raise UserError(
+            f"{path} could not be written ({error}): make room for it; what was saved before stays"
+        ) from error
+
+
+def load_checkpoint(path: str) -> tuple[GPT, dict, dict[str, Tensor]]:
+    """The model of `save_checkpoint` on the CPU in float32, its metadata, and the optimizer's tensors.
+
+    ValueError for a file that is none of ours.
+    """
+    with _open(path) as file:
+        config, metadata = _header(file)
+        # Copies, for their alignment: CPU products of tensors that lie in the mapped file round otherwise.
+        tensors = {name: file.get_tensor(name).float().clone() for name in file.keys()}
+        optimizer = {n.removeprefix(OPTIMIZER): tensors.pop(n) for n in list(tensors) if n.startswith(OPTIMIZER)}
+        model = _empty_model(config)
+        model.load_state_dict(tensors, assign=True)
+    return model, metadata, optimizer
 
 
 def load_model(path: str) -> tuple[GPT, dict]:
-    """The model of `save_model` on the CPU, and its metadata. ValueError for a file that is none of ours."""
-    with _open(path) as file:
-        config, metadata = _header(file)
-        # copies, for their alignment: CPU products of tensors that lie in the mapped file round otherwise
-        weights = {k: file.get_tensor(k).clone() for k in file.keys()}
-        if {w.dtype for w in weights.values()} not in ({dtype} for dtype in DTYPES):
-            raise ValueError("its weights are not all of one floating-point type")
-        model = _empty_model(config, weights)
-        model.load_state_dict(weights, assign=True)
-    return model, metadata
+    """The model of a checkpoint and its metadata. ValueError for a file that is none of ours."""
+    return load_checkpoint(path)[:2]
 
 
 def read_config(path: str) -> MoEConfig:
-    """The configuration of a checkpoint, without its weights. ValueError as of `load_model`."""
+    """The configuration of a checkpoint, without its weights. ValueError for a file that is none of ours."""
     with _open(path) as file:
         return _header(file)[0]
 
 
 @contextlib.contextmanager
 def _open(path: str):
-    """The safetensors file. Whatever goes wrong with it is a ValueError of one sentence."""
     from safetensors import SafetensorError, safe_open
 
     try:
         with safe_open(path, "pt") as file:
             yield file
-    except (
-        SafetensorError,
-        OSError,
-        TypeError,
-        RuntimeError,
-        ValueError,
-        OverflowError,
-    ) as error:  # RecursionError too
+    except (SafetensorError, OSError, TypeError, RuntimeError, ValueError) as error:
         reason = (str(error) or type(error).__name__).splitlines()[0]
         raise ValueError(f"{path} is not a readable checkpoint of this program: {reason}") from error
 
@@ -65,20 +86,37 @@ def _header(file) -> tuple[MoEConfig, dict]:
     header = file.metadata() or {}
     if "config" not in header:
         raise ValueError("there are weights in it, but no configuration")
-    config = dict(json.loads(header["config"]))
+    config = json.loads(header["config"])
     metadata = config.pop("metadata", {})
-    if not isinstance(metadata, dict):
-        raise ValueError("the metadata in its header is not a table")
-    return MoEConfig(**config), metadata
+    return MoEConfig(**drop_capacity(config)), metadata
 
 
-def _empty_model(config: MoEConfig, weights: dict[str, Tensor]) -> GPT:
-    """A model to put `weights` into. None are drawn, so no random generator moves."""
-    layers, shared = config.n_layer, config.n_shared_expert
-    if layers > len(weights) or len(config.moe_blocks) * shared > len(weights):  # before a million modules are made
-        raise ValueError(f"{layers} layers, {shared} shared experts: more than its {len(weights)} tensors can fill")
+def drop_capacity(settings: dict) -> dict:
+    """Settings of an earlier version without expert_capacity. ValueError if it was used: no expert drops tokens now."""
+    if settings.get("expert_capacity", 0) != 0:
+        raise ValueError(f"expert_capacity {settings['expert_capacity']} is no longer there: every token is served")
+    return {name: value for name, value in settings.items() if name != "expert_capacity"}
+
+
+def _empty_model(config: MoEConfig) -> GPT:
+    """A model to put weights into. None are drawn, so no random generator moves."""
     with torch.device("meta"):
         return GPT(config)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# GPT-2's weights
+# ---------------------------------------------------------------------------------------------------------------------
+
+GPT2_NAMES = {  # ours: theirs
+    "blocks.": "h.",
+    "attn.qkv": "attn.c_attn",
+    "attn.proj": "attn.c_proj",
+    "w_in": "c_fc.weight",
+    "b_in": "c_fc.bias",
+    "w_out": "c_proj.weight",
+    "b_out": "c_proj.bias",
+}
 
 
 def load_gpt2(source: str = "openai-community/gpt2") -> GPT:
@@ -90,39 +128,33 @@ def load_gpt2(source: str = "openai-community/gpt2") -> GPT:
 
     try:
         folder = source if os.path.isdir(source) else _folder_of_hub(source)
-        theirs = _read_table(folder)
+        with open(os.path.join(folder, "config.json")) as file:
+            theirs = json.load(file)
         weights = load_file(os.path.join(folder, "model.safetensors"))
     except Exception as error:  # the hub's errors have no common base; each means that there are no weights
         raise ValueError(
             f"GPT-2's weights could not be had from {source!r} ({type(error).__name__}): give --init a folder with "
             "config.json and model.safetensors, or a network and HF_ENDPOINT that reach the hub"
         ) from error
-    return _fill_from_gpt2(_empty_model(_gpt2_config(theirs, source), weights), weights, source)
-
-
-def read_gpt2_config(folder: str) -> MoEConfig:
-    """The sizes in a folder of GPT-2's weights. ValueError where config.json is no GPT-2's."""
-    try:
-        theirs = _read_table(folder)
-    except (OSError, ValueError, TypeError, RecursionError) as error:
-        raise ValueError(f"{folder}/config.json is not readable ({type(error).__name__})") from error
-    return _gpt2_config(theirs, folder)
-
-
-def _read_table(folder: str) -> dict:
-    with open(os.path.join(folder, "config.json")) as file:
-        return dict(json.load(file))
+    model = _empty_model(_gpt2_config(theirs, source))
+    weights, state = {k.removeprefix("transformer."): w for k, w in weights.items()}, {}
+    for name, parameter in model.named_parameters():
+        other = name
+        for ours, replacement in GPT2_NAMES.items():
+            other = other.replace(ours, replacement)
+        w = weights.get(other)
+        if w is None or w.numel() != parameter.numel():
+            raise ValueError(f"{source!r} lacks {other} of {parameter.numel()} numbers: only GPT-2 can be loaded")
+        # Conv1D keeps [in, out]: what our experts use too, and the transpose of nn.Linear.
+        w = w.T if name.endswith(("qkv.weight", "proj.weight")) else w.view(parameter.shape)
+        state[name] = w.float().clone(memory_format=torch.contiguous_format)  # aligned, see load_checkpoint
+    model.load_state_dict(state, assign=True)
+    return model
 
 
 def _gpt2_config(theirs: dict, source: str) -> MoEConfig:
-    expected = dict(
-        model_type="gpt2",
-        activation_function="gelu_new",
-        layer_norm_epsilon=1e-5,
-        scale_attn_by_inverse_layer_idx=False,
-        tie_word_embeddings=True,
-    )
-    for key, value in expected.items():
+    expected = dict(model_type="gpt2", activation_function="gelu_new", layer_norm_epsilon=1e-5)
+    for key, value in (expected | dict(scale_attn_by_inverse_layer_idx=False, tie_word_embeddings=True)).items():
         if theirs.get(key, value if key != "model_type" else None) != value:
             raise ValueError(f"{source!r} has {key} {theirs.get(key)!r}, not {value!r}: only GPT-2 can be loaded")
     sizes = dict(vocab_size="vocab_size", context="n_positions", n_layer="n_layer", n_head="n_head", n_embd="n_embd")
@@ -143,32 +175,94 @@ def _folder_of_hub(source: str) -> str:
     return os.path.dirname(path)
 
 
-GPT2_NAMES = {  # ours: theirs
-    "blocks.": "h.",
-    "attn.qkv": "attn.c_attn",
-    "attn.proj": "attn.c_proj",
-    "w_in": "c_fc.weight",
-    "b_in": "c_fc.bias",
-    "w_out": "c_proj.weight",
-    "b_out": "c_proj.bias",
-}
+# ---------------------------------------------------------------------------------------------------------------------
+# The model that a run starts from: new, GPT-2's weights, or a checkpoint of this program
+# ---------------------------------------------------------------------------------------------------------------------
+
+EXPERT_FLAGS = ("n_expert", "top_k", "n_shared_expert", "moe_every", "gate")
 
 
-def _fill_from_gpt2(model: GPT, weights: dict[str, Tensor], source: str) -> GPT:
-    weights = {k.removeprefix("transformer."): w for k, w in weights.items()}
-    state = {}
-    for name, parameter in model.named_parameters():
-        theirs = name
-        for ours, other in GPT2_NAMES.items():
-            theirs = theirs.replace(ours, other)
-        w = weights.get(theirs)
-        if w is None or w.numel() != parameter.numel():
-            raise ValueError(f"{source!r} lacks {theirs} of {parameter.numel()} numbers: only GPT-2 can be loaded")
-        # Conv1D keeps [in, out]: what our experts use too, and the transpose of nn.Linear.
-        w = w.T if name.endswith(("qkv.weight", "proj.weight")) else w.view(parameter.shape)
-        state[name] = w.float().clone(memory_format=torch.contiguous_format)  # aligned, see load_model
-    model.load_state_dict(state, assign=True)
-    return model
+def find_checkpoint(out: str, name: str = "checkpoint") -> str | None:
+    """The file of a run's checkpoint (or of its "best" one), or None."""
+    path = os.path.join(out, name, "model.safetensors")
+    return path if os.path.isfile(path) else None
+
+
+def locate(source: str) -> tuple[str, str]:
+    """What --init names: ("scratch" | "gpt2" | "checkpoint", where it is)."""
+    if source in ("scratch", "gpt2"):
+        return source, source
+    if os.path.isfile(source):
+        return "checkpoint", source
+    if path := find_checkpoint(source):
+        return "checkpoint", path
+    if all(os.path.isfile(os.path.join(source, name)) for name in ("config.json", "model.safetensors")):
+        return "gpt2", source
+    raise UserError(f"--init {source}: there is no run, checkpoint file or GPT-2 folder of that name")
+
+
+def size_of(config: MoEConfig) -> str:
+    """The name of a model's size, "custom" if it has none."""
+    sizes = {name: getattr(config, name) for name in SIZES["tiny"]}
+    return next((name for name in SIZES if SIZES[name] == sizes), "custom")
+
+
+def look_at(source: str) -> tuple[str | None, int | None]:
+    """Size and vocabulary of the model that --init names, without reading its weights; None where it names none."""
+    kind, where = locate(source)
+    if kind == "scratch":
+        return None, None
+    if where == "gpt2":
+        return "gpt2", 50257
+    with as_user_error():
+        if kind == "checkpoint":
+            config = read_config(where)
+        else:
+            with open(os.path.join(where, "config.json")) as file:
+                config = _gpt2_config(json.load(file), where)
+    return size_of(config), config.vocab_size
+
+
+def initial_model(args, tokenizer, dense_first: bool) -> tuple[GPT, MoEConfig]:
+    """The model that --init names, and the configuration that the algorithm trains."""
+    kind, where = locate(args.init)
+    if kind == "scratch":
+        with as_user_error():
+            target = MoEConfig(vocab_size=tokenizer.vocab_size, **SIZES[args.model], **expert_settings(args))
+        return GPT(target.dense() if dense_first else target, rng(args.seed, "weights")), target
+    with as_user_error():
+        if kind == "checkpoint":
+            model = load_model(where)[0]
+        else:
+            model = load_gpt2() if where == "gpt2" else load_gpt2(where)
+    args.model = size_of(model.config)  # its own size, whatever --model says
+    if args.pretrain_steps and dense_first and model.config.n_expert > 1:
+        raise UserError("--pretrain-steps trains a dense model, and --init names one with experts: set it to 0")
+    return model, check_model(args, tokenizer, model, f"--init {args.init}")
+
+
+def expert_settings(args) -> dict:
+    return {"n_expert": 1} if args.algo == "dense" else {name: getattr(args, name) for name in EXPERT_FLAGS}
+
+
+def check_model(args, tokenizer, model: GPT, source: str) -> MoEConfig:
+    """The configuration that the algorithm trains, if `model` can become it. UserError if it cannot."""
+    if not is_finite(model):
+        raise UserError(f"{source} holds weights that are not finite: take another one")
+    if model.config.vocab_size != tokenizer.vocab_size:
+        raise UserError(
+            f"{source} has a vocabulary of {model.config.vocab_size}, the tokenizer {tokenizer.name} "
+            f"one of {tokenizer.vocab_size}: choose the tokenizer that it was trained with"
+        )
+    with as_user_error():
+        wanted = replace(model.config, **expert_settings(args))
+    if model.config.n_expert == 1 or wanted == model.config:
+        return wanted
+    if args.algo == "dense":
+        raise UserError(f"{source} has experts: --algo dense needs a dense model")
+    theirs = asdict(model.config)
+    flags = " ".join(f"--{k.replace('_', '-')} {theirs[k]}" for k, v in asdict(wanted).items() if v != theirs[k])
+    raise UserError(f"{source} has other experts than the flags ask for: add {flags}")
 
 
 def is_finite(model) -> bool:

@@ -1,6 +1,10 @@
-"""The optimizer of a run, its learning rate, and its state read back from a file."""
+"""The optimizer of a run, its learning rate, the norm of its gradient, and its state read back from a checkpoint."""
+
+import math
 
 import torch
+
+from support.errors import UserError
 
 
 def learning_rate(step: int, steps: int, peak: float) -> float:
@@ -27,22 +31,30 @@ def make_optimizer(model, weight_decay: float, router_factor: float = 1.0):
     return torch.optim.AdamW([g for g in groups if g["params"]], lr=0.0, betas=(0.9, 0.999), fused=fused)
 
 
-def restore(optimizer, saved: dict):
-    """Give an optimizer the moments of a checkpoint.
+def set_learning_rate(optimizer, step: int, steps: int, peak: float) -> float:
+    """Give every group its rate for a step of a phase. -> the rate of factor 1."""
+    rate = learning_rate(step, steps, peak)
+    for group in optimizer.param_groups:
+        group["lr"] = rate * group["factor"]
+    return optimizer.param_groups[0]["lr"]
 
-    ValueError, KeyError, TypeError or AttributeError where they do not fit.
-    """
-    groups = optimizer.state_dict()["param_groups"]  # ours: a file has no say in rates and decay
-    for ours, theirs in zip(groups, saved["param_groups"], strict=True):
-        if ours["params"] != theirs["params"]:
-            raise ValueError("it is of other parameters")
-    parameters = dict(enumerate(p for group in optimizer.param_groups for p in group["params"]))
-    for index, moments in saved["state"].items():  # before torch takes them: it asks no questions
-        shape = tuple(parameters[index].shape)
-        if not isinstance(moments, dict) or {k: tuple(m.shape) for k, m in moments.items()} != {
-            "step": (),
-            "exp_avg": shape,
-            "exp_avg_sq": shape,
-        }:
-            raise ValueError("its moments have other shapes")
-    optimizer.load_state_dict({"state": saved["state"], "param_groups": groups})
+
+def clip_gradients(model, limit: float) -> dict:
+    """Scale the gradient down to the norm `limit` (0: never). -> its norm before, and that of the routers' part."""
+    routers = [p.grad for n, p in model.named_parameters() if n.endswith("router.weight") and p.grad is not None]
+    router_norm = torch.nn.utils.get_total_norm(routers)
+    norm = torch.nn.utils.clip_grad_norm_(model.parameters(), limit or math.inf)
+    return {"grad_norm": norm.detach(), "router_grad_norm": router_norm.detach()}
+
+
+def restore(optimizer, model, saved: dict[str, torch.Tensor]):
+    """Give an optimizer the moments of a checkpoint, by its parameters' names. UserError where they do not fit."""
+    names, state = {p: n for n, p in model.named_parameters()}, {}
+    for index, p in enumerate(p for group in optimizer.param_groups for p in group["params"]):
+        kept = {key: saved.get(f"{names[p]}.{key}") for key in ("step", "exp_avg", "exp_avg_sq")}
+        if all(x is None for x in kept.values()):  # it never had a gradient
+            continue
+        if any(x is None or key != "step" and x.shape != p.shape for key, x in kept.items()):
+            raise UserError(f"the checkpoint's optimizer does not fit the weights: see {names[p]}")
+        state[index] = kept
+    optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})

@@ -8,89 +8,86 @@ report = routing_report(new_tape.router_log_probs(), old_tape.router_log_probs()
 import torch
 
 
+def expert_load(experts, num_experts, mask):
+    """experts [B, T, L, K] of any integer type, mask bool [B, T] -> share of a layer's slots at each expert, [L, E]."""
+    L, E, here = experts.shape[2], num_experts, mask[:, :, None, None]
+    places = experts.long().masked_fill(~here, 0) + E * torch.arange(L, device=experts.device)[:, None]
+    counts = torch.zeros(L * E, device=experts.device, dtype=torch.long)  # integers add up alike in every order
+    counts.scatter_add_(0, places.flatten(), here.expand_as(places).long().flatten())
+    return counts.view(L, E) / (mask.sum() * experts.shape[3]).clamp(min=1)
+
+
 @torch.no_grad()
-def routing_report(new, old=None, mask=None, *, experts=None, old_experts=None, top_k=1, floor=0.8):
+def routing_report(new, old=None, mask=None, *, experts=None, old_experts=None, top_k=1, floor=0.8, log_probs=()):
     """B rows, T positions, L MoE layers, E experts, K active ones -> dict of detached float32 tensors.
 
-    new          [B, T, L, E]        router logits or log-probabilities (full softmax) of the policy at hand
-    old          None, and there is nothing to compare with; or of the policy that recorded the routes
-                 [B, T, L, E]        logits or log-probabilities; or, where a rollout kept no more than that,
-                 [B, T, L, K]        log P of `old_experts` (full softmax). It is this one if `old_experts` is given.
-    mask         bool [B, T]         tokens that count; padding may hold anything (None: all count)
-    experts      int64 [B, T, L, K]  that `new` used (None: the top-K of `new`)
-    old_experts  int64 [B, T, L, K]  that the old policy used (None: the top-K of `old`)
-    top_k        K, read only where no experts are given
-    floor        of gamma
+    new          [B, T, L, E]   router logits or log-probabilities (full softmax) of the policy at hand
+    old          [B, T, L, E]   the same of the policy that recorded the routes; if `old_experts` is given [B, T, L, K],
+                                log P of those experts alone (full softmax)
+    mask         bool [B, T]    tokens that count; padding may hold anything (None: all count)
+    experts      [B, T, L, K]   that `new` used, of any integer type (None: the top-K of `new`)
+    old_experts  [B, T, L, K]   that the old policy used (None: the top-K of `old`)
+    top_k, floor   K, read only where no experts are given; the floor of gamma
+    log_probs    (pi, pi_old, mu), each [B, T] or None: log p of the predicted tokens under the policy now, under the
+                 trainer before the batch, and in the engine that sampled
 
-    Of the tokens that count, 0-d unless another shape is given:
+    Of the tokens that count, 0-d unless [L] follows:
       router_entropy     mean entropy of the router's softmax in nats; and router_entropy_by_layer [L]
       top1_above_0.9     share of decisions whose largest probability is above 0.9
       load_min load_max  smallest and largest share of a layer's slots that one expert got; even load is 1 / E
       max_vio            largest load of a layer over the mean load, less 1, mean over layers; and max_vio_by_layer [L]
-      dead_experts       number of (layer, expert) pairs without a token
-      route_bytes        of these routes, in the smallest integers that can name E experts
-    and with `old`:
+      dead_experts route_bytes   (layer, expert) pairs without a token; size of these routes in the smallest integers
+    with `old`:
       agreement          share of the old slots whose expert `new` uses too; and agreement_by_layer [L]
       moved_anywhere     share of tokens that have another set of experts in at least one layer
-      gamma_mean gamma_min   router-shift ratio exp(-mean over L and K |log P - log P_old|) at the old experts, floored
+      gamma_mean gamma_min   router-shift ratio exp(-mean over L and K |log P - log P_old|) at the old experts, floored;
       floor_share        share of tokens whose unfloored gamma is below the floor
-    Without a token that counts every value is 0 (gamma_min 1). ValueError: shapes that do not fit.
+    with `log_probs`, of pi / mu = (pi / pi_old) (pi_old / mu), of the first factor as update_..., of the second:
+      engine_gap engine_kl   mean |log pi_old - log mu|; k3 estimate of KL(mu, pi_old), mean of r - 1 - log r
+      engine_ratio_p01 engine_ratio_p50 engine_ratio_p99   quantiles of r = pi_old / mu over the tokens
+    Without a token that counts every value is 0 (gamma_min and the ratios 1). ValueError: shapes that do not fit.
     """
     if new.dim() != 4:
         raise ValueError(f"new must have shape [B, T, L, E], got {list(new.shape)}")
     B, T, L, E = new.shape
-    mask = torch.ones(B, T, dtype=torch.bool, device=new.device) if mask is None else mask
+    mask = torch.ones(B, T, dtype=torch.bool, device=new.device) if mask is None else mask.bool()
     K = next((x.shape[-1] for x in (experts, old_experts) if x is not None), top_k)
-    of_old = None if old is None else ((B, T, L, E) if old_experts is None else (B, T, L, K))
-    wanted = (("mask", mask, (B, T)), ("old", old, of_old))
-    wanted += (("experts", experts, (B, T, L, K)), ("old_experts", old_experts, (B, T, L, K)))
-    for name, tensor, shape in wanted:
+    wanted = [("mask", mask, (B, T)), ("old", old, (B, T, L, E if old_experts is None else K))]
+    wanted += [("experts", experts, (B, T, L, K)), ("old_experts", old_experts, (B, T, L, K))]
+    for name, tensor, shape in wanted + [("log_probs", x, (B, T)) for x in log_probs]:
         if tensor is not None and tuple(tensor.shape) != shape:
             raise ValueError(f"{name} must have shape {list(shape)}, got {list(tensor.shape)}")
-    here = mask.bool()[:, :, None, None]  # [B, T, 1, 1]
-    tokens = mask.sum().clamp(min=1)
+    here = mask[:, :, None, None]  # [B, T, 1, 1]
 
     def mean(x):  # [B, T] or [B, T, L] -> 0-d or [L]
-        return x.float().masked_fill(~here.view(B, T, *[1] * (x.dim() - 2)), 0).sum((0, 1)) / tokens
+        return x.float().masked_fill(~here.view(B, T, *[1] * (x.dim() - 2)), 0).sum((0, 1)) / mask.sum().clamp(min=1)
 
     # Padding is replaced before it is computed with: 0 * NaN would be NaN. log_softmax leaves log-probabilities as is.
-    log_probs = new.float().masked_fill(~here, 0).log_softmax(-1)
-    experts = log_probs.topk(K).indices if experts is None else experts.masked_fill(~here, 0)
-    entropy = mean(-(log_probs.exp() * log_probs.clamp(min=-100)).sum(-1))  # [L]; a probability of 0 adds 0
-    places = experts + E * torch.arange(L, device=new.device)[:, None]
-    counts = torch.zeros(L * E, device=new.device, dtype=torch.long)
-    counts = counts.scatter_add_(0, places.flatten(), here.expand_as(experts).long().flatten()).view(L, E)
-    load = counts / (tokens * K)  # [L, E]
-    max_vio = (load.amax(-1) * E - 1).clamp(min=0)
-    size = 1 if E <= 2**8 else 2 if E <= 2**16 else 4
-    report = {
-        "router_entropy": entropy.mean(),
-        "router_entropy_by_layer": entropy,
-        "top1_above_0.9": mean(log_probs.amax(-1).exp() > 0.9).mean(),
-        "load_min": load.min(),
-        "load_max": load.max(),
-        "max_vio": max_vio.mean(),
-        "max_vio_by_layer": max_vio,
-        "dead_experts": (counts == 0).sum().float() * mask.any(),
-        "route_bytes": mask.sum().float() * (L * K * size),
-    }
-    if old is None:
-        return report
-    old = old.float().masked_fill(~here, 0)
-    if old_experts is None:
-        old = old.log_softmax(-1)
-        old_experts = old.topk(K).indices
-        old = old.gather(-1, old_experts)
-    old_experts = old_experts.masked_fill(~here, 0)
-    kept = (old_experts[..., :, None] == experts[..., None, :]).any(-1).float().mean(-1)  # [B, T, L]
-    shift = (log_probs.gather(-1, old_experts) - old).abs().mean((2, 3))  # [B, T]
-    gamma = (-shift).exp()
-    report |= {
-        "agreement": mean(kept).mean(),
-        "agreement_by_layer": mean(kept),
-        "moved_anywhere": mean((kept < 1).any(-1)),
-        "gamma_mean": mean(gamma.clamp(min=floor)),
-        "gamma_min": gamma.clamp(min=floor).masked_fill(~mask.bool(), 1).min(),
-        "floor_share": mean(gamma < floor),
-    }
+    log_P = new.float().masked_fill(~here, 0).log_softmax(-1)  # [B, T, L, E]
+    experts = log_P.topk(K).indices if experts is None else experts.long().masked_fill(~here, 0)
+    entropy = mean(-(log_P.exp() * log_P.clamp(min=-100)).sum(-1))  # [L]; a probability of 0 adds 0
+    load = expert_load(experts, E, mask)  # [L, E]
+    max_vio = (load.amax(-1) * E - 1).clamp(min=0)  # [L]
+    size = 1 if E <= 2**8 else 2 if E <= 2**16 else 4  # bytes that name an expert
+    report = {"router_entropy": entropy.mean(), "router_entropy_by_layer": entropy}
+    report |= {"top1_above_0.9": mean(log_P.amax(-1).exp() > 0.9).mean()}
+    report |= {"load_min": load.min(), "load_max": load.max(), "dead_experts": (load == 0).sum().float() * mask.any()}
+    report |= {"max_vio": max_vio.mean(), "max_vio_by_layer": max_vio, "route_bytes": mask.sum().float() * L * K * size}
+    if old is not None:
+        old = old.float().masked_fill(~here, 0)
+        if old_experts is None:
+            old, old_experts = old.log_softmax(-1).topk(K)
+        old_experts = old_experts.long().masked_fill(~here, 0)
+        kept = (old_experts[..., :, None] == experts[..., None, :]).any(-1).float().mean(-1)  # [B, T, L]
+        gamma = (-(log_P.gather(-1, old_experts) - old).abs().mean((2, 3))).exp()  # [B, T]
+        report |= {"agreement": mean(kept).mean(), "agreement_by_layer": mean(kept)}
+        report |= {"moved_anywhere": mean((kept < 1).any(-1)), "floor_share": mean(gamma < floor)}
+        gamma = gamma.clamp(min=floor)
+        report |= {"gamma_mean": mean(gamma), "gamma_min": gamma.masked_fill(~mask, 1).min()}
+    for name, now, then in zip(("update", "engine"), log_probs, log_probs[1:], strict=False):
+        if now is not None and then is not None:
+            log_ratio = (now.float() - then.float()).masked_fill(~mask, 0)  # [B, T]
+            report |= {f"{name}_gap": mean(log_ratio.abs()), f"{name}_kl": mean(log_ratio.exp() - 1 - log_ratio)}
+            ratios = log_ratio[mask].exp() if mask.any() else mask.new_ones(1).float()  # [N]
+            report |= {f"{name}_ratio_p{q:02}": ratios.quantile(q / 100) for q in (1, 50, 99)}
     return report

@@ -54,27 +54,51 @@ def group_advantages(rewards, group_size):
     return np.array(out)
 
 
-def policy_loss(base, new, old, advantages, mask, low, high, log_gamma=None):
-    """GRPO, GSPO, GMPO or CISPO; with log_gamma [B, T] their router-shift forms."""
+def policy_loss(base, new, old, advantages, mask, low, high, log_gamma=None, weights=None, max_ratio=20.0):
+    """-J of a loss of baselines.py; with log_gamma [B, T] RAIS over it. low and high are tau_negative and tau_positive
+    in SAPO."""
     B, T = new.shape
     total = 0.0
     for b in range(B):
-        A = advantages[b]
-        w = [new[b, t] - old[b, t] + (0 if log_gamma is None else log_gamma[b, t]) for t in range(T) if mask[b, t]]
-        if not w:
+        A, tokens = advantages[b], [t for t in range(T) if mask[b, t]]
+        if not tokens:
             continue  # adds 0, still counts in B
-        if base == "grpo":
-            J = sum(clipped(math.exp(x), A, low, high) for x in w) / len(w)  # eq. 1-2
-        elif base == "cispo":  # eq. 4-5 of CISPO
-            tokens = [t for t in range(T) if mask[b, t]]
-            weights = [min(max(math.exp(x), 1 - low), 1 + high) for x in w]
-            J = sum(r * A * new[b, t] for r, t in zip(weights, tokens, strict=True)) / len(w)
-        elif base == "gspo":
-            J = clipped(math.exp(sum(w) / len(w)), A, low, high)  # eq. 3-4
-        else:
-            J = math.exp(sum(min(x, high) if A > 0 else max(x, -low) for x in w) / len(w)) * A
+        n = len(tokens)
+        w = [new[b, t] - old[b, t] + (0 if log_gamma is None else log_gamma[b, t]) for t in tokens]
+        v = [1.0 if weights is None else weights[b, t] for t in tokens]
+        J = 0.0
+        if base == "gspo":
+            J = clipped(math.exp(sum(w) / n), A, low, high) * sum(v) / n  # eq. 3-4
+        elif base == "gmpo":
+            J = math.exp(sum(min(x, high) if A > 0 else max(x, -low) for x in w) / n) * A * math.prod(v) ** (1 / n)
+        for t, x, weight in zip(tokens, w, v, strict=True):
+            r = math.exp(x)
+            if base == "grpo":
+                J += weight * clipped(r, A, low, high) / n  # eq. 1-2
+            elif base == "cispo":  # eq. 4-5 of CISPO
+                J += weight * min(max(r, 1 - low), 1 + high) * A * new[b, t] / n
+            elif base == "sapo":
+                tau = high if A > 0 else low
+                J += weight * 4 / tau / (1 + math.exp(-tau * (r - 1))) * A / n
+            elif base == "dppo":
+                moved = math.exp(new[b, t]) - math.exp(old[b, t])
+                if moved <= high if A > 0 else moved >= -low:
+                    J += weight * min(r, max_ratio) * A * new[b, t] / n
         total -= J
     return total / B
+
+
+def mismatch_weights(old, rollout, mask, kind, low, high):
+    """TIS, IcePop or the sequence mask: from low to high."""
+    out = np.zeros(old.shape)
+    for b, t in np.ndindex(*old.shape):
+        if not mask[b, t]:
+            continue
+        w = math.exp(old[b, t] - rollout[b, t])
+        if kind == "sequence-mask":
+            w = math.prod(math.exp(old[b, s] - rollout[b, s]) for s in range(old.shape[1]) if mask[b, s])
+        out[b, t] = min(w, high) if kind == "tis" else w if low <= w <= high else 0.0
+    return out
 
 
 # --------------------------------------------------------------------------------------------------------------- RAIS
@@ -110,6 +134,7 @@ def erpo(
     low=0.2,
     high=0.28,
     entropy_reward="relative",
+    weights=None,
 ):
     """(loss, d loss / d new [B, T] by eq. 12 with the clip, counts) from clusters kept as lists of positions."""
     B, T, L, K = experts.shape
@@ -146,7 +171,7 @@ def erpo(
         R_ent[b, layer, j] = sigma * (H if entropy_reward == "absolute" else H - H_old)  # eq. 9
         R[b, layer, j] = (1 - alpha) * rewards[b] + alpha * R_ent[b, layer, j]  # eq. 10
 
-    loss, gradient = 0.0, np.zeros((B, T))
+    loss, gradient, acts = 0.0, np.zeros((B, T)), 0
     for b in range(B):
         active = [pair for pair in pairs if (b, *pair) in e]  # E^i
         for pair in active:
@@ -157,9 +182,12 @@ def erpo(
                 mean = sum(values) / len(values)
                 std = math.sqrt(sum((v - mean) ** 2 for v in values) / (len(values) - 1))
                 A = (R[(b, *pair)] - mean) / (std + 1e-6)
-            ratio = e[(b, *pair)]
-            loss -= clipped(ratio, A, low, high) / len(active) / B  # eq. 11
+            ratio, tokens = e[(b, *pair)], [t for t, _ in X[(b, *pair)]]
+            W = 1.0 if weights is None else sum(weights[b, t] for t in tokens) / len(tokens)
+            loss -= W * clipped(ratio, A, low, high) / len(active) / B  # eq. 11
+            acts += clipped(ratio, A, low, high) < ratio * A
             if clipped(ratio, A, low, high) == ratio * A:
-                for t, _ in X[(b, *pair)]:
-                    gradient[b, t] -= ratio * A / len(X[(b, *pair)]) / len(active) / B  # eq. 12
-    return loss, gradient, {"clusters": len(e), "dropped_clusters": dropped, "e": e, "H": now_H, "R_ent": R_ent}
+                for t in tokens:
+                    gradient[b, t] -= W * ratio * A / len(tokens) / len(active) / B  # eq. 12
+    counts = {"clusters": len(e), "dropped_clusters": dropped, "clip_share": acts / max(len(e), 1)}
+    return loss, gradient, counts | {"e": e, "H": now_H, "R_ent": R_ent}

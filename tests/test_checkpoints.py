@@ -11,11 +11,13 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from test_moe import SMALL, make, rng, words
+from test_moe import SMALL, make, rng, run
 
 from moe import MoEConfig, upcycle
-from support.checkpoints import load_gpt2, load_model, read_config, save_model
+from support.checkpoints import load_checkpoint, load_gpt2, load_model, read_config, save_checkpoint
 from support.device import pick_device
+from support.errors import UserError
+from support.optimizer import make_optimizer, restore
 
 ROOT = Path(__file__).parent.parent
 
@@ -23,118 +25,59 @@ ROOT = Path(__file__).parent.parent
 # ---------------------------------------------------------------------------------------------------------- checkpoints
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
 def test_checkpoint_round_trip(tmp_path, dtype):
-    model = make(7, dtype, n_shared_expert=1, gate="prob", expert_capacity=5)
-    path = str(tmp_path / "model.safetensors")
-    save_model(model, path, step=7, tokenizer="bytes", nested={"a": [1, 2.5, None]})
-    before = torch.get_rng_state()
-    loaded, metadata = load_model(path)
-    assert torch.equal(torch.get_rng_state(), before)
+    """Weights, metadata and the optimizer's tensors by the names of their parameters; always float32 when read."""
+    model = make(7, dtype, n_shared_expert=1, gate="prob")
+    optimizer = make_optimizer(model, 0.1)
+    sum(p.square().sum() for n, p in model.named_parameters() if "ln_f" not in n).backward()
+    optimizer.step()
+    path = str(tmp_path / "new" / "model.safetensors")
+    save_checkpoint(path, model, optimizer, step=7, nested={"a": [1, 2.5, None]})
+    loaded, metadata, moments = load_checkpoint(path)
     assert loaded.config == read_config(path) == model.config
-    assert metadata == {"step": 7, "tokenizer": "bytes", "nested": {"a": [1, 2.5, None]}}
+    assert metadata == {"step": 7, "nested": {"a": [1, 2.5, None]}}
     ours, theirs = model.state_dict(), loaded.state_dict()
-    assert ours.keys() == theirs.keys()
-    assert all(torch.equal(ours[k], theirs[k]) and ours[k].dtype == theirs[k].dtype for k in ours)
-    assert all(p.requires_grad for p in loaded.parameters())
-    tokens = words(model)
-    assert torch.equal(model(tokens).logits, loaded(tokens).logits)
-    os.remove(path)  # the loaded weights do not hang on the file
-    loaded.wte.weight.data.add_(1)
+    assert all(torch.equal(ours[k].float(), theirs[k]) and theirs[k].dtype == torch.float32 for k in ours)
+    names = {n for n, _ in model.named_parameters() if "ln_f" not in n}
+    assert moments.keys() == {f"{n}.{k}" for n in names for k in ("step", "exp_avg", "exp_avg_sq")}
+    other = make_optimizer(loaded, 0.1)
+    restore(other, loaded, moments)
+    for (name, a), b in zip(model.named_parameters(), loaded.parameters(), strict=True):
+        assert ("ln_f" in name) == (a not in optimizer.state) == (b not in other.state)
+        assert all(torch.equal(x.float(), other.state[b][k].float()) for k, x in optimizer.state.get(a, {}).items())
+    moments["wte.weight.exp_avg"] = torch.zeros(3)
+    with pytest.raises(UserError, match="does not fit the weights: see wte.weight"):
+        restore(make_optimizer(loaded, 0.1), loaded, moments)
 
 
-def test_broken_and_foreign_checkpoints_are_refused(tmp_path):
-    path = tmp_path / "good.safetensors"
-    save_model(make(), str(path))
-    whole = path.read_bytes()
-    names = ("truncated", "empty", "garbage", "foreign", "other", "missing")
-    bad = {name: tmp_path / f"{name}.safetensors" for name in names}
-    bad["truncated"].write_bytes(whole[:-100])
-    bad["empty"].write_bytes(b"")
-    bad["garbage"].write_bytes(b"\x80" * 4000)
-    save_file({"w": torch.zeros(3)}, bad["foreign"])
-    weights = load_file(path)
-    config = json.dumps(SMALL)
-    save_file({k: v for k, v in weights.items() if "router" not in k}, bad["other"], metadata={"config": config})
-    changes = {
-        "unknown": {"colour": 3},
-        "impossible": {"top_k": 9},
-        "bigger": {"n_embd": 32},
-        "text": {"n_layer": "3"},
-        "null": {"n_head": None},
-        "bool": {"n_expert": True},
-        "number": {"gate": 1},
-        "table": {"context": {"a": 1}},
-        "many": {"n_layer": 10**9},
-        "huge": {"vocab_size": 10**30},
-        "words": {"metadata": "step 3"},
-    }
-    headers = {name: json.dumps(SMALL | change) for name, change in changes.items()}
-    headers |= {"list": "[1]", "pairs": "[[1, 2]]", "nothing": "null", "half": '{"n_layer": 3', "deep": "[" * 200_000}
-    headers |= {"deeper": '{"a":' * 200_000, "digits": '{"n_layer": ' + "9" * 10_000 + "}"}
-    for name, header in headers.items():
-        bad[name] = tmp_path / f"{name}.safetensors"
-        save_file(weights, bad[name], metadata={"config": header})
-    dtypes = {"one-bfloat16": weights | {"ln_f.bias": weights["ln_f.bias"].bfloat16()}}
-    dtypes |= {"one-integer": weights | {"ln_f.bias": weights["ln_f.bias"].int()}}
-    dtypes |= {"all-integer": {k: w.int() for k, w in weights.items()}}
-    for name, tensors in dtypes.items():
-        bad[name] = tmp_path / f"{name}.safetensors"
-        save_file(tensors, bad[name], metadata={"config": config})
-    bad["folder"] = tmp_path
-    no_config = {"truncated", "empty", "garbage", "foreign", "missing", "folder"}
-    no_config |= headers.keys() - {"bigger", "many"}  # those are possible, if not with these weights
-    for name, file in bad.items():
-        if name in no_config:
-            with pytest.raises(ValueError, match="is not a readable checkpoint"):
-                read_config(str(file))
-        else:
-            read_config(str(file))
-        with pytest.raises(ValueError) as error:
-            load_model(str(file))
-        message = str(error.value)
-        assert str(file) in message and "\n" not in message and len(message) < len(str(file)) + 500
+def test_equal_weights_are_equal_bytes_and_draw_nothing(tmp_path):
+    before = torch.get_rng_state()
+    for name in "ab":
+        save_checkpoint(str(tmp_path / name), make(), step=1, best=None)
+    assert (tmp_path / "a").read_bytes() == (tmp_path / "b").read_bytes()
+    load_model(str(tmp_path / "a"))
+    assert torch.equal(torch.get_rng_state(), before)
 
 
-HUGE = [
-    dict(n_layer=10**7),
-    dict(n_layer=10**18),
-    dict(n_shared_expert=10**8),
-    dict(n_layer=20, moe_every=1, n_shared_expert=40),
-    dict(n_expert=10**8),
-    dict(n_expert=2**31 - 1),
-    dict(n_embd=2**30),
-    dict(n_embd=2**30, n_expert=10**8),
-    dict(vocab_size=2**31 - 1, context=2**31 - 1),
-    dict(vocab_size=10**30),
-    dict(expert_capacity=10**30),
-]
-
-
-@pytest.mark.skipif(sys.platform != "linux", reason="bounds the memory of a process")
-def test_a_header_that_claims_a_huge_model_is_refused_in_seconds_and_little_memory(tmp_path):
-    """Of a file of some kB. Tensors of any size are only described, and there are no more modules than tensors."""
-    path = tmp_path / "model.safetensors"
-    save_model(make(), str(path))
-    weights = load_file(path)
-    for i, claim in enumerate(HUGE):
-        save_file(weights, tmp_path / f"{i}.safetensors", metadata={"config": json.dumps(SMALL | claim)})
-    code = f"""
-import resource, sys, time
-sys.path[:0] = [{str(ROOT)!r}]
-from support.checkpoints import load_model
-before = resource.getrusage(resource.RUSAGE_SELF)
-for i in range({len(HUGE)}):
-    try:
-        load_model(f"{{i}}.safetensors")
-        print(i, "was loaded")
-    except ValueError as error:
-        assert "is not a readable checkpoint" in str(error) and "\\n" not in str(error), error
-after = resource.getrusage(resource.RUSAGE_SELF)
-print(after.ru_utime - before.ru_utime < 30 and after.ru_maxrss - before.ru_maxrss < 100_000)
-"""
-    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, timeout=300)
-    assert done.stdout == "True\n" and done.returncode == 0, done.stdout + done.stderr
+def test_broken_and_foreign_files_are_refused(tmp_path):
+    path = tmp_path / "good"
+    save_checkpoint(str(path), make())
+    whole, weights = path.read_bytes(), load_file(path)
+    (tmp_path / "truncated").write_bytes(whole[:-100])
+    (tmp_path / "empty").write_bytes(b"")
+    (tmp_path / "garbage").write_bytes(b"\x80" * 4000)
+    save_file({"w": torch.zeros(3)}, tmp_path / "foreign")
+    some = {k: v for k, v in weights.items() if "router" not in k}
+    save_file(some, tmp_path / "lacking", metadata={"config": json.dumps(SMALL)})
+    for name, change in (("bigger", {"n_embd": 32}), ("unknown", {"colour": 3}), ("dropping", {"expert_capacity": 4})):
+        save_file(weights, tmp_path / name, metadata={"config": json.dumps(SMALL | change)})
+    for name in "truncated empty garbage foreign lacking bigger unknown dropping missing".split():
+        with pytest.raises(ValueError, match="is not a readable checkpoint") as error:
+            load_model(str(tmp_path / name))
+        assert "\n" not in str(error.value)
+    save_file(weights, tmp_path / "earlier", metadata={"config": json.dumps(SMALL | {"expert_capacity": 0})})
+    assert load_model(str(tmp_path / "earlier"))[0].config == MoEConfig(**SMALL)
 
 
 # ------------------------------------------------------------------------------------------------------ GPT-2's weights
@@ -161,7 +104,7 @@ def test_gpt2_of_transformers_gives_the_same_logits(gpt2, tmp_path):
     tokens = torch.randint(0, 61, (3, 20), generator=rng(12))
     expected = theirs(tokens).logits.detach()
     ours = load_gpt2(str(folder))
-    torch.testing.assert_close(ours(tokens).logits, expected, atol=1e-4, rtol=0)
+    torch.testing.assert_close(run(ours, tokens).logits, expected, atol=1e-4, rtol=0)
     assert ours.count_parameters()[0] == theirs.num_parameters()
     # The hub's file has no "transformer." before the names, and the causal masks as buffers.
     weights = {k.removeprefix("transformer."): v for k, v in load_file(folder / "model.safetensors").items()}
@@ -169,10 +112,10 @@ def test_gpt2_of_transformers_gives_the_same_logits(gpt2, tmp_path):
     weights |= {f"h.{i}.attn.bias": torch.ones(1, 1, 20, 20).tril() for i in range(3)}
     save_file(weights, tmp_path / "model.safetensors")
     (tmp_path / "config.json").write_text((folder / "config.json").read_text())
-    torch.testing.assert_close(load_gpt2(str(tmp_path))(tokens).logits, expected, atol=1e-4, rtol=0)
+    torch.testing.assert_close(run(load_gpt2(str(tmp_path)), tokens).logits, expected, atol=1e-4, rtol=0)
     moe_model = upcycle(ours, MoEConfig(**vars(ours.config) | dict(n_expert=4, top_k=2, n_shared_expert=1)), rng())
-    torch.testing.assert_close(moe_model(tokens).logits, expected, atol=1e-4, rtol=0)
-    torch.testing.assert_close(moe_model(tokens).logits, ours(tokens).logits, atol=2e-6, rtol=1e-6)
+    torch.testing.assert_close(run(moe_model, tokens).logits, expected, atol=1e-4, rtol=0)
+    torch.testing.assert_close(run(moe_model, tokens).logits, run(ours, tokens).logits, atol=2e-6, rtol=1e-6)
 
 
 @pytest.mark.parametrize(
@@ -183,8 +126,6 @@ def test_gpt2_of_transformers_gives_the_same_logits(gpt2, tmp_path):
         (dict(n_embd=64), "only GPT-2"),
         (dict(n_layer=4), "lacks h.3"),
         (dict(n_layer=None), "n_layer"),
-        (dict(n_layer="3"), "n_layer"),
-        (dict(n_layer=10**9), "more than"),
         (dict(scale_attn_by_inverse_layer_idx=True), "scale_attn"),
     ],
 )
@@ -194,12 +135,6 @@ def test_other_models_are_refused(gpt2, tmp_path, change, message):
     (tmp_path / "config.json").write_text(json.dumps(config | change))
     (tmp_path / "model.safetensors").write_bytes((folder / "model.safetensors").read_bytes())
     with pytest.raises(ValueError, match=message):
-        load_gpt2(str(tmp_path))
-
-
-def test_a_deep_configuration_of_gpt2_is_refused(gpt2, tmp_path):
-    (tmp_path / "config.json").write_text("[" * 200_000)
-    with pytest.raises(ValueError, match="RecursionError"):
         load_gpt2(str(tmp_path))
 
 
@@ -216,7 +151,7 @@ def test_a_folder_without_gpt2_is_refused(gpt2, tmp_path):
 def load_through_hub(endpoint, cache):
     code = (
         "import torch; from support.checkpoints import load_gpt2\n"
-        "try: print(float(load_gpt2('some/gpt2')(torch.arange(20)[None]).logits.double().sum()))\n"
+        "try: print(float((m := load_gpt2('some/gpt2')).head(m(torch.arange(20)[None])[0]).double().sum()))\n"
         "except ValueError as error: print('ValueError:', error)"
     )
     env = {k: v for k, v in os.environ.items() if "proxy" not in k.lower() and not k.startswith("HF_")}

@@ -15,6 +15,7 @@ import torch
 import data
 import train
 from moe import GPT, MoEConfig
+from support.checkpoints import load_checkpoint
 from support.tasks import Batch, rng
 
 ROOT = Path(__file__).parents[1]
@@ -44,18 +45,10 @@ def make(seed=0, dtype=torch.float64, **changes) -> tuple[GPT, Batch]:
 
 def step_args(**changes) -> argparse.Namespace:
     """The arguments that a step on text reads."""
-    erl = dict(
-        n_perturb=3,
-        alpha=0.6,
-        erl_grad="all",
-        wpl=False,
-        advantage="static",
-        clip_eps=0.2,
-        delta=0.7,
-        rounding_units=8.0,
-    )
-    common = dict(inner_epochs=1, top_k=1, balance_coef=1e-3, z_coef=1e-3, jitter=0.0, seed=0, dtype="float32")
-    return argparse.Namespace(**erl | common | changes)
+    explore = dict(n_perturb=3, alpha=0.6, draw="uniform", advantage="static", rounding_units=8.0)
+    objective = dict(delta=0.7, ratio="router", clip_eps=0.2, wpl=False, inner_epochs=1)
+    common = dict(erl_grad="all", top_k=1, balance_coef=1e-3, z_coef=1e-3, jitter=0.0, seed=0, dtype="float32")
+    return argparse.Namespace(**explore | objective | common | changes)
 
 
 def gradients(model, loss) -> dict:
@@ -79,7 +72,7 @@ def places(mask):
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def rows_of(out="r") -> list[dict]:
+def metrics_of(out="r") -> list[dict]:
     return [json.loads(line) for line in Path(out, "metrics.jsonl").read_text().splitlines()]
 
 
@@ -87,39 +80,37 @@ def summary_of(out="r") -> dict:
     return json.loads(Path(out, "summary.json").read_text())
 
 
-def bare(row: dict) -> dict:
-    return {k: v for k, v in row.items() if k not in ("seconds", "tokens_per_second")}
+def without_clock(row: dict) -> dict:
+    return {k: v for k, v in row.items() if k not in ("seconds", "tokens_per_second", "metrics_bytes")}
 
 
-def weights_of(out, name="checkpoint") -> bytes:
-    return Path(out, name, "model.safetensors").read_bytes()
+def weights_of(out, name="checkpoint") -> dict:
+    return load_checkpoint(str(Path(out, name, "model.safetensors")))[0].state_dict()
 
 
 def assert_same_run(a, b):
-    """The same bytes of weights, equal optimizer, metrics and summary but for the clock."""
-    assert weights_of(a) == weights_of(b) and weights_of(a, "best") == weights_of(b, "best")
-    left, right = (torch.load(Path(f, "checkpoint", "state.pt"), weights_only=True) for f in (a, b))
-    assert left["optimizer"]["param_groups"] == right["optimizer"]["param_groups"]
-    states = [s.pop("optimizer")["state"] for s in (left, right)]
-    assert states[0].keys() == states[1].keys() and states[0]
-    for i in states[0]:
-        assert all(torch.equal(states[0][i][k], states[1][i][k]) for k in states[0][i])
-    clock = {"seconds": 0, "metrics_bytes": 0}  # the clock's digits have bytes too
-    assert left | clock == right | clock
-    rows = [[bare(row) for row in rows_of(f)] for f in (a, b)]
+    """Equal weights, optimizer, metrics and summary but for the clock, to the bit."""
+    for name in ("checkpoint", "best"):
+        left, right = (load_checkpoint(str(Path(f, name, "model.safetensors"))) for f in (a, b))
+        for x, y in ((left[0].state_dict(), right[0].state_dict()), (left[2], right[2])):
+            assert x.keys() == y.keys() and all(torch.equal(x[k], y[k]) for k in x)
+        assert name == "best" or left[2]  # the optimizer
+        ids = {"run": None}  # of config.json, which holds the folder's name
+        assert without_clock(left[1] | ids) == without_clock(right[1] | ids)
+    rows = [[without_clock(row) for row in metrics_of(f)] for f in (a, b)]
     assert rows[0] == rows[1] and len(rows[0]) > 3
-    assert bare(summary_of(a)) == bare(summary_of(b))
+    assert without_clock(summary_of(a)) == without_clock(summary_of(b))
     assert sorted(os.listdir(a)) == sorted(os.listdir(b))
 
 
 # A process that trains a small model several times; each run is a child of its own, killed where its line says.
 DRIVER = """
-    import os, random, signal, sys, time, traceback
+    import os, signal, sys, time, traceback
     sys.path[:0] = [{root!r}]
     import torch
     torch.set_num_threads(1)
     import moe, train, data
-    from support import evaluation, run_folder
+    from support import checkpoints, run as runs
     moe.SIZES["tiny"] = {micro!r}
     pydocs, problems = data._pydocs, data.DATASETS["addition"].problems
     texts = {{split: pydocs(split)[:3000] for split in data.SPLITS}}
@@ -127,62 +118,27 @@ DRIVER = """
     few = list(problems())[:300]
     object.__setattr__(data.DATASETS["addition"], "problems", lambda: few)
     data.reward = lambda spec, response, example: sum(map(ord, response)) % 3 / 2  # an untrained model earns some
-
     train.plot_curves = lambda out: None  # half of a run's time
 
     def kill(signum=signal.SIGKILL):
         os.kill(os.getpid(), signum)
 
-    def at_step(n, signum=signal.SIGKILL):  # when a step is done, before its checkpoint
-        class Bar(run_folder.Progress):
-            steps = 0
-            def update(self, *args):
-                super().update(*args)
-                self.steps += 1
-                if self.steps == n:
-                    kill(signum)
-        run_folder.Progress = Bar
+    def at_call(owner, name, n, signum=signal.SIGKILL, before=False):  # of a function, when its n-th call has ended
+        real, calls = getattr(owner, name), []
+        def function(*args, **more):
+            calls.append(0)
+            if before and len(calls) == n:
+                kill(signum)
+            result = real(*args, **more)
+            if not before and len(calls) == n:
+                kill(signum)
+            return result
+        setattr(owner, name, function)
 
-    def after_checkpoint(n):
-        real = run_folder.Run._save
-        def save(run):
-            real(run)
-            if run.step == n:
-                kill()
-        run_folder.Run._save = save
+    def at_step(n, signum=signal.SIGKILL):  # when it is done, before its checkpoint
+        at_call(runs.Run, "finish_step", n, signum)
 
-    def between_renames(n):
-        real, calls = os.rename, []
-        def rename(a, b):
-            calls.append(a)
-            real(a, b)
-            if len(calls) == n:
-                kill()
-        os.rename = rename
-
-    def in_evaluation(n):  # of the n-th set that is scored, after its first batch
-        class Bar(evaluation.Progress):
-            begun = 0
-            def __iter__(self):
-                Bar.begun += 1
-                for item in super().__iter__():
-                    yield item
-                    if Bar.begun == n:
-                        kill()
-        evaluation.Progress = Bar
-
-    def in_write(owner, name, n):  # of a file: half of what the n-th call of a function writes is on the disk
-        real, sizes = getattr(owner, name), []
-        def write(*args, **more):
-            path = getattr(args[0], "metrics_path", args[-1])
-            sizes.append(os.path.getsize(path) if os.path.exists(path) else 0)
-            real(*args, **more)
-            if len(sizes) == n:
-                os.truncate(path, (sizes[-1] + os.path.getsize(path)) // 2)
-                kill()
-        setattr(owner, name, write)
-
-    def run(line, patch=lambda: None, killed_after=None):
+    def run(line, patch=lambda: None):
         sys.stderr.flush()
         child = os.fork()
         if child == 0:
@@ -194,9 +150,6 @@ DRIVER = """
                 code = 99
             sys.stderr.flush()
             os._exit(code)
-        if killed_after is not None:
-            time.sleep(killed_after)
-            os.kill(child, signal.SIGKILL)
         status = os.waitpid(child, 0)[1]
         return -os.WTERMSIG(status) if os.WIFSIGNALED(status) else os.WEXITSTATUS(status)
 """
@@ -204,13 +157,8 @@ DRIVER = """
 
 def drive(folder, body: str):
     script = textwrap.dedent(DRIVER.format(root=str(ROOT), micro=MICRO)) + textwrap.dedent(body)
-    done = subprocess.run(
-        [sys.executable, "-c", script],
-        cwd=folder,
-        capture_output=True,
-        text=True,
-        timeout=1800,
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
-    )
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    how = dict(cwd=folder, capture_output=True, text=True, timeout=900, env=environment)
+    done = subprocess.run([sys.executable, "-c", script], **how)
     assert done.returncode == 0, done.stderr
     return done

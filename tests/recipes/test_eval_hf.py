@@ -1,5 +1,6 @@
 """eval_routing.py's figures on a transformers model."""
 
+import itertools
 import json
 
 import pytest
@@ -11,7 +12,8 @@ from tiny_hf import save_tiny_llama  # noqa: E402
 
 from recipes import eval_hf  # noqa: E402
 from recipes.hf_routing import Routes, find_routers  # noqa: E402
-from recipes.hf_text import load_model  # noqa: E402
+from recipes.hf_text import load_model, load_windows  # noqa: E402
+from support.tasks import rng  # noqa: E402
 
 
 @pytest.fixture(scope="module")
@@ -46,14 +48,59 @@ def test_scores_are_mean_log_probabilities_along_the_routes(folder):
     assert torch.equal(again.experts, scored.experts)
 
 
+@pytest.mark.parametrize("top_k", [1, 2])
+def test_a_forced_expert_takes_the_place_and_the_weight_of_the_own_one(folder, top_k):
+    """Against whole forwards without a cache, in which the layer's expert is replaced in the sum that it stands in."""
+    model, _ = load_model(folder)
+    for router, _ in find_routers(model):
+        router.top_k = top_k
+    hub, tokens = eval_hf.HubModel(model), torch.arange(1, 14)
+    with torch.no_grad():
+        _, router_log_probs, experts = hub.forward(tokens[None])
+    for layer, length in itertools.product(range(2), (2, 12)):
+        found = hub.score_decision(tokens[: length + 1], layer)
+        own = experts[0, length - 1, layer].tolist()
+        router, block = find_routers(model)[layer]
+        expected = []
+        for e in [own[0], *(e for e in range(hub.n_expert) if e not in own)]:
+
+            def replace(module, args, output, e=e, last=length - 1):
+                logits, weights, chosen = output
+                chosen = chosen.clone()
+                chosen[last, 0] = e
+                return logits, weights, chosen
+
+            with torch.no_grad(), router.register_forward_hook(replace):
+                logits = model(tokens[None, :length]).logits[0, -1]
+            expected.append(logits.log_softmax(-1)[tokens[length]])
+        torch.testing.assert_close(found.values.float(), torch.stack(expected), rtol=1e-4, atol=1e-5)
+        assert found.values.std() > 1e-4
+
+
+def test_windows_and_decisions_are_spread_over_the_split(folder, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    model, tokenizer = load_model(folder)
+    every, _ = load_windows("pydocs", "test", tokenizer, 16)
+    few, _ = load_windows("pydocs", "test", tokenizer, 16, limit=3)
+    assert few.tolist() == [every[i * len(every) // 3].tolist() for i in range(3)]
+    hub = eval_hf.HubModel(model)
+    for i, decision in enumerate(hub.score_decisions(few, 6, seed=5)):
+        draw = rng(5, "decisions", i)
+        position, layer = (int(torch.randint(*bounds, (), generator=draw)) for bounds in ((1, 16), (0, 2)))
+        expected = hub.score_decision(few[i % 3][: position + 2], layer)
+        assert torch.equal(decision.values, expected.values)
+
+
 def test_the_program(folder, tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
     line = [folder, "--out", str(tmp_path / "out"), "--samples", "3", "--context", "16", "--dataset", "pydocs"]
+    line += ["--decisions", "6"]
     assert eval_hf.main(line) == 0
     result = json.loads((tmp_path / "out" / "routing.json").read_text())
     assert result["samples"] == 3 and 0.0099 < result["mrr"] <= 1 and len(result["expert_load"]) == 2
     assert f"{result['mrr']:.4f}" in capsys.readouterr().out
-    for name in ("routing_ranks.png", "routing_load.png", "routing_tokens.png"):
+    assert result["regret"]["all"]["decisions"] == 6
+    for name in ("routing_ranks.png", "routing_load.png", "routing_regret.png", "routing_tokens.png"):
         assert (tmp_path / "out" / name).stat().st_size > 3000
     assert "layer 1" in (tmp_path / "out" / "routing_tokens.txt").read_text()
 
@@ -63,8 +110,11 @@ def test_copies_of_one_expert_tie(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     parent = save_tiny_llama(tmp_path / "llama")
     args = eval_hf.parse([parent, "--out", "out", "--samples", "2", "--context", "16", "--dataset", "pydocs"])
+    args.decisions = 4
     result = eval_hf.run(args)
     assert result["tied_routes"] == [99, 99] and result["mrr"] == pytest.approx(result["chance_mrr"])
+    regret = result["regret"]
+    assert regret["all"]["own_rank"] == regret["chance_rank"] and regret["all"]["regret"] < 1e-5
 
 
 def test_mistakes_are_told_in_one_sentence(folder, tmp_path, capsys, monkeypatch):

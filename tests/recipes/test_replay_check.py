@@ -41,58 +41,45 @@ def batch(lengths, side):
     return tokens, attention, (attention[:, :-1] * attention[:, 1:]).bool()
 
 
-LENGTHS = [T, T - 3, T - 7, T - 1]
+LENGTHS = [T, T - 3, T - 7, T - 5]
+
+
+def kinds(findings):
+    return [(f.kind, f.rows) for f in findings]
 
 
 @pytest.mark.parametrize("side", ["left", "right"])
 def test_a_clean_record_passes(model, side):
     tokens, attention, mask = batch(LENGTHS, side)
+    mask[3] = False  # a row without a token
     experts, live, log_probs = look(model, tokens, attention)
-    assert check_replay(experts, log_probs, live, log_probs, mask) == []
     noisy = live + 0.02 * torch.randn(live.shape, generator=torch.Generator().manual_seed(0))
     assert check_replay(experts, log_probs + 0.01, noisy, log_probs, mask) == []
-    # what padding holds is nobody's business, in a record too
-    experts[~mask], log_probs[~mask] = -1, float("nan")
+    experts[~mask], log_probs[~mask] = -1, float("nan")  # what padding holds is nobody's business, in a record too
     assert check_replay(experts, log_probs, live, log_probs, mask) == []
 
 
-@pytest.mark.parametrize("by", [-1, 1])
 @pytest.mark.parametrize("side", ["left", "right"])
-def test_an_offset_of_one(model, side, by):
-    tokens, attention, mask = batch([T, T - 3, T - 7, T - 5], side)
+@pytest.mark.parametrize("by", [-1, 1])
+def test_each_bug_is_found(model, side, by):
+    """An offset, padding on the other side, another row, layers in another order, other log-probabilities."""
+    every = [0, 1, 2, 3]
+    tokens, attention, mask = batch(LENGTHS, side)
     experts, live, log_probs = look(model, tokens, attention)
     (finding,) = check_replay(experts.roll(by, 1), log_probs, live, log_probs, mask)
-    assert (finding.kind, finding.rows) == ("offset", [0, 1, 2, 3])
-    assert f"t {'+' if by > 0 else '-'} 1 " in finding.detail and "offset, rows 0, 1, 2, 3: " in str(finding)
-    (finding,) = check_replay(experts, log_probs.roll(by, 1), live, log_probs, mask)
-    assert (finding.kind, finding.rows) == ("log-prob offset", [0, 1, 2, 3])
+    assert (finding.kind, finding.rows) == ("offset", every) and f"t {'+' if by > 0 else '-'} 1 " in str(finding)
+    found = check_replay(experts, log_probs.roll(by, 1), live, log_probs, mask)
+    assert kinds(found) == [("log-prob offset", every)]
+    assert [f.kind for f in check_replay(experts, 1.5 * log_probs, live, log_probs, mask)] == ["log-probs"]
+    assert [f.kind for f in check_replay(experts, log_probs / 0, live, log_probs, mask)] == ["log-probs"]
+    assert kinds(check_replay(experts.flip(2), log_probs, live, log_probs, mask)) == [("not in the top-K", every)]
 
+    other = look(model, *batch(LENGTHS, "left" if side == "right" else "right")[:2])[0]
+    assert kinds(check_replay(other, log_probs, live, log_probs, mask)) == [("left padding", [1, 2, 3])]
 
-def test_left_padding(model):
-    """Recorded on rows padded on the right, replayed on the same rows padded on the left: all but the full row."""
-    right, left = batch(LENGTHS, "right"), batch(LENGTHS, "left")
-    experts, _, log_probs = look(model, *right[:2])
-    _, live, live_log_probs = look(model, *left[:2])
-    routes, probs = check_replay(experts, log_probs, live, live_log_probs, left[2])
-    assert (routes.kind, routes.rows) == ("left padding", [1, 2, 3])
-    assert probs.kind == "log-prob offset" and 0 not in probs.rows
-
-
-def test_right_padding_where_it_was_left(model):
-    right, left = batch(LENGTHS, "right"), batch(LENGTHS, "left")
-    experts, _, _ = look(model, *left[:2])
-    _, live, log_probs = look(model, *right[:2])
-    (finding,) = check_replay(experts, log_probs, live, log_probs, right[2])
-    assert (finding.kind, finding.rows) == ("left padding", [1, 2, 3])
-
-
-def test_routes_of_another_row(model):
-    tokens, attention, mask = batch([T] * B, "right")
+    tokens, attention, mask = batch([T] * B, side)
     experts, live, log_probs = look(model, tokens, attention)
-    (finding,) = check_replay(experts[[1, 0, 2, 3]], log_probs, live, log_probs, mask)
-    assert (finding.kind, finding.rows) == ("other row", [0, 1])
-    (finding,) = check_replay(experts.roll(1, 0), log_probs, live, log_probs, mask)
-    assert (finding.kind, finding.rows) == ("other row", [0, 1, 2, 3])
+    assert kinds(check_replay(experts[[1, 0, 2, 3]], log_probs, live, log_probs, mask)) == [("other row", [0, 1])]
 
 
 def test_experts_no_longer_in_the_top_k(model):
@@ -106,24 +93,3 @@ def test_experts_no_longer_in_the_top_k(model):
     router.data = before
     findings = check_replay(experts, log_probs, live, live_log_probs, mask)
     assert [f.rows for f in findings if f.kind == "not in the top-K"] == [[0, 1, 2, 3]]
-    assert {f.kind for f in findings} <= {"not in the top-K", "log-probs"}
-
-
-def test_layers_in_another_order_and_other_weights(model):
-    tokens, attention, mask = batch(LENGTHS, "right")
-    experts, live, log_probs = look(model, tokens, attention)
-    (finding,) = check_replay(experts.flip(2), log_probs, live, log_probs, mask)
-    assert finding.kind == "not in the top-K" and finding.rows == [0, 1, 2, 3]
-    (finding,) = check_replay(experts, 1.5 * log_probs, live, log_probs, mask)
-    assert finding.kind == "log-probs"
-    (finding,) = check_replay(experts, log_probs * float("nan"), live, log_probs, mask)
-    assert finding.kind == "log-probs"
-
-
-def test_one_row_and_rows_without_tokens(model):
-    tokens, attention, mask = batch([T, T], "right")
-    experts, live, log_probs = look(model, tokens, attention)
-    mask[1] = False
-    assert check_replay(experts, log_probs, live, log_probs, mask) == []
-    one = [x[:1] for x in (experts.roll(1, 1), log_probs, live, log_probs, mask)]
-    assert [f.kind for f in check_replay(*one)] == ["offset"]

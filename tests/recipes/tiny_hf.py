@@ -17,16 +17,8 @@ def byte_tokenizer():
 
 def save_tiny_llama(folder, **changes):
     torch.manual_seed(0)
-    sizes = dict(
-        vocab_size=257,
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=4,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=128,
-        tie_word_embeddings=True,
-    )
+    sizes = dict(vocab_size=257, hidden_size=32, intermediate_size=48, num_hidden_layers=4, num_attention_heads=4)
+    sizes |= dict(num_key_value_heads=2, max_position_embeddings=128, tie_word_embeddings=True)
     transformers.LlamaForCausalLM(transformers.LlamaConfig(**(sizes | changes))).save_pretrained(folder)
     byte_tokenizer().save_pretrained(folder)
     return str(folder)
