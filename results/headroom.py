@@ -27,7 +27,6 @@ from typing import NamedTuple
 sys.path.insert(0, str(pathlib.Path(__file__).parent.parent))
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
-import matplotlib
 import numpy as np
 import torch
 from safetensors.torch import load_file
@@ -36,13 +35,11 @@ from torch import Tensor
 import data
 from erl import Pass, erl_objective, explore, random_routes
 from moe import GPT, SIZES, MoEConfig, Routes, feed_forward, lm_loss, router_losses, token_log_probs
+from results.bandit import draw_panels
 from results.rows import heading, interval, line, sign_flip_p
 from support.controls import constant, random_expert
 from support.optimizer import learning_rate
 from support.tasks import TextBatches, rng
-
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt  # noqa: E402
 
 FOLDER = pathlib.Path(__file__).parent
 T, E, RANKED, R = 256, 8, 300, 99  # context, experts, windows whose routes are ranked, perturbed routes of a window
@@ -384,23 +381,13 @@ def report(rows) -> list[str]:
             f"`{key[0]}`: MRR {mrr:.2f}, share {mean:.2f}; MRR is {'no evidence of credit' if no else 'not refuted'}."
         )
     if all(len(share.get((arm, rate), ())) > 1 for arm in SHOWN_ARMS for rate in RATES):
-        draw_picture(share, of["entropy"])
+        panels = [{LABELS[a]: [ends(x[a, r]) for r in RATES] for a in SHOWN_ARMS} for x in (share, of["entropy"])]
+        titles, level = (
+            ("share of the learnable headroom recovered", "router entropy (nats)"),
+            (1, "exact credit, best rate"),
+        )
+        draw_panels(FOLDER / "real-router.png", RATES, "learning rate of the router", titles, panels, level)
     return lines
-
-
-def draw_picture(share: dict, entropy: dict):
-    plt.rcParams["font.size"] = 13
-    figure, panels = plt.subplots(1, 2, figsize=(12, 4.6), layout="constrained")
-    titles = ("share of the learnable headroom recovered", "router entropy (nats)")
-    for panel, title, of in zip(panels, titles, (share, entropy), strict=True):
-        for arm, style in zip(SHOWN_ARMS, ("o-", "s-", "^-", "o--", "s--"), strict=True):
-            middle, low, high = np.array([ends(of[arm, rate]) for rate in RATES]).T
-            panel.errorbar(RATES, middle, (middle - low, high - middle), fmt=style, capsize=3, label=LABELS[arm])
-        panel.set(xscale="log", xlabel="learning rate of the router", title=title)
-    panels[0].axhline(1, color="gray", linestyle=":", label="exact credit at its best rate")
-    panels[0].axhline(0, color="gray", linewidth=0.8)
-    figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncol=3, frameon=False)
-    figure.savefig(FOLDER / "real-router.png", dpi=110)
 
 
 def main():
