@@ -239,7 +239,7 @@ def main(argv=None) -> int:
         # without a GPU it must be told so, or each process takes itself for the only one
         accelerator = Accelerator(cpu=not torch.accelerator.is_available())
         figures = train(args, accelerator)
-        accelerator.end_training()  # ends the process group: gloo's threads must not outlive the interpreter
+        accelerator.end_training()
     except KeyboardInterrupt:
         print(f"erl_hf: stopped; --resume goes on from the last checkpoint in {args.out}", file=sys.stderr)
         return 130

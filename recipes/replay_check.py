@@ -1,6 +1,8 @@
 """Do recorded routes belong where they are replayed? A test to copy into a framework; needs torch alone.
 
-Run the trainer's forward on a batch with the very weights that sampled it, and compare:
+For routes that another engine recorded (R3: the sampler's) and for the trainer's own of an earlier forward (R2, which
+with these weights must agree exactly). Run the trainer's forward on a batch with the very weights that sampled it, with
+nothing imposed, and compare:
 
     findings = check_replay(experts, log_probs, live_router_log_probs, live_log_probs, mask)
     assert not findings, "\\n".join(map(str, findings))
@@ -31,13 +33,13 @@ def check_replay(
 ) -> list[Finding]:
     """An empty list where everything fits, else what is wrong with which rows.
 
-    experts                int64 [B, T, L, K]  recorded by the engine that sampled
+    experts                int64 [B, T, L, K]  recorded: by the engine that sampled (R3), by the trainer before (R2)
     log_probs              [B, T]              its log-probability of the token that position t predicts
     live_router_log_probs  [B, T, L, E]        the trainer's routers on the same weights and tokens, nothing imposed
     live_log_probs         [B, T]              the trainer's log-probability of the token that position t predicts
     mask                   bool [B, T]         positions that hold a token and have a recorded route
-    enough                 share of recorded experts in the live top-K that counts as fitting: 1 in exact arithmetic;
-                           engines that round differently disagree about a few per cent (by chance it is about K / E)
+    enough                 share of recorded experts in the live top-K that counts as fitting: 1 for R2; engines that
+                           round differently (R3) disagree about a few per cent (by chance it is about K / E)
     tolerance              mean difference of log-probabilities, in nats, that counts as equal
     """
     B, T, L, K = experts.shape

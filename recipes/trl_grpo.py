@@ -27,6 +27,7 @@ nor how TRL hands it new weights. Its routes are not known here, so replay R3 is
 import argparse
 import contextlib
 import math
+import os
 import random
 import sys
 from pathlib import Path
@@ -49,11 +50,9 @@ from support.routing_report import routing_report  # noqa: E402
 ROW_LOSSES = {"grpo": grpo_loss, "gspo": gspo_loss, "gmpo": gmpo_loss, "sapo": sapo_loss, "gspo-replay": gspo_loss}
 LOSSES = ("erpo", "rais", *ROW_LOSSES)
 # Settings of GRPOConfig that change TRL's loss and would do nothing here.
-NOT_READ = ("loss_type", "importance_sampling_level", "epsilon", "epsilon_high", "delta", "beta")
-NOT_READ += ("off_policy_mask_threshold", "top_entropy_quantile", "entropy_coef", "use_adaptive_entropy")
-NOT_READ += ("sapo_temperature_pos", "sapo_temperature_neg")
-# vllm_importance_sampling_mode -> kind of mismatch_weights.
-KINDS = {"token_truncate": "tis", "token_mask": "icepop", "sequence_mask": "sequence-mask"}
+NOT_READ = """loss_type importance_sampling_level epsilon epsilon_high delta beta sapo_temperature_pos
+sapo_temperature_neg off_policy_mask_threshold top_entropy_quantile entropy_coef use_adaptive_entropy""".split()
+KINDS = {"token_truncate": "tis", "token_mask": "icepop", "sequence_mask": "sequence-mask"}  # of mismatch_weights
 
 
 class MoEGRPOTrainer(GRPOTrainer):
@@ -201,9 +200,9 @@ def tiny_model(seed):
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, padding_side="left", **special)
     sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 2}
     sizes |= {"head_dim": 16, "moe_intermediate_size": 32, "num_experts": 8, "num_experts_per_tok": 2}
-    vocabulary = {"vocab_size": len(WORDS), "pad_token_id": 0, "eos_token_id": 1, "bos_token_id": None}
+    sizes |= {"vocab_size": len(WORDS), "pad_token_id": 0, "eos_token_id": 1, "bos_token_id": None}
     more = {"norm_topk_prob": True, "max_position_embeddings": 64, "initializer_range": 0.1}
-    return Qwen3MoeForCausalLM(Qwen3MoeConfig(**sizes, **vocabulary, **more)), tokenizer
+    return Qwen3MoeForCausalLM(Qwen3MoeConfig(**sizes, **more)), tokenizer
 
 
 def prompts(seed, rows=512):
@@ -239,8 +238,7 @@ def main():
 
     torch.set_num_threads(1)  # a model this small gains nothing from threads, and waits for them on a busy machine
     model, tokenizer = tiny_model(args.seed)
-    # Two groups a microbatch; a generation batch of 64 rows is two optimizer steps, twice.
-    sizes = {"num_generations": 8, "max_completion_length": 12, "per_device_train_batch_size": 16}
+    sizes = {"num_generations": 8, "max_completion_length": 12, "per_device_train_batch_size": 16}  # two groups
     steps = {"gradient_accumulation_steps": 2, "steps_per_generation": 4, "num_iterations": 2, "max_steps": args.steps}
     quiet = {"logging_steps": 1, "save_strategy": "no", "report_to": "none", "disable_tqdm": True}
     device = {"bf16": False, "use_cpu": not torch.cuda.is_available()}
@@ -258,7 +256,10 @@ def main():
         fifth = max(1, len(shares) // 5)
         first, last = sum(shares[:fifth]) / fifth, sum(shares[-fifth:]) / fifth
         print(f"{args.loss}: share by the rule {first:.3f} in the first fifth, {last:.3f} in the last")
-    trainer.accelerator.end_training()  # ends the process group: gloo's threads must not outlive the interpreter
+    trainer.accelerator.end_training()
+    if trainer.accelerator.num_processes > 1:  # torch's threads outlive DDP, and may abort an interpreter that ends
+        sys.stdout.flush()
+        os._exit(0)
 
 
 if __name__ == "__main__":

@@ -16,7 +16,6 @@ import json
 import pathlib
 import platform
 import shutil
-import statistics
 import subprocess
 import time
 from types import SimpleNamespace
@@ -31,7 +30,6 @@ from results.rows import add_row, parse_cell, read_rows, read_table
 from support.checkpoints import find_checkpoint, initial_model, load_model
 from support.controls import constant, level, random_expert
 from support.evaluation import text_windows
-from support.run import read_metrics
 from support.tasks import load_task, rng
 
 WORK = pathlib.Path("runs", "results")
@@ -162,12 +160,8 @@ def right_experts(model, windows) -> dict:
 
 
 def figures_of(args, summary: dict, alphabets: bool) -> dict:
-    """What a row says of a finished run: its scores, means over its steps, right experts, and ranks."""
+    """What a row says of a finished run: its scores, right experts, and ranks."""
     figures = {k: v for k, v in summary.items() if isinstance(v, (int, float)) and k not in ("seed", "steps")}
-    steps = [row for row in read_metrics(args.out) if row["phase"] == args.algo]
-    names = {k for row in steps for k, v in row.items() if isinstance(v, (int, float))}
-    for name in sorted(names - {"step", "seconds", "tokens_per_second", "lr"}):
-        figures[f"mean_{name}"] = statistics.fmean(row[name] for row in steps if name in row)
     if args.algo == "dense":
         return figures
     (model, _), samples = load_model(find_checkpoint(args.out)), []
@@ -186,6 +180,7 @@ def figures_of(args, summary: dict, alphabets: bool) -> dict:
 
 
 def done_of(name: str) -> set[tuple[str, int]]:
+    """(arm, start) of the rows that are there."""
     return {(row["arm"], row["start"]) for row in read_rows(name) if not row["again"]}
 
 

@@ -71,18 +71,3 @@ def run_program(name: str, program) -> int:
             raise
         print(f"{name}: {text}", file=sys.stderr)
         return 2
-
-
-# For modules that have not been rewritten yet.
-
-
-def plainly(function, *args):
-    with as_user_error():
-        return function(*args)
-
-
-sentence = describe_error
-
-
-def say(text: str, stream=None):
-    print(text, file=stream or sys.stdout, flush=True)

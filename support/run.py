@@ -191,7 +191,7 @@ class Run:
         results = {name: evaluate(self.model, self.task, name, args, final=True) for name in tests}
         for name, scores in results.items():
             self.log_row(step=state.step, phase="evaluation", split=name, **scores)
-        summary = mean_scores(results)
+        summary = dict(mean_scores(results))
         summary["test_samples"] = summary.pop("samples")
         summary |= {f"validation_{k}": v for k, v in state.validation.items()}
         summary |= {f"before_{k}": v for k, v in state.before.items()}

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 import data
-from support.errors import UserError, say
+from support.errors import UserError
 
 
 def rng(*key) -> torch.Generator:
@@ -107,7 +107,7 @@ class Task(NamedTuple):
     room: int  # tokens a prompt may have
     held_out: dict  # "validation" and the test sets -> TextSplit or list of Example
     variant: str  # of the text, where there are several
-    fingerprint: str = "unknown"
+    fingerprint: str  # of the records that the run reads
 
     def prompts(self, step: int, number: int, group_size: int) -> tuple[list, list[list[int]]]:
         """The examples of a step and their prompts as tokens, each `group_size` times, one after the other."""
@@ -146,13 +146,32 @@ def load_task(args, context: int, generative: bool) -> Task:
         least_room = args.max_new_tokens if generative else 0
         encoded, counts = data.encode_examples(examples, tokenizer, context, min_new_tokens=least_room)
         _report_counts(spec, counts, context, held_out, tokenizer, room, generative)
+        long = sum(len(e.tokens) - e.answer_start > args.max_new_tokens for e in encoded)
+        if generative and long:
+            print(
+                f"{spec.name}: {long} of {len(encoded)} reference answers are longer than --max-new-tokens "
+                f"{args.max_new_tokens}: such a response cannot be written to its end",
+                file=sys.stderr,
+            )
         if not encoded:
             raise UserError(f"no training example of {args.dataset} fits into {context} tokens")
         batch = TaskBatches(encoded, args.batch_size, args.seed, tokenizer.end)
     if generative and not examples:
         raise UserError(f"{args.dataset} has no prompt to generate from")
     order = Order(max(1, len(examples)), args.seed, "prompts")
-    return Task(spec, tokenizer, batch, examples, order, room, held_out, variant)
+    mark = fingerprint([batch.tokens if spec.kind == "text" else examples, *held_out.values()])
+    return Task(spec, tokenizer, batch, examples, order, room, held_out, variant, mark)
+
+
+def fingerprint(sets) -> str:
+    """A hash of token arrays, text splits and lists of Example, in their order."""
+    digest = hashlib.sha256()
+    for records in sets:
+        if isinstance(records, list):
+            digest.update(repr([(e.prompt, e.answer, e.references) for e in records]).encode())
+        else:
+            digest.update(getattr(records, "tokens", records).tobytes())
+    return digest.hexdigest()[:16]
 
 
 def _load_held_out(spec, args) -> dict:
@@ -172,13 +191,13 @@ def _report_counts(spec, counts: dict, context: int, held_out: dict, tokenizer, 
         if counts[key]:
             whole = counts["kept"] + counts["skipped"]
             text = f"{spec.name}: {counts[key]} of {whole} training examples {sentence} (context {context} tokens)"
-            say(text, sys.stderr)
+            print(text, file=sys.stderr)
     questions = [e for split in held_out.values() for e in split]
     cut = sum(len(tokenizer.encode(e.prompt)) > room for e in questions)
     skipped = sum(split.skipped for split in held_out.values())
     if cut or skipped:
-        say(
+        print(
             f"{spec.name}: {cut} of {len(questions)} held-out prompts are cut from the left to {room} tokens, "
             f"{skipped} held-out records lack a prompt or a reference",
-            sys.stderr,
+            file=sys.stderr,
         )
