@@ -13,7 +13,6 @@ R routes.
 """
 
 import argparse
-import csv
 import itertools
 import math
 import os
@@ -36,7 +35,7 @@ import data
 from erl import Pass, erl_objective, explore, random_routes
 from moe import GPT, SIZES, MoEConfig, Routes, feed_forward, lm_loss, router_losses, token_log_probs
 from results.bandit import draw_panels
-from results.rows import heading, interval, line, sign_flip_p
+from results.rows import add_row, heading, interval, line, read_rows, sign_flip_p
 from support.controls import constant, random_expert
 from support.optimizer import learning_rate
 from support.tasks import TextBatches, rng
@@ -256,12 +255,11 @@ def prepare(folder: pathlib.Path, start: int, text: str, data_dir) -> tuple[Deci
     return tuple(Decisions(*part) for part in torch.load(kept))
 
 
-def new_router(start: int, draw: int, std: float = 0.1) -> Tensor:
-    return std * torch.randn(E, SIZES["tiny"]["n_embd"], generator=rng(start, "new last router", draw))
+def new_router(start: int, std: float = 0.1) -> Tensor:
+    return std * torch.randn(E, SIZES["tiny"]["n_embd"], generator=rng(start, "new last router", 0))
 
 
-def run_check(folder: pathlib.Path, start: int, data_dir, setting: str):
-    text = TEXTS[setting]
+def run_check(folder: pathlib.Path, start: int, text: str, data_dir) -> dict:
     train, test = prepare(folder, start, text, data_dir)
     model, (batch, windows), routes = load_start(folder), load_text(text, data_dir, 1), draw_routes(test.log_probs)
 
@@ -273,44 +271,25 @@ def run_check(folder: pathlib.Path, start: int, data_dir, setting: str):
     found = {"perplexity": math.exp(own["nats"]), "random_cost": random / math.exp(own["nats"]) - 1}
     found |= {f"count_{n}": count_perplexity(batch.tokens, windows, n) for n in (4, 5)}
     found |= {"nats": own["nats"], "regret": own["regret"], "gain_own_router": own["nats"] - nats("exact", settled)}
-    found |= {f"nats_{arm}": nats(arm, new_router(start, 0)) for arm in ("none", "exact")}
-    yield [{"setting": setting, "start": start} | found | {"headroom": found["nats_none"] - found["nats_exact"]}]
+    found |= {f"nats_{arm}": nats(arm, new_router(start)) for arm in ("none", "exact")}
+    return found | {"headroom": found["nats_none"] - found["nats_exact"]}
 
 
-def run_arms(folder: pathlib.Path, start: int, data_dir, setting: str, draws, chosen: dict, done):
-    """chosen: the rate of each arm, or nothing for all rates."""
-    wanted = []
-    for draw, rate in itertools.product(draws, RATES):
-        arms = {arm for arm in ARMS if chosen.get(arm, rate) == rate}
-        if not arms <= {arm for arm in ARMS if (setting, str(start), str(draw), f"{rate:g}", arm) in done}:
-            wanted.append((draw, rate, arms | ({"erl"} if "constant" in arms else set())))
-    if not wanted:
-        return
-    train, test = prepare(folder, start, TEXTS[setting], data_dir)
+def run_arms(folder: pathlib.Path, start: int, text: str, data_dir, rate: float, arms: set):
+    """Rows of those arms at one rate."""
+    (train, test), means = prepare(folder, start, text, data_dir), []
     routes = draw_routes(test.log_probs)
-    for draw, rate, arms in wanted:
-        rows, means = [], []
-        for arm in (arm for arm in ARMS if arm in arms):  # `constant` comes after `erl`, whose means it takes
-            weight = new_router(start, draw, 1.0 if arm == "published" else 0.1)
-            figures = score(train_last_router(arm, weight, train, rate, (start, draw), means), test, *routes)
-            row = {"setting": setting, "start": start, "draw": draw, "arm": arm, "rate": rate} | figures
-            rows += [] if (setting, str(start), str(draw), f"{rate:g}", arm) in done else [row]
-        yield rows
+    for arm in ARMS:
+        if arm in arms or arm == "erl" and "constant" in arms:  # `constant` takes the means of `erl`
+            weight = new_router(start, 1.0 if arm == "published" else 0.1)
+            weight = train_last_router(arm, weight, train, rate, (start, 0), means)
+            if arm in arms:
+                yield {"arm": arm, "rate": rate} | score(weight, test, *routes)
 
 
-def read_rows(path) -> list[dict]:
-    return list(csv.DictReader(open(path))) if pathlib.Path(path).exists() else []
-
-
-def add_rows(path, rows: list[dict]):
+def versions() -> dict:
     commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=FOLDER, capture_output=True, text=True).stdout
-    versions = {"torch": torch.__version__, "cpu": torch.backends.cpu.get_cpu_capability(), "commit": commit.strip()}
-    new = not pathlib.Path(path).exists()
-    with open(path, "a", newline="") as file:
-        table = csv.DictWriter(file, rows[0] | versions, lineterminator="\n")
-        if new:
-            table.writeheader()
-        table.writerows({k: f"{x:.6g}" if type(x) is float else x for k, x in (r | versions).items()} for r in rows)
+    return {"torch": torch.__version__, "cpu": torch.backends.cpu.get_cpu_capability(), "commit": commit.strip()}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -322,12 +301,12 @@ SHOWN_ARMS = ("erl", "ratio-uniform", "draw-router", "random-credit", "constant"
 
 
 def figures_of(rows, figure: str, tuning: bool = False) -> dict[tuple, dict]:
-    """(arm, rate) -> start -> a figure, the mean over the draws of a start."""
-    found = defaultdict(lambda: defaultdict(list))
+    """(arm, rate) -> start -> a figure."""
+    found = defaultdict(dict)
     for r in rows:
-        if (r["start"] == "0") == tuning:
-            found[r["arm"], float(r["rate"])][int(r["start"])].append(float(r[figure]))
-    return {arm: {start: statistics.fmean(values) for start, values in of.items()} for arm, of in found.items()}
+        if (r["start"] == 0) == tuning:
+            found[r["arm"], r["rate"]][r["start"]] = r[figure]
+    return found
 
 
 def chosen_rates(rows) -> dict[str, float]:
@@ -397,27 +376,22 @@ def main():
     p.add_argument("--setting", choices=TEXTS, default="a-new")
     p.add_argument("--check", action="store_true", help="the checks of the setting instead of its arms")
     p.add_argument("--starts", type=int, nargs="+", default=range(7))
-    p.add_argument("--draws", type=int, nargs="+", default=[0], help="of the new router in (a)")
     p.add_argument("--all-rates", action="store_true", help="not only the rates that start 0 chose")
-    p.add_argument("--csv", type=pathlib.Path, default=FOLDER, help="folder of checks.csv and e1.csv")
     args = p.parse_args()
-    path = args.csv / ("checks.csv" if args.check else "e1.csv")
-    rows = read_rows(path)
+    name = "checks" if args.check else "e1"
     if args.folder == "report":
-        return print("\n".join(report(rows)))
+        return print("\n".join(report(read_rows(name))))
     for start in args.starts:
-        where = pathlib.Path(args.folder, str(start)), start, args.data_dir, args.setting
-        if args.check:
-            runs = (
-                run_check(*where)
-                if (args.setting, str(start)) not in {(r["setting"], r["start"]) for r in rows}
-                else ()
-            )
-        else:
-            done = {(r["setting"], r["start"], r["draw"], r["rate"], r["arm"]) for r in rows}
-            runs = run_arms(*where, args.draws, {} if args.all_rates else chosen_rates(rows), done)
-        for finished in runs:
-            add_rows(path, finished)
+        where = pathlib.Path(args.folder, str(start)), start, TEXTS[args.setting], args.data_dir
+        rows = [r for r in read_rows(name) if (r["setting"], r["start"]) == (args.setting, start)]
+        found = [] if rows or not args.check else [run_check(*where)]
+        chosen = {} if args.check or args.all_rates else chosen_rates(read_rows(name))
+        for rate in () if args.check else RATES:
+            arms = {arm for arm in ARMS if chosen.get(arm, rate) == rate}
+            arms -= {r["arm"] for r in rows if r["rate"] == rate}
+            found = itertools.chain(found, run_arms(*where, rate, arms) if arms else ())
+        for row in found:
+            add_row(name, {"setting": args.setting, "start": start} | row | versions())
 
 
 if __name__ == "__main__":
