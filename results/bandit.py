@@ -2,8 +2,8 @@
 
     python results/bandit.py        half a minute: results/bandit.csv and results/bandit.png
 
-Every row of a batch is a router of its own with eight experts of unknown worth and no context. A step compares three
-random experts with the router's own choice, as eq. 10 does; each comparison is noisy. All of the loss is erl.py's.
+Every row of a batch is a router of its own, without context, with eight experts of unknown worth. A step compares three
+random experts with the router's own one, as eq. 10 does; each look at an expert is noisy. The loss is erl.py's.
 """
 
 import csv
@@ -71,12 +71,10 @@ def draw_panels(path, rates, label: str, titles, panels, level: tuple[float, str
     figure, axes = plt.subplots(1, 2, figsize=(12, 4.6), layout="constrained")
     for axis, title, curves in zip(axes, titles, panels, strict=True):
         for (name, points), style in zip(curves.items(), ("o-", "s-", "^-", "o--", "s--"), strict=True):
-            middle, low, high = zip(*points, strict=True)
-            reach = (
-                [m - a for m, a in zip(middle, low, strict=True)],
-                [b - m for m, b in zip(middle, high, strict=True)],
-            )
+            middle, low, high = torch.tensor(points).T
+            reach = torch.stack((middle - low, high - middle))
             axis.errorbar(rates, middle, reach, fmt=style, capsize=3, label=name)
+        axis.axhline(0, color="gray", linewidth=0.8)
         axis.set(xscale="log", xlabel=label, title=title)
     axes[0].axhline(level[0], color="gray", linestyle=":", label=level[1])
     figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncol=3, frameon=False)
