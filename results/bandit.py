@@ -2,13 +2,12 @@
 
     python results/bandit.py        half a minute: results/bandit.csv and results/bandit.png
 
-Every row of a batch is a router of its own with eight experts of unknown worth and no context. A step compares three
-random experts with the router's own choice, as eq. 10 does; each comparison is noisy. All of the loss is erl.py's.
+Every row of a batch is a router of its own, without context, with eight experts of unknown worth. A step compares three
+random experts with the router's own one, as eq. 10 does; each look at an expert is noisy. The loss is erl.py's.
 """
 
 import csv
 import pathlib
-import statistics
 import sys
 
 sys.path.insert(0, str(pathlib.Path(__file__).parent.parent))
@@ -17,6 +16,7 @@ import matplotlib
 import torch
 
 from erl import Pass, erl_objective, explore
+from results.rows import interval
 from support.controls import constant, random_expert
 from support.tasks import rng
 
@@ -65,9 +65,20 @@ def learn(variant: str, rate: float) -> tuple[torch.Tensor, torch.Tensor]:
     return right.view(SEEDS, -1).mean(1), entropy.view(SEEDS, -1).mean(1)
 
 
-def interval(values: list[float]) -> tuple[float, float]:
-    """Mean and the half width of its 95 % interval over ten seeds (t = 2.262 with 9 degrees of freedom)."""
-    return statistics.fmean(values), 2.262 * statistics.stdev(values) / len(values) ** 0.5
+def draw_panels(path, rates, label: str, titles, panels, level: tuple[float, str]):
+    """Two panels, each a dict name -> [(mean, low, high)] at the rates; level: a line in the first, and what it is."""
+    plt.rcParams["font.size"] = 13
+    figure, axes = plt.subplots(1, 2, figsize=(12, 4.6), layout="constrained")
+    for axis, title, curves in zip(axes, titles, panels, strict=True):
+        for (name, points), style in zip(curves.items(), ("o-", "s-", "^-", "o--", "s--"), strict=True):
+            middle, low, high = torch.tensor(points).T
+            reach = torch.stack((middle - low, high - middle))
+            axis.errorbar(rates, middle, reach, fmt=style, capsize=3, label=name)
+        axis.axhline(0, color="gray", linewidth=0.8)
+        axis.set(xscale="log", xlabel=label, title=title)
+    axes[0].axhline(level[0], color="gray", linestyle=":", label=level[1])
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncol=3, frameon=False)
+    figure.savefig(path, dpi=110)
 
 
 def main():
@@ -78,16 +89,9 @@ def main():
         for (name, rate), figures in results.items():
             for seed, (right, entropy) in enumerate(zip(*map(torch.Tensor.tolist, figures), strict=True)):
                 table.writerow([name, rate, seed, f"{right:.4f}", f"{entropy:.4f}", STEPS, NOISE, torch.__version__])
-    plt.rcParams["font.size"] = 13
-    figure, panels = plt.subplots(1, 2, figsize=(12, 4.6), layout="constrained")
-    for panel, title, which in zip(panels, ("share of right experts", "router entropy (nats)"), (0, 1), strict=True):
-        for name, style in zip(VARIANTS, ("o-", "s-", "^-", "o--", "s--"), strict=True):
-            points = [interval(results[name, rate][which].tolist()) for rate in RATES]
-            panel.errorbar(RATES, *zip(*points, strict=True), fmt=style, capsize=3, label=name)
-        panel.set(xscale="log", xlabel="learning rate", title=title, ylim=(0, None))
-    panels[0].axhline(1 / E, color="gray", linestyle=":", label="chance")
-    figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncol=3, frameon=False)
-    figure.savefig(FOLDER / "bandit.png", dpi=110)
+    panels = [{v: [interval(results[v, rate][which].tolist()) for rate in RATES] for v in VARIANTS} for which in (0, 1)]
+    titles = "share of right experts", "router entropy (nats)"
+    draw_panels(FOLDER / "bandit.png", RATES, "learning rate", titles, panels, (1 / E, "chance"))
 
 
 if __name__ == "__main__":

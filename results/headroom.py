@@ -1,7 +1,7 @@
 """E1 of PLAN.md: how much could routing bring, what of it can be learnt, and does ERL learn it?
 
     python results/headroom.py STARTS --data-dir DIR --setting a-new --check          PLAN.md's checks
-    python results/headroom.py STARTS --data-dir DIR --setting a-new --all-rates      its arms; settings a, a-new, b, c
+    python results/headroom.py STARTS --data-dir DIR --setting a-new --all-rates      its arms
     python results/headroom.py report                                                 tables, verdicts, picture
 
 STARTS/N is a run folder of `train.py --algo lm` with the settings of PLAN.md. A run that has its row is not run again.
@@ -13,7 +13,6 @@ R routes.
 """
 
 import argparse
-import csv
 import itertools
 import math
 import os
@@ -27,31 +26,37 @@ from typing import NamedTuple
 sys.path.insert(0, str(pathlib.Path(__file__).parent.parent))
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
-import matplotlib
 import numpy as np
 import torch
 from safetensors.torch import load_file
-from scipy import stats
 from torch import Tensor
 
 import data
 from erl import Pass, erl_objective, explore, random_routes
 from moe import GPT, SIZES, MoEConfig, Routes, feed_forward, lm_loss, router_losses, token_log_probs
+from results.bandit import draw_panels
+from results.rows import add_row, heading, interval, line, read_rows, sign_flip_p
 from support.controls import constant, random_expert
-from support.optimizer import learning_rate, make_optimizer
+from support.optimizer import learning_rate
 from support.tasks import TextBatches, rng
-
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt  # noqa: E402
 
 FOLDER = pathlib.Path(__file__).parent
 T, E, RANKED, R = 256, 8, 300, 99  # context, experts, windows whose routes are ranked, perturbed routes of a window
-STEPS, BATCH, RATES, FREE_RATE = 600, 8, (3e-4, 1e-3, 3e-3, 1e-2, 3e-2), 3e-4
+STEPS, BATCH, RATES = 600, 8, (3e-4, 1e-3, 3e-3, 1e-2, 3e-2)
 ALPHA, M = 0.6, 3
-ARMS = ("none", "exact", "erl", "ratio-uniform", "draw-router", "random-credit", "constant", "published", "erl-again")
-TEXTS = {"a": "wikitext2", "a-new": "pydocs", "b": "wikitext2", "c": "pydocs"}
-FREE_ARMS = ("none all", "exact all", "erl all", "erl router", "random-credit all", "ratio-uniform router")
-FREE_ARMS += ("random-credit router", "draw-router router")  # an arm, and how far its RL loss reaches
+LABELS = {  # the arms of PLAN.md
+    "none": "balance and z losses alone",
+    "exact": "exact credit",
+    "erl": "ERL as written",
+    "ratio-uniform": "ratio to the uniform draw",
+    "draw-router": "experts drawn from the router",
+    "random-credit": "ERL, random experts credited",
+    "constant": "ERL, a constant advantage",
+    "published": "as the public code, labels shifted",
+    "erl-again": "ERL once more, other draws",
+}
+ARMS = tuple(LABELS)
+TEXTS = {"a": "wikitext2", "a-new": "pydocs"}  # PLAN.md's settings that ran
 
 
 class Decisions(NamedTuple):
@@ -152,32 +157,6 @@ def train_last_router(arm: str, weight: Tensor, decisions: Decisions, rate: floa
     return weight.detach()
 
 
-def free_loss(model: GPT, tokens: Tensor, arm: str, gradient: str, generator) -> Tensor:
-    """An arm's loss on one batch [B, T + 1] where everything is free."""
-    targets, hidden = tokens[:, 1:], model.stem(tokens[:, :-1])
-
-    def forward(routes):
-        if routes is None:
-            features, routing = model.branch(hidden)
-            loss, log_probs = lm_loss(features, model.wte.weight, targets)
-            balance, z, _ = router_losses(routing.logits, routing.experts)
-            loss = loss + 1e-3 * (balance + z).sum()
-            if arm == "exact":
-                logits, worth = model.route_again(routing.inputs)[:, :, -1], last_decisions(model, [tokens]).log_probs
-                loss = loss + exact_credit(logits, worth)
-            return Pass(log_probs, routing.logits.detach().log_softmax(-1), loss)
-        with torch.set_grad_enabled(gradient == "all"):
-            features, routing = model.branch(hidden.repeat(M, 1, 1), routes=Routes(*routes))
-        logits = routing.logits if gradient == "all" else model.route_again(routing.inputs)
-        with torch.no_grad():
-            log_probs = token_log_probs(features, model.wte.weight, targets.repeat(M, 1))
-        return Pass(log_probs, logits.log_softmax(-1), None)
-
-    if arm in ("none", "exact"):
-        return forward(None).loss
-    return erl_arm(arm, forward, torch.ones_like(targets, dtype=torch.bool), generator, [])
-
-
 # ---------------------------------------------------------------------------------------------------------------------
 # Figures
 # ---------------------------------------------------------------------------------------------------------------------
@@ -276,12 +255,11 @@ def prepare(folder: pathlib.Path, start: int, text: str, data_dir) -> tuple[Deci
     return tuple(Decisions(*part) for part in torch.load(kept))
 
 
-def new_router(start: int, draw: int, std: float = 0.1) -> Tensor:
-    return std * torch.randn(E, SIZES["tiny"]["n_embd"], generator=rng(start, "new last router", draw))
+def new_router(start: int, std: float = 0.1) -> Tensor:
+    return std * torch.randn(E, SIZES["tiny"]["n_embd"], generator=rng(start, "new last router", 0))
 
 
-def run_check(folder: pathlib.Path, start: int, data_dir, setting: str):
-    text = TEXTS[setting]
+def run_check(folder: pathlib.Path, start: int, text: str, data_dir) -> dict:
     train, test = prepare(folder, start, text, data_dir)
     model, (batch, windows), routes = load_start(folder), load_text(text, data_dir, 1), draw_routes(test.log_probs)
 
@@ -293,73 +271,25 @@ def run_check(folder: pathlib.Path, start: int, data_dir, setting: str):
     found = {"perplexity": math.exp(own["nats"]), "random_cost": random / math.exp(own["nats"]) - 1}
     found |= {f"count_{n}": count_perplexity(batch.tokens, windows, n) for n in (4, 5)}
     found |= {"nats": own["nats"], "regret": own["regret"], "gain_own_router": own["nats"] - nats("exact", settled)}
-    found |= {f"nats_{arm}": nats(arm, new_router(start, 0)) for arm in ("none", "exact")}
-    yield [{"setting": setting, "start": start} | found | {"headroom": found["nats_none"] - found["nats_exact"]}]
+    found |= {f"nats_{arm}": nats(arm, new_router(start)) for arm in ("none", "exact")}
+    return found | {"headroom": found["nats_none"] - found["nats_exact"]}
 
 
-def run_last_router(folder: pathlib.Path, start: int, data_dir, setting: str, draws, chosen: dict, done):
-    """chosen: the rate of each arm, or nothing for all rates."""
-    wanted = []
-    for draw, rate in itertools.product(draws, RATES):
-        arms = {arm for arm in ARMS if chosen.get(arm, rate) == rate}
-        if not arms <= {arm for arm in ARMS if (setting, str(start), str(draw), f"{rate:g}", arm) in done}:
-            wanted.append((draw, rate, arms | ({"erl"} if "constant" in arms else set())))
-    if not wanted:
-        return
-    train, test = prepare(folder, start, TEXTS[setting], data_dir)
+def run_arms(folder: pathlib.Path, start: int, text: str, data_dir, rate: float, arms: set):
+    """Rows of those arms at one rate."""
+    (train, test), means = prepare(folder, start, text, data_dir), []
     routes = draw_routes(test.log_probs)
-    for draw, rate, arms in wanted:
-        rows, means = [], []
-        for arm in (arm for arm in ARMS if arm in arms):  # `constant` comes after `erl`, whose means it takes
-            weight = new_router(start, draw, 1.0 if arm == "published" else 0.1)
-            figures = score(train_last_router(arm, weight, train, rate, (start, draw), means), test, *routes)
-            row = {"setting": setting, "start": start, "draw": draw, "arm": arm, "rate": rate} | figures | {"left": ""}
-            rows += [] if (setting, str(start), str(draw), f"{rate:g}", arm) in done else [row]
-        yield rows
+    for arm in ARMS:
+        if arm in arms or arm == "erl" and "constant" in arms:  # `constant` takes the means of `erl`
+            weight = new_router(start, 1.0 if arm == "published" else 0.1)
+            weight = train_last_router(arm, weight, train, rate, (start, 0), means)
+            if arm in arms:
+                yield {"arm": arm, "rate": rate} | score(weight, test, *routes)
 
 
-def run_free(folder: pathlib.Path, start: int, data_dir, setting: str, rates: dict, done):
-    text = TEXTS[setting]
-    (batch, windows), (more, _) = (load_text(text, data_dir, 4, use, start) for use in ("free", "left"))
-    for arm in FREE_ARMS:
-        name, gradient = arm.split()
-        if (setting, str(start), arm) in done:
-            continue
-        model = load_start(folder)
-        for i in model.config.moe_blocks if setting == "b" else ():
-            torch.nn.init.normal_(model.blocks[i].mlp.router.weight, std=0.1, generator=rng(start, "new routers", i))
-        optimizer = make_optimizer(model, 0.1, rates[name] / FREE_RATE)
-        for step in range(STEPS):
-            for group in optimizer.param_groups:
-                group["lr"] = learning_rate(step, STEPS, FREE_RATE) * group["factor"]
-            optimizer.zero_grad()
-            free_loss(model, batch(step).tokens, name, gradient, rng(start, "routes", step)).backward()
-            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-            optimizer.step()
-        test, weight = last_decisions(model, windows[::2].split(16)), model.blocks[-1].mlp.router.weight.detach()
-        figures = score(weight, test, *(routes := draw_routes(test.log_probs)))
-        with torch.no_grad():  # the largest load of any layer
-            loads = [layer.flatten().bincount() for layer in model(windows[:64, :-1])[1].experts.unbind(2)]
-        figures["max_load"] = max(load.max().item() / load.sum().item() for load in loads)
-        decisions = last_decisions(model, (more(step).tokens for step in range(100)))
-        left = figures["nats"] - score(train_last_router("exact", weight, decisions, 1e-2), test, *routes)["nats"]
-        row = {"setting": setting, "start": start, "draw": "", "arm": arm, "rate": rates[name]}
-        yield [row | figures | {"left": left}]
-
-
-def read_rows(path) -> list[dict]:
-    return list(csv.DictReader(open(path))) if pathlib.Path(path).exists() else []
-
-
-def add_rows(path, rows: list[dict]):
+def versions() -> dict:
     commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=FOLDER, capture_output=True, text=True).stdout
-    versions = {"torch": torch.__version__, "cpu": torch.backends.cpu.get_cpu_capability(), "commit": commit.strip()}
-    new = not pathlib.Path(path).exists()
-    with open(path, "a", newline="") as file:
-        table = csv.DictWriter(file, rows[0] | versions, lineterminator="\n")
-        if new:
-            table.writeheader()
-        table.writerows({k: f"{x:.6g}" if type(x) is float else x for k, x in (r | versions).items()} for r in rows)
+    return {"torch": torch.__version__, "cpu": torch.backends.cpu.get_cpu_capability(), "commit": commit.strip()}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -367,28 +297,23 @@ def add_rows(path, rows: list[dict]):
 # ---------------------------------------------------------------------------------------------------------------------
 
 SHOWN = ("nats", "regret", "random_cost", "mrr", "entropy", "max_load")
-LABELS = {
-    "erl": "ERL as written",
-    "ratio-uniform": "ratio to the uniform draw",
-    "draw-router": "experts drawn from the router",
-    "random-credit": "ERL, random experts credited",
-    "constant": "ERL, a constant advantage",
-}
+SHOWN_ARMS = ("erl", "ratio-uniform", "draw-router", "random-credit", "constant")
 
 
-def figures_of(rows, setting: str, figure: str, tuning: bool = False) -> dict[tuple, dict]:
-    """(arm, rate) -> start -> a figure, the mean over the draws of a start."""
-    found = defaultdict(lambda: defaultdict(list))
+def figures_of(rows, figure: str, tuning: bool = False) -> dict[tuple, dict]:
+    """(arm, rate) -> start -> a figure."""
+    found = defaultdict(dict)
     for r in rows:
-        if r["setting"] == setting and (r["start"] == "0") == tuning:
-            found[r["arm"], float(r["rate"])][int(r["start"])].append(float(r[figure] or "nan"))
-    return {arm: {start: statistics.fmean(values) for start, values in of.items()} for arm, of in found.items()}
+        if (r["start"] == 0) == tuning:
+            found[r["arm"], r["rate"]][r["start"]] = r[figure]
+    return found
 
 
 def chosen_rates(rows) -> dict[str, float]:
     """Of each arm in (a-new): the rate with the fewest nats on start 0, the tuning start."""
-    nats = figures_of(rows, "a-new", "nats", tuning=True)
-    return {arm: min(RATES, key=lambda rate: nats[arm, rate][0]) for arm in ARMS}
+    nats = figures_of(rows, "nats", tuning=True)
+    rates = {arm: min(RATES, key=lambda rate: nats[arm, rate][0]) for arm in ARMS}
+    return rates | {"erl-again": rates["erl"]}
 
 
 def less(a: dict, b: dict) -> dict:
@@ -396,83 +321,52 @@ def less(a: dict, b: dict) -> dict:
     return {start: a[start] - b[start] for start in a if start in b}
 
 
-def interval(values: dict) -> tuple[float, float, float]:
-    """Mean, and the ends of its 95 % t interval."""
-    mean, n = statistics.fmean(values.values()), len(values)
-    reach = stats.t.ppf(0.975, n - 1) * statistics.stdev(values.values()) / n**0.5 if n > 1 else math.inf
-    return mean, mean - reach, mean + reach
+def ends(values: dict) -> tuple[float, float, float]:
+    return interval(list(values.values()))
 
 
 def show(values: dict) -> str:
-    """The interval; where a gap is wider than half the range, the exact sign-flip test of a mean of 0 too."""
-    mean, low, high = interval(values)
-    text, ordered = f"{mean:.4f} [{low:.4f}, {high:.4f}]", sorted(values.values())
-    if len(ordered) > 2 and max(b - a for a, b in itertools.pairwise(ordered)) > (ordered[-1] - ordered[0]) / 2:
-        sums = [abs(np.dot(signs, ordered)) for signs in itertools.product((1, -1), repeat=len(ordered))]
-        text += f" (bimodal, p {np.mean(np.array(sums) >= abs(sum(ordered)) - 1e-12):.3f})"
-    return text
+    """The interval; where a gap is wider than half the range, a sign-flip test of a mean of 0 too."""
+    ordered = sorted(values.values())
+    bimodal = max(b - a for a, b in itertools.pairwise(ordered)) > (ordered[-1] - ordered[0]) / 2 and len(ordered) > 2
+    text = "{:.3f} [{:.3f}, {:.3f}]".format(*ends(values))
+    return text + (f" (two humps, p {sign_flip_p(ordered):.3f})" if bimodal else "")
 
 
-def report_last_router(rows) -> tuple[list[str], float]:
-    rates, of = chosen_rates(rows), {figure: figures_of(rows, "a-new", figure) for figure in SHOWN}
-    none, headroom = of["nats"]["none", rates["none"]], {}
+def report(rows) -> list[str]:
+    """Table and verdicts of (a-new)."""
+    rates, of = chosen_rates(rows), {figure: figures_of(rows, figure) for figure in SHOWN}
+    none = of["nats"]["none", rates["none"]]
     headroom = less(none, of["nats"]["exact", rates["exact"]])
     share = {key: {s: gain / headroom[s] for s, gain in less(none, x).items()} for key, x in of["nats"].items()}
-    mean = {key: statistics.fmean(values.values()) for key, values in share.items()}
-    lines = [f"(a-new): {len(none)} starts, learnable headroom {show(headroom)} nats", ""]
-    lines += [f"| arm | rate | share recovered | {' | '.join(SHOWN)} |", "|" + " --- |" * (3 + len(SHOWN))]
+    lines = [f"Learnable headroom of {len(headroom)} starts: {show(headroom)} nats.", ""]
+    lines += heading("arm", "what it is", "rate", "share recovered", *(f"`{figure}`" for figure in SHOWN))
     for key in rates.items():
-        cells = " | ".join(f"{statistics.fmean(of[figure][key].values()):.4f}" for figure in SHOWN)
-        lines.append(f"| {key[0]} | {key[1]:g} | {show(share[key])} | {cells} |")
-    at = {arm: share[arm, rates[arm]] for arm in ARMS}
-    gain, even = less(at["erl"], at["random-credit"]), max(of["max_load"]["erl", rates["erl"]].values()) <= 0.9
-    holds = interval(at["erl"])[1] > 0.25 and interval(gain)[1] > 0 and even
-    verdict = "holds" if holds else "is refuted" if interval(at["erl"])[2] < 0.1 else "is not decided"
-    lines += ["", f"ERL less random credit {show(gain)}; ERL again less ERL {show(less(at['erl-again'], at['erl']))}"]
-    lines += [f"ERL's claim {verdict} in (a-new)."]
-    for key in ((arm, rates[arm]) for arm in ("constant", "random-credit")):
-        mrr = statistics.fmean(of["mrr"][key].values())
+        cells = [f"{statistics.fmean(of[figure][key].values()):.3f}" for figure in SHOWN]
+        lines.append(line(f"`{key[0]}`", LABELS[key[0]], f"{key[1]:g}", show(share[key]), *cells))
+    erl, random, again = (share[arm, rates[arm]] for arm in ("erl", "random-credit", "erl-again"))
+    even = max(of["max_load"]["erl", rates["erl"]].values()) <= 0.9
+    holds = ends(erl)[1] > 0.25 and ends(less(erl, random))[1] > 0 and even
+    verdict = "holds" if holds else "is refuted here" if ends(erl)[2] < 0.1 else "is not decided here"
+    lines += [
+        "",
+        f"Share of `erl` less `random-credit`: {show(less(erl, random))}. Two runs of ERL: {show(less(again, erl))}.",
+    ]
+    lines += [f"ERL's claim **{verdict}** ({len(erl)} starts)."]
+    for key in (arm for arm in rates.items() if arm[0] in ("constant", "random-credit")):
+        mrr, mean = statistics.fmean(of["mrr"][key].values()), ends(share[key])[0]
+        no = mrr >= 0.17 and mean < 0.1
         lines.append(
-            f"{key[0]}: MRR {mrr:.3f}, share {mean[key]:.3f}"
-            + ": MRR is no evidence of credit" * (mrr >= 0.17 and mean[key] < 0.1)
+            f"`{key[0]}`: MRR {mrr:.2f}, share {mean:.2f}; MRR is {'no evidence of credit' if no else 'not refuted'}."
         )
-    draw_picture(share, of["entropy"])
-    return lines, interval(headroom)[0]
-
-
-def report_free(rows, setting: str, headroom: float) -> list[str]:
-    of = {figure: {arm: x for (arm, _), x in figures_of(rows, setting, figure).items()} for figure in (*SHOWN, "left")}
-    nats, lines = (
-        of["nats"],
-        [f"({setting})", "", f"| arm | starts | gain over none | over random credit | {' | '.join(of)} |"],
-    )
-    lines += ["|" + " --- |" * (4 + len(of))]
-    for arm in nats:
-        gains = [less(nats.get(other, {}), nats[arm]) for other in ("none all", f"random-credit {arm.split()[1]}")]
-        cells = [show(gain) if gain else "" for gain in gains]
-        cells += [f"{statistics.fmean(of[figure][arm].values()):.4f}" for figure in of]
-        lines.append(f"| {arm} | {len(nats[arm])} | {' | '.join(cells)} |")
-        if arm.startswith("erl ") and all(gains):
-            low = min(interval(gain)[1] for gain in gains)
-            even = max(of["max_load"][arm].values()) <= 0.9
-            verdict = "is refuted" if interval(gains[0])[2] < headroom / 10 else "is not decided"
-            lines.append(f"{arm}: ERL's claim {'holds' if low > 0 and even else verdict} in ({setting}).")
+    if all(len(share.get((arm, rate), ())) > 1 for arm in SHOWN_ARMS for rate in RATES):
+        panels = [{LABELS[a]: [ends(x[a, r]) for r in RATES] for a in SHOWN_ARMS} for x in (share, of["entropy"])]
+        titles, level = (
+            ("share of the learnable headroom recovered", "router entropy (nats)"),
+            (1, "exact credit, best rate"),
+        )
+        draw_panels(FOLDER / "real-router.png", RATES, "learning rate of the router", titles, panels, level)
     return lines
-
-
-def draw_picture(share: dict, entropy: dict):
-    plt.rcParams["font.size"] = 13
-    figure, panels = plt.subplots(1, 2, figsize=(12, 4.6), layout="constrained")
-    titles = ("share of the learnable headroom recovered", "router entropy (nats)")
-    for panel, title, of in zip(panels, titles, (share, entropy), strict=True):
-        for arm, style in zip(LABELS, ("o-", "s-", "^-", "o--", "s--"), strict=True):
-            middle, low, high = np.array([interval(of[arm, rate]) for rate in RATES]).T
-            panel.errorbar(RATES, middle, (middle - low, high - middle), fmt=style, capsize=3, label=LABELS[arm])
-        panel.set(xscale="log", xlabel="learning rate of the router", title=title)
-    panels[0].axhline(1, color="gray", linestyle=":", label="exact credit at its best rate")
-    panels[0].axhline(0, color="gray", linewidth=0.8)
-    figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncol=3, frameon=False)
-    figure.savefig(FOLDER / "real-router.png", dpi=110)
 
 
 def main():
@@ -482,33 +376,22 @@ def main():
     p.add_argument("--setting", choices=TEXTS, default="a-new")
     p.add_argument("--check", action="store_true", help="the checks of the setting instead of its arms")
     p.add_argument("--starts", type=int, nargs="+", default=range(7))
-    p.add_argument("--draws", type=int, nargs="+", default=[0], help="of the new router in (a)")
     p.add_argument("--all-rates", action="store_true", help="not only the rates that start 0 chose")
-    p.add_argument("--csv", type=pathlib.Path, default=FOLDER, help="folder of checks.csv and e1.csv")
     args = p.parse_args()
-    path = args.csv / ("checks.csv" if args.check else "e1.csv")
-    rows = read_rows(path)
+    name = "checks" if args.check else "e1"
     if args.folder == "report":
-        lines, headroom = report_last_router(rows)
-        for setting in sorted({r["setting"] for r in rows} & {"b", "c"}):
-            lines += ["", *report_free(rows, setting, headroom)]
-        return print("\n".join(lines))
+        return print("\n".join(report(read_rows(name))))
     for start in args.starts:
-        where = pathlib.Path(args.folder, str(start)), start, args.data_dir, args.setting
-        if args.check:
-            runs = (
-                run_check(*where)
-                if (args.setting, str(start)) not in {(r["setting"], r["start"]) for r in rows}
-                else ()
-            )
-        elif args.setting in ("a", "a-new"):
-            done = {(r["setting"], r["start"], r["draw"], r["rate"], r["arm"]) for r in rows}
-            runs = run_last_router(*where, args.draws, {} if args.all_rates else chosen_rates(rows), done)
-        else:
-            done = {(r["setting"], r["start"], r["arm"]) for r in rows}
-            runs = run_free(*where, chosen_rates(rows), done)
-        for finished in runs:
-            add_rows(path, finished)
+        where = pathlib.Path(args.folder, str(start)), start, TEXTS[args.setting], args.data_dir
+        rows = [r for r in read_rows(name) if (r["setting"], r["start"]) == (args.setting, start)]
+        found = [] if rows or not args.check else [run_check(*where)]
+        chosen = {} if args.check or args.all_rates else chosen_rates(read_rows(name))
+        for rate in () if args.check else RATES:
+            arms = {arm for arm in ARMS if chosen.get(arm, rate) == rate}
+            arms -= {r["arm"] for r in rows if r["rate"] == rate}
+            found = itertools.chain(found, run_arms(*where, rate, arms) if arms else ())
+        for row in found:
+            add_row(name, {"setting": args.setting, "start": start} | row | versions())
 
 
 if __name__ == "__main__":
