@@ -1,4 +1,4 @@
-"""results/headroom.py: exact credit is what single forced routes give; its arms read the decisions as the model does."""
+"""results/headroom.py: exact credit by a loop over experts, the share of a headroom, ranks of a decision."""
 
 import torch
 
