@@ -49,7 +49,7 @@ from support.generation import Rollout, generate, sampler_of
 from support.head import masked_lm_loss, masked_log_probs
 from support.optimizer import clip_gradients, set_learning_rate
 from support.pictures import plot_curves
-from support.routing_report import routing_report
+from support.routing_report import ratio_report, routing_report
 from support.run import Run, State, load_state, open_folder, write_json
 from support.tasks import Batch, Task, load_task, rng
 
@@ -347,16 +347,17 @@ def rollout_metrics(rollout: Rollout, rewards: Tensor, task: Task, args) -> dict
 
 
 def engine_metrics(old: Policy, rollout: Rollout) -> dict:
-    """How often the trainer before its updates and the sampler choose other experts, over response tokens."""
+    """How far the trainer before its updates is from the sampler over response tokens: pi_old / mu, and their experts."""
     differs = (old.experts.sort(-1).values != rollout.experts.sort(-1).values).any(-1)[rollout.response_mask]  # [n, L]
-    return {"engine_moved_tokens": differs.any(-1).float().mean(), "engine_moved_decisions": differs.float().mean()}
+    moved = {"engine_moved_tokens": differs.any(-1).float().mean(), "engine_moved_decisions": differs.float().mean()}
+    return moved | ratio_report("engine", old.log_probs, rollout.log_probs, rollout.response_mask)
 
 
 def moved_routes(policy: Policy, routing: Routing, old: Policy, rollout: Rollout, args) -> dict:
-    """How far the router is from the one before the updates, and the two parts of the ratio to the sampler."""
+    """How far the router, and with three policies the ratio, is from what they were before the updates."""
     experts = {"experts": policy.experts, "old_experts": old.experts}
     if not same_arithmetic(args):
-        experts["log_probs"] = policy.log_probs, old.log_probs, rollout.log_probs
+        experts["log_probs"] = policy.log_probs, old.log_probs  # the other part of the ratio is engine_metrics'
     report = routing_report(routing.logits, old.expert_log_probs, rollout.response_mask, **experts)
     # RAIS's own metrics have the plain names, and 1 in the first update of a batch, where its old policy is the new one
     return {name.replace("gamma", "rollout_gamma").replace("floor", "rollout_floor"): x for name, x in report.items()}
