@@ -347,7 +347,7 @@ def rollout_metrics(rollout: Rollout, rewards: Tensor, task: Task, args) -> dict
 
 
 def engine_metrics(old: Policy, rollout: Rollout) -> dict:
-    """How far the trainer before its updates is from the sampler over response tokens: pi_old / mu, and their experts."""
+    """How far the trainer before its updates is from the sampler over response tokens: ratio and experts."""
     differs = (old.experts.sort(-1).values != rollout.experts.sort(-1).values).any(-1)[rollout.response_mask]  # [n, L]
     moved = {"engine_moved_tokens": differs.any(-1).float().mean(), "engine_moved_decisions": differs.float().mean()}
     return moved | ratio_report("engine", old.log_probs, rollout.log_probs, rollout.response_mask)
