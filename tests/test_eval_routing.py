@@ -215,11 +215,11 @@ def forward_by_hand(model, tokens, layer, expert):
     return F.linear(model.ln_f(x[-1]), model.wte.weight).log_softmax(-1)
 
 
-@pytest.mark.parametrize(
-    "sizes",
-    [{"gate": "renorm"}, {"gate": "prob"}, {"top_k": 2}, {"top_k": 2, "gate": "prob", "n_shared_expert": 1},
-     {"n_layer": 4, "moe_every": 2, "gate": "straight"}],
-)  # fmt: skip
+FORCED = [{"gate": "renorm"}, {"gate": "prob"}, {"top_k": 2}, {"top_k": 2, "gate": "prob", "n_shared_expert": 1}]
+FORCED += [{"n_layer": 4, "moe_every": 2, "gate": "straight"}]
+
+
+@pytest.mark.parametrize("sizes", FORCED)
 def test_a_forced_expert_takes_the_place_and_the_weight_of_the_own_one(sizes):
     tokens, seen = random_window(10)[0], set()
     for layer, length, seed in itertools.product(range(2), (3, 10), range(3)):
