@@ -255,8 +255,8 @@ def prepare(folder: pathlib.Path, start: int, text: str, data_dir) -> tuple[Deci
     return tuple(Decisions(*part) for part in torch.load(kept))
 
 
-def new_router(start: int, std: float = 0.1) -> Tensor:
-    return std * torch.randn(E, SIZES["tiny"]["n_embd"], generator=rng(start, "new last router", 0))
+def new_router(start: int, draw: int, std: float = 0.1) -> Tensor:
+    return std * torch.randn(E, SIZES["tiny"]["n_embd"], generator=rng(start, "new last router", draw))
 
 
 def run_check(folder: pathlib.Path, start: int, text: str, data_dir) -> dict:
@@ -271,20 +271,20 @@ def run_check(folder: pathlib.Path, start: int, text: str, data_dir) -> dict:
     found = {"perplexity": math.exp(own["nats"]), "random_cost": random / math.exp(own["nats"]) - 1}
     found |= {f"count_{n}": count_perplexity(batch.tokens, windows, n) for n in (4, 5)}
     found |= {"nats": own["nats"], "regret": own["regret"], "gain_own_router": own["nats"] - nats("exact", settled)}
-    found |= {f"nats_{arm}": nats(arm, new_router(start)) for arm in ("none", "exact")}
+    found |= {f"nats_{arm}": nats(arm, new_router(start, 0)) for arm in ("none", "exact")}
     return found | {"headroom": found["nats_none"] - found["nats_exact"]}
 
 
-def run_arms(folder: pathlib.Path, start: int, text: str, data_dir, rate: float, arms: set):
+def run_arms(folder: pathlib.Path, start: int, text: str, data_dir, draw: int, rate: float, arms: set):
     """Rows of those arms at one rate."""
     (train, test), means = prepare(folder, start, text, data_dir), []
     routes = draw_routes(test.log_probs)
     for arm in ARMS:
         if arm in arms or arm == "erl" and "constant" in arms:  # `constant` takes the means of `erl`
-            weight = new_router(start, 1.0 if arm == "published" else 0.1)
-            weight = train_last_router(arm, weight, train, rate, (start, 0), means)
+            weight = new_router(start, draw, 1.0 if arm == "published" else 0.1)
+            weight = train_last_router(arm, weight, train, rate, (start, draw), means)
             if arm in arms:
-                yield {"arm": arm, "rate": rate} | score(weight, test, *routes)
+                yield {"draw": draw, "arm": arm, "rate": rate} | score(weight, test, *routes)
 
 
 def versions() -> dict:
@@ -301,12 +301,12 @@ SHOWN_ARMS = ("erl", "ratio-uniform", "draw-router", "random-credit", "constant"
 
 
 def figures_of(rows, figure: str, tuning: bool = False) -> dict[tuple, dict]:
-    """(arm, rate) -> start -> a figure."""
-    found = defaultdict(dict)
+    """(arm, rate) -> start -> a figure, the mean over the draws of a start."""
+    found = defaultdict(lambda: defaultdict(list))
     for r in rows:
         if (r["start"] == 0) == tuning:
-            found[r["arm"], r["rate"]][r["start"]] = r[figure]
-    return found
+            found[r["arm"], r["rate"]][r["start"]].append(r[figure])
+    return {arm: {start: statistics.fmean(values) for start, values in of.items()} for arm, of in found.items()}
 
 
 def chosen_rates(rows) -> dict[str, float]:
@@ -376,6 +376,7 @@ def main():
     p.add_argument("--setting", choices=TEXTS, default="a-new")
     p.add_argument("--check", action="store_true", help="the checks of the setting instead of its arms")
     p.add_argument("--starts", type=int, nargs="+", default=range(7))
+    p.add_argument("--draws", type=int, nargs="+", default=[0], help="of the new router")
     p.add_argument("--all-rates", action="store_true", help="not only the rates that start 0 chose")
     args = p.parse_args()
     name = "checks" if args.check else "e1"
@@ -386,10 +387,10 @@ def main():
         rows = [r for r in read_rows(name) if (r["setting"], r["start"]) == (args.setting, start)]
         found = [] if rows or not args.check else [run_check(*where)]
         chosen = {} if args.check or args.all_rates else chosen_rates(read_rows(name))
-        for rate in () if args.check else RATES:
+        for draw, rate in itertools.product(args.draws, () if args.check else RATES):
             arms = {arm for arm in ARMS if chosen.get(arm, rate) == rate}
-            arms -= {r["arm"] for r in rows if r["rate"] == rate}
-            found = itertools.chain(found, run_arms(*where, rate, arms) if arms else ())
+            arms -= {r["arm"] for r in rows if (r["draw"], r["rate"]) == (draw, rate)}
+            found = itertools.chain(found, run_arms(*where, draw, rate, arms) if arms else ())
         for row in found:
             add_row(name, {"setting": args.setting, "start": start} | row | versions())
 
