@@ -255,8 +255,8 @@ def prepare(folder: pathlib.Path, start: int, text: str, data_dir) -> tuple[Deci
     return tuple(Decisions(*part) for part in torch.load(kept))
 
 
-def new_router(start: int, std: float = 0.1) -> Tensor:
-    return std * torch.randn(E, SIZES["tiny"]["n_embd"], generator=rng(start, "new last router", 0))
+def new_router(start: int, draw: int, std: float = 0.1) -> Tensor:
+    return std * torch.randn(E, SIZES["tiny"]["n_embd"], generator=rng(start, "new last router", draw))
 
 
 def run_check(folder: pathlib.Path, start: int, text: str, data_dir) -> dict:
@@ -271,20 +271,20 @@ def run_check(folder: pathlib.Path, start: int, text: str, data_dir) -> dict:
     found = {"perplexity": math.exp(own["nats"]), "random_cost": random / math.exp(own["nats"]) - 1}
     found |= {f"count_{n}": count_perplexity(batch.tokens, windows, n) for n in (4, 5)}
     found |= {"nats": own["nats"], "regret": own["regret"], "gain_own_router": own["nats"] - nats("exact", settled)}
-    found |= {f"nats_{arm}": nats(arm, new_router(start)) for arm in ("none", "exact")}
+    found |= {f"nats_{arm}": nats(arm, new_router(start, 0)) for arm in ("none", "exact")}
     return found | {"headroom": found["nats_none"] - found["nats_exact"]}
 
 
-def run_arms(folder: pathlib.Path, start: int, text: str, data_dir, rate: float, arms: set):
+def run_arms(folder: pathlib.Path, start: int, text: str, data_dir, draw: int, rate: float, arms: set):
     """Rows of those arms at one rate."""
     (train, test), means = prepare(folder, start, text, data_dir), []
     routes = draw_routes(test.log_probs)
     for arm in ARMS:
         if arm in arms or arm == "erl" and "constant" in arms:  # `constant` takes the means of `erl`
-            weight = new_router(start, 1.0 if arm == "published" else 0.1)
-            weight = train_last_router(arm, weight, train, rate, (start, 0), means)
+            weight = new_router(start, draw, 1.0 if arm == "published" else 0.1)
+            weight = train_last_router(arm, weight, train, rate, (start, draw), means)
             if arm in arms:
-                yield {"arm": arm, "rate": rate} | score(weight, test, *routes)
+                yield {"draw": draw, "arm": arm, "rate": rate} | score(weight, test, *routes)
 
 
 def versions() -> dict:
@@ -297,16 +297,17 @@ def versions() -> dict:
 # ---------------------------------------------------------------------------------------------------------------------
 
 SHOWN = ("nats", "regret", "random_cost", "mrr", "entropy", "max_load")
-SHOWN_ARMS = ("erl", "ratio-uniform", "draw-router", "random-credit", "constant")
+FITTING = ("ratio-uniform", "draw-router")
+DRAWN = ("erl", *FITTING, "random-credit", "constant")
 
 
 def figures_of(rows, figure: str, tuning: bool = False) -> dict[tuple, dict]:
-    """(arm, rate) -> start -> a figure."""
-    found = defaultdict(dict)
+    """(arm, rate) -> start -> a figure, the mean over the draws of a start."""
+    found = defaultdict(lambda: defaultdict(list))
     for r in rows:
         if (r["start"] == 0) == tuning:
-            found[r["arm"], r["rate"]][r["start"]] = r[figure]
-    return found
+            found[r["arm"], r["rate"]][r["start"]].append(r[figure])
+    return {arm: {start: statistics.fmean(values) for start, values in of.items()} for arm, of in found.items()}
 
 
 def chosen_rates(rows) -> dict[str, float]:
@@ -314,6 +315,14 @@ def chosen_rates(rows) -> dict[str, float]:
     nats = figures_of(rows, "nats", tuning=True)
     rates = {arm: min(RATES, key=lambda rate: nats[arm, rate][0]) for arm in ARMS}
     return rates | {"erl-again": rates["erl"]}
+
+
+def shares(rows) -> tuple[dict[tuple, dict], dict]:
+    """(arm, rate) -> start -> share of the headroom recovered; start -> headroom, both ends at their chosen rates."""
+    nats, rates = figures_of(rows, "nats"), chosen_rates(rows)
+    none = nats["none", rates["none"]]
+    headroom = less(none, nats["exact", rates["exact"]])
+    return {k: {s: gain / headroom[s] for s, gain in less(none, x).items()} for k, x in nats.items()}, headroom
 
 
 def less(a: dict, b: dict) -> dict:
@@ -326,47 +335,54 @@ def ends(values: dict) -> tuple[float, float, float]:
 
 
 def show(values: dict) -> str:
-    """The interval; where a gap is wider than half the range, a sign-flip test of a mean of 0 too."""
-    ordered = sorted(values.values())
-    bimodal = max(b - a for a, b in itertools.pairwise(ordered)) > (ordered[-1] - ordered[0]) / 2 and len(ordered) > 2
-    text = "{:.3f} [{:.3f}, {:.3f}]".format(*ends(values))
-    return text + (f" (two humps, p {sign_flip_p(ordered):.3f})" if bimodal else "")
+    """The interval; of five starts or more with a gap wider than half the range, a sign-flip test of a mean of 0 too."""
+    text, ordered = "{:.3f} [{:.3f}, {:.3f}]".format(*ends(values)), sorted(values.values())
+    two_humps = max(b - a for a, b in itertools.pairwise(ordered)) > (ordered[-1] - ordered[0]) / 2
+    return text + (f" (two humps, p {sign_flip_p(ordered):.3f})" if two_humps and len(ordered) > 4 else "")
 
 
-def report(rows) -> list[str]:
-    """Table and verdicts of (a-new)."""
+def report(rows: list[dict], checks: list[dict]) -> str:
+    """All of results/e1.md: the checks, the arms of (a-new), verdicts, shares by rate."""
     rates, of = chosen_rates(rows), {figure: figures_of(rows, figure) for figure in SHOWN}
-    none = of["nats"]["none", rates["none"]]
-    headroom = less(none, of["nats"]["exact", rates["exact"]])
-    share = {key: {s: gain / headroom[s] for s, gain in less(none, x).items()} for key, x in of["nats"].items()}
-    lines = [f"Learnable headroom of {len(headroom)} starts: {show(headroom)} nats.", ""]
+    share, headroom = shares(rows)
+    lines = ["# E1", "", "Made by `python results/headroom.py report` from `checks.csv` and `e1.csv`; see PLAN.md.", ""]
+    columns = [c for c in checks[0] if c not in ("torch", "cpu")]
+    lines += ["## Checks", "", *heading(*(f"`{c}`" for c in columns))]
+    lines += [line(*(f"{r[c]:.4g}" if type(r[c]) is float else r[c] for c in columns)) for r in checks]
+    lines += [
+        "",
+        "## (a-new)",
+        "",
+        f"Learnable headroom in {len(headroom)} starts: {show(headroom)} nats. At chosen rates:",
+        "",
+    ]
     lines += heading("arm", "what it is", "rate", "share recovered", *(f"`{figure}`" for figure in SHOWN))
     for key in rates.items():
         cells = [f"{statistics.fmean(of[figure][key].values()):.3f}" for figure in SHOWN]
         lines.append(line(f"`{key[0]}`", LABELS[key[0]], f"{key[1]:g}", show(share[key]), *cells))
-    erl, random, again = (share[arm, rates[arm]] for arm in ("erl", "random-credit", "erl-again"))
+    erl, random, again, ratio, draw = (
+        share[arm, rates[arm]] for arm in ("erl", "random-credit", "erl-again", *FITTING)
+    )
     even = max(of["max_load"]["erl", rates["erl"]].values()) <= 0.9
     holds = ends(erl)[1] > 0.25 and ends(less(erl, random))[1] > 0 and even
     verdict = "holds" if holds else "is refuted here" if ends(erl)[2] < 0.1 else "is not decided here"
-    lines += [
-        "",
-        f"Share of `erl` less `random-credit`: {show(less(erl, random))}. Two runs of ERL: {show(less(again, erl))}.",
-    ]
-    lines += [f"ERL's claim **{verdict}** ({len(erl)} starts)."]
+    lines += ["", f"- ERL's claim **{verdict}** ({len(erl)} starts)."]
+    pairs = {
+        "`erl` less `random-credit`": less(erl, random),
+        "`erl-again` less `erl`, the noise of a run": less(again, erl),
+    }
+    pairs |= {"`ratio-uniform` less `erl`": less(ratio, erl), "`draw-router` less `erl`": less(draw, erl)}
+    lines += [f"- Share of {name}: {show(values)}." for name, values in pairs.items()]
     for key in (arm for arm in rates.items() if arm[0] in ("constant", "random-credit")):
         mrr, mean = statistics.fmean(of["mrr"][key].values()), ends(share[key])[0]
-        no = mrr >= 0.17 and mean < 0.1
-        lines.append(
-            f"`{key[0]}`: MRR {mrr:.2f}, share {mean:.2f}; MRR is {'no evidence of credit' if no else 'not refuted'}."
-        )
-    if all(len(share.get((arm, rate), ())) > 1 for arm in SHOWN_ARMS for rate in RATES):
-        panels = [{LABELS[a]: [ends(x[a, r]) for r in RATES] for a in SHOWN_ARMS} for x in (share, of["entropy"])]
-        titles, level = (
-            ("share of the learnable headroom recovered", "router entropy (nats)"),
-            (1, "exact credit, best rate"),
-        )
-        draw_panels(FOLDER / "real-router.png", RATES, "learning rate of the router", titles, panels, level)
-    return lines
+        verdict = "MRR is no evidence of credit" if mrr >= 0.17 and mean < 0.1 else "no verdict on MRR from it"
+        lines.append(f"- `{key[0]}`: MRR {mrr:.3f}, share {mean:.3f}: {verdict}.")
+    lines += ["", "Share recovered at every rate (exploratory), of the starts that ran it:", ""]
+    lines += heading("arm", *(f"{rate:g}" for rate in RATES))
+    for arm in ARMS:
+        cells = (share.get((arm, rate), {}) for rate in RATES)
+        lines.append(line(f"`{arm}`", *(f"{show(x)}, {len(x)} starts" if len(x) > 1 else "-" for x in cells)))
+    return "\n".join(lines) + "\n"
 
 
 def main():
@@ -376,20 +392,31 @@ def main():
     p.add_argument("--setting", choices=TEXTS, default="a-new")
     p.add_argument("--check", action="store_true", help="the checks of the setting instead of its arms")
     p.add_argument("--starts", type=int, nargs="+", default=range(7))
+    p.add_argument("--draws", type=int, nargs="+", default=[0], help="of the new router")
     p.add_argument("--all-rates", action="store_true", help="not only the rates that start 0 chose")
     args = p.parse_args()
     name = "checks" if args.check else "e1"
     if args.folder == "report":
-        return print("\n".join(report(read_rows(name))))
+        rows = read_rows("e1")
+        (FOLDER / "e1.md").write_text(report(rows, read_rows("checks")))
+        panels = [
+            {LABELS[a]: [ends(x[a, r]) for r in RATES] for a in DRAWN}
+            for x in (shares(rows)[0], figures_of(rows, "entropy"))
+        ]
+        titles, level = (
+            ("share of the learnable headroom recovered", "router entropy (nats)"),
+            (1, "exact credit, best rate"),
+        )
+        return draw_panels(FOLDER / "real-router.png", RATES, "learning rate of the router", titles, panels, level)
     for start in args.starts:
         where = pathlib.Path(args.folder, str(start)), start, TEXTS[args.setting], args.data_dir
         rows = [r for r in read_rows(name) if (r["setting"], r["start"]) == (args.setting, start)]
         found = [] if rows or not args.check else [run_check(*where)]
         chosen = {} if args.check or args.all_rates else chosen_rates(read_rows(name))
-        for rate in () if args.check else RATES:
+        for draw, rate in itertools.product(args.draws, () if args.check else RATES):
             arms = {arm for arm in ARMS if chosen.get(arm, rate) == rate}
-            arms -= {r["arm"] for r in rows if r["rate"] == rate}
-            found = itertools.chain(found, run_arms(*where, rate, arms) if arms else ())
+            arms -= {r["arm"] for r in rows if (r["draw"], r["rate"]) == (draw, rate)}
+            found = itertools.chain(found, run_arms(*where, draw, rate, arms) if arms else ())
         for row in found:
             add_row(name, {"setting": args.setting, "start": start} | row | versions())
 

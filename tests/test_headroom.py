@@ -1,4 +1,8 @@
+<<<<<<< HEAD
 """results/headroom.py: exact credit by a loop over experts, the share of a headroom, ranks of a decision."""
+=======
+"""results/headroom.py: exact credit is what forced routes give, and its figures are those of the model."""
+>>>>>>> refs/heads/experiments
 
 import torch
 
@@ -57,3 +61,8 @@ def test_a_count_of_bytes_is_as_good_as_it_can_be_on_what_it_has_seen():
     text = torch.arange(4).repeat(600).numpy().astype("uint16")
     windows = torch.from_numpy(text[: headroom.T + 1].astype("int64"))[None]
     assert headroom.count_perplexity(text, windows, 4) < 1.2 < headroom.count_perplexity(text, windows, 1)
+
+
+def test_the_report_is_that_of_the_rows():
+    found = headroom.report(headroom.read_rows("e1"), headroom.read_rows("checks"))
+    assert (headroom.FOLDER / "e1.md").read_text() == found
