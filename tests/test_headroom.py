@@ -1,8 +1,4 @@
-<<<<<<< HEAD
 """results/headroom.py: exact credit by a loop over experts, the share of a headroom, ranks of a decision."""
-=======
-"""results/headroom.py: exact credit is what forced routes give, and its figures are those of the model."""
->>>>>>> refs/heads/experiments
 
 import torch
 
