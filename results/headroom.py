@@ -335,7 +335,7 @@ def ends(values: dict) -> tuple[float, float, float]:
 
 
 def show(values: dict) -> str:
-    """The interval; of five starts or more with a gap wider than half the range, a sign-flip test of a mean of 0 too."""
+    """The interval; of five starts or more, where a gap is wider than half the range, a sign-flip test of 0 too."""
     text, ordered = "{:.3f} [{:.3f}, {:.3f}]".format(*ends(values)), sorted(values.values())
     two_humps = max(b - a for a, b in itertools.pairwise(ordered)) > (ordered[-1] - ordered[0]) / 2
     return text + (f" (two humps, p {sign_flip_p(ordered):.3f})" if two_humps and len(ordered) > 4 else "")
