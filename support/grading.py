@@ -125,7 +125,7 @@ def final_answer(text: str) -> str:
         answer = "" if r"\boxed" in text else text.strip().rpartition("\n")[2]
     if len(answer) > 2000:  # no answer is that long
         return ""
-    formulas = [] if marked else re.findall(r"\$([^$]*\\[^$]*)\$|\\\((.+?)\\\)", answer)  # in words, the last formula
+    formulas = re.findall(r"\$([^$]+)\$|\\\((.+?)\\\)", answer) if not marked and "\\" in answer else []  # in words
     return number_in_words(answer, alone=marked) or ("".join(formulas[-1]) if formulas else answer)
 
 
@@ -225,7 +225,7 @@ _UNREADABLE = re.compile(  # two numbers side by side, another base, words, deri
     r"\d\s+[-+]?[\d.]|[a-zA-Z})\]]\s*\d|[\d)]\s*\(\d+\)|\d\s*_|\d[eE]\d|[a-zA-Z]{4}|(?<![a-zA-Z])d\s*[a-zA-Z#]"
     r"|[fghu]\s*\(|[a-zA-Z]\s*\([^()+-]*\)|!\s*!|\d{16}|(?<![\d.])0\s*#"
 )
-_EXPONENT = re.compile(r"\^\{[^{}^!]*(?:\{[^{}^!]*\}[^{}^!]*)*\}")  # no power or factorial in an exponent
+_EXPONENT = re.compile(r"\^\{[^{}^!]*(?:\{[^{}^!]*\}[^{}^!]*)*\}(?!\s*\^)")  # no power in or on a power
 
 
 def _read(text: str):

@@ -11,7 +11,6 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from rouge_score import rouge_scorer
 
 from support import grading
 from support.grading import Example, as_text, measure_countdown, measure_exact, measure_math, measure_number, same_math
@@ -21,11 +20,12 @@ needs_real = pytest.mark.skipif(not REAL.is_dir(), reason="../shared/data (the r
 quick = settings(deadline=None, max_examples=60)
 
 
+def rows(table):
+    return [row for line in table.splitlines() for row in line.split("|")]
+
+
 def earns(response, *references, measure=measure_number):
     return measure(response, Example("p", "a", references))["accuracy"]
-
-
-# ------------------------------------------------------------------------------------------------ references are texts
 
 
 @pytest.mark.parametrize("references", ["751", (751,), (None,), ["7", 5]])
@@ -34,13 +34,10 @@ def test_references_are_a_tuple_of_texts(references):
         Example("51+700=", "751", references)  # ("751") without its comma is "751"
 
 
-@pytest.mark.parametrize(
-    ("value", "text"),
-    [(" 23 ", "23"), (23, "23"), (2.5, "2.5"), ([3, "5"], "3,5"), ("", "")]
-    + [(value, None) for value in ({"a": 1}, None, float("nan"), float("inf"), True, [1, None], [[True]], b"3")],
-)
-def test_only_texts_and_numbers_become_answers(value, text):
-    assert as_text(value) == text
+def test_only_texts_and_numbers_become_answers():
+    assert [as_text(v) for v in (" 23 ", 23, 2.5, [3, "5"], "")] == ["23", "23", "2.5", "3,5", ""]
+    for value in ({"a": 1}, None, float("nan"), float("inf"), True, [1, None], [[True]], b"3"):
+        assert as_text(value) is None
 
 
 def test_an_empty_response_earns_nothing():
@@ -49,24 +46,16 @@ def test_an_empty_response_earns_nothing():
             assert not any(measure(response, Example("p", "a", ("", "the"))).values()), measure
 
 
-# ----------------------------------------------------------------------------------------------- generated tasks, words
+NO_COUNTDOWN = """22|3*5+7+0|3*5|7*3+1||3*5+7)|3*5+7=22|3**5+7|5//3+7|__import__('os')|5/(3-3)+7|3*5+07|3 5 7|3,5,7
+٣*5+7|7--5*3|3(5)+7|(3,5,7)|()"""
 
 
-@pytest.mark.parametrize("response", ["3*5+7", " 7+5*3 ", "(5*3)+7"])
-def test_countdown_takes_every_expression_of_the_numbers(response):
-    assert measure_countdown(response, Example("", "", ("22",), (3, 5, 7))) == {"accuracy": 1.0}
+def test_countdown_takes_every_expression_of_the_numbers_and_nothing_else():
+    for response in ("3*5+7", " 7+5*3 ", "(5*3)+7"):
+        assert measure_countdown(response, Example("", "", ("22",), (3, 5, 7))) == {"accuracy": 1.0}
     assert measure_countdown("1/3*3", Example("", "", ("1",), (1, 3, 3))) == {"accuracy": 1.0}  # no rounding
-
-
-@pytest.mark.parametrize(
-    "response",
-    "22|3*5+7+0|3*5|7*3+1||3*5+7)|3*5+7=22|3**5+7|5//3+7|__import__('os')|5/(3-3)+7|3*5+07|3 5 7|3,5,7|٣*5+7|7--5*3".split(
-        "|"
-    )
-    + ["(" * 60, "3" * 65, "3*5+7\x00"],
-)
-def test_countdown_refuses_everything_else(response):
-    assert measure_countdown(response, Example("", "", ("22",), (3, 5, 7))) == {"accuracy": 0.0}
+    for response in (*rows(NO_COUNTDOWN), "(" * 60, "3" * 65, "3*5+7\x00"):
+        assert measure_countdown(response, Example("", "", ("22",), (3, 5, 7))) == {"accuracy": 0.0}, response
 
 
 def f1_by_the_book(response, reference):
@@ -107,49 +96,38 @@ def test_f1_and_rouge_are_the_books(response, references):
     assert squad == {"exact_match": float(response in references), "f1": pytest.approx(best)}
     one = Example("p", "a", example.references[:1])
     assert grading.measure_summary(" ".join(response), one) == pytest.approx(rouge_by_the_book(response, references[0]))
-    theirs = rouge_scorer.RougeScorer(["rouge1", "rouge2", "rougeL"], use_stemmer=True)
-    for name, score in theirs.score_multi(example.references, " ".join(response)).items():
-        assert grading.measure_summary(" ".join(response), example)[name] == score.fmeasure
 
 
-@pytest.mark.parametrize(
-    ("response", "references", "exact", "f1"),
-    [
-        ("The Denver Broncos!", ["Denver Broncos"], 1, 1),
-        ("denver  broncos", ["Carolina Panthers", "the Denver Broncos."], 1, 1),
-        ("a U.S. theater", ["US theater"], 1, 1),
-        ("Denver", ["Denver Broncos"], 0, 2 / 3),
-        ("Anthem", ["An them"], 0, 0),  # an article is a word of its own
-    ],
-)
-def test_squad_normalises_as_the_official_script(response, references, exact, f1):
-    got = grading.measure_squad(response, Example("p", "a", tuple(references)))
-    assert got == {"exact_match": exact, "f1": pytest.approx(f1)}
+def test_squad_normalises_as_the_official_script():
+    for response, references, exact, f1 in (
+        ("The Denver Broncos!", ("Denver Broncos",), 1, 1),
+        ("denver  broncos", ("Carolina Panthers", "the Denver Broncos."), 1, 1),
+        ("a U.S. theater", ("US theater",), 1, 1),
+        ("Denver", ("Denver Broncos",), 0, 2 / 3),
+        ("Anthem", ("An them",), 0, 0),  # an article is a word of its own
+    ):
+        got = grading.measure_squad(response, Example("p", "a", references))
+        assert got == {"exact_match": exact, "f1": pytest.approx(f1)}
 
 
-# ------------------------------------------------------------------------------------------------------- final answers
-
-RIGHT = r"""18|18.|18.00|$18|\$18|**18**|`18`|\(18\)|$18$|x = 18|5 + 13 = 18|The answer is $18$.|The answer is \(18\).
-It is **18**|It is (18)|It fell by $18.|There are now 18 students|The team scored 18 goals|about 18kg|that is 20-2=18
+RIGHT = r"""18|18.|18.00|$18|\$18|**18**|`18`|\(18\)|$18$|x = 18|5 + 13 = 18|The answer is $18$.|It is **18**|It is (18)
+The answer is \(18\).|It fell by $18.|There are now 18 students|The team scored 18 goals|about 18kg|that is 20-2=18
 total: 20 - 2 = 18 eggs|That is $18/month|It is 18%, or so|I have 3, so 18.|He went 18 times a week|#### 18|#### $18
-#### 18 points|#### 18 dollars|#### 18 miles per hour|#### 18 years old|#### 18.00|\boxed{18} and \boxed{|\boxed {18}
-\boxed{17} or \boxed{18}|\boxed{\boxed{18}}|\boxed{\text{18}}|} \boxed{18}|\boxed{18\text{ cm}}|\boxed{18 apples}
-The answer is $\frac{1}{2}$, no, $x = 18$""".replace("\n", "|").split("|")[:-1]
-WRONG = r"""17|1 8|10 8|18 18|18, 18|180|-18|18.5|1/18|18 thousand|18k|18 and a half|18 squared|18 pi|18th|x18|18x|2^18|3-18
-so 18 000|so sqrt(18)|is 5 + 18|is 7 x 18|at 10:18|is 1.18.1|is 12,18|is 18/5/2024|is minus 18|is not 18|is 17 or 18
-is 17 and 18|18 dozen eggs|\boxed{18|\boxed{18} or \boxed{17}|\boxed{17 18}|#### 36/2|#### 9+9|#### 9*2|####|#### 17 of 18
-#### 18 dollars 18 dollars|\boxed{18} and then \boxed{17}|no number|\boxed{3\text{ of }18}|#### 18 \text{ thousand}"""
+#### 18 points|#### 18 dollars|#### 18 miles per hour|#### 18 years old|#### 18.00|\boxed{18} and \boxed{
+\boxed {18}|\boxed{17} or \boxed{18}|\boxed{\boxed{18}}|\boxed{\text{18}}|} \boxed{18}|\boxed{18\text{ cm}}
+\boxed{18 apples}|The answer is $\frac{1}{2}$, no, $x = 18$."""
+WRONG = r"""1 8|10 8|18 18|18, 18|180|-18|18.5|1/18|18 thousand|18k|18 and a half|18 squared|18 pi|18th|x18|18x|2^18|3-18
+so 18 000|so sqrt(18)|is 5 + 18|is 7 x 18|at 10:18|is 1.18.1|is 12,18|is 18/5/2024|is minus 18|is not 18
+is 17 or 18|is 17 and 18|18 dozen eggs|\boxed{18|\boxed{18} or \boxed{17}|\boxed{17 18}|#### 36/2|#### 9+9|#### 9*2|####
+#### 17 of 18|#### 18 dollars 18 dollars|\boxed{18} and then \boxed{17}|no number|\boxed{3\text{ of }18}
+#### 18 \text{ thousand}"""
 
 
-@pytest.mark.parametrize("response", RIGHT)
-def test_these_answers_are_18(response):
-    assert earns(response, "18") == 1
-
-
-@pytest.mark.parametrize("response", WRONG.replace("\n", "|").split("|"))
-def test_these_answers_are_not_18(response):
-    assert earns(response, "18") == 0
-    assert earns(response, "18", measure=measure_math) == (response in ("#### 36/2", "#### 9+9", "#### 9*2"))
+@pytest.mark.parametrize("response", rows(RIGHT + "\n" + WRONG))
+def test_these_answers_are_18_and_these_are_not(response):
+    right = response in rows(RIGHT)
+    assert earns(response, "18") == right
+    assert earns(response, "18", measure=measure_math) == (right or response in ("#### 36/2", "#### 9+9", "#### 9*2"))
 
 
 def test_the_last_of_several_answers_counts():
@@ -159,29 +137,30 @@ def test_the_last_of_several_answers_counts():
     assert earns(r"\boxed{1} or rather \boxed{\frac{1}{2}}.", "0.5", measure=measure_math) == 1
 
 
-# --------------------------------------------------------------------------------------------------------- mathematics
-
 EQUAL = r"""025|25 ; 1,234|1234 ; 10,\!080|10080 ; 10\,000|10000 ; 1{,}234{,}567|1234567 ; 0.5|\frac{1}{2} ; .5|1/2
-8.7e8|8.7 \times 10^{8} ; 10^{-20}|1e-20 ; 9|3^2 ; 2|\sqrt4 ; 18|16+2 ; 1.8|1\frac{4}{5} ; -2|3 - 5 ; 80\%|80 ; 4/3|\frac43
-336^\circ|336 ; 5.4 \text{ cents}|5.4 ; 864 \mbox{ inches}^2|864 ; \text{even}|Even ; \text{(C)}|C ; x=5|5 ; 5|x = 5
-x \in [-2,7]|[-2,7] ; y = 2x + 3|3+2x ; f(x)=2 x|2x ; \boxed{N=197}|197 ; p - q|-q+p ; n(n-1)|n^2-n ; 1|\sin^2 x+\cos^2 x
-3,5,7|7, 3, 5 ; $69$,$84$|84,69 ; (1,2)|(1, 2) ; (3,2),(-3,2)|(-3,2),(3,2) ; 1 \pm \sqrt{19}|1+\sqrt{19},1-\sqrt{19}
-\{1\pm\sqrt{5},-2\}|-2, 1-\sqrt5, 1+\sqrt5 ; (-\infty, 0) \cup\{1\}|\{1\} \cup (-\infty,0) ; \frac{8}{\sqrt[3]{7}}|8 \cdot 7^{-1/3}
+8.7e8|8.7 \times 10^{8} ; 10^{-20}|1e-20 ; 9|3^2 ; 2|\sqrt4 ; 18|16+2 ; 1.8|1\frac{4}{5} ; -2|3 - 5 ; 80\%|80
+4/3|\frac43 ; 336^\circ|336 ; 5.4 \text{ cents}|5.4 ; 864 \mbox{ inches}^2|864 ; \text{even}|Even ; \text{(C)}|C
+x=5|5 ; 5|x = 5 ; x \in [-2,7]|[-2,7] ; y = 2x + 3|3+2x ; f(x)=2 x|2x ; \boxed{N=197}|197 ; p - q|-q+p
+n(n-1)|n^2-n ; 1|\sin^2 x+\cos^2 x ; 3,5,7|7, 3, 5 ; $69$,$84$|84,69 ; (1,2)|(1, 2) ; (3,2),(-3,2)|(-3,2),(3,2)
+1 \pm \sqrt{19}|1+\sqrt{19},1-\sqrt{19} ; \{1\pm\sqrt{5},-2\}|-2, 1-\sqrt5, 1+\sqrt5
+(-\infty, 0) \cup\{1\}|\{1\} \cup (-\infty,0) ; \frac{8}{\sqrt[3]{7}}|8 \cdot 7^{-1/3}
 \frac{\sqrt{21}}{5}|\sqrt{21}/5 ; \frac{1}{3}E_1+\frac{2}{3}E_2|\frac{E_{1}+2E_{2}}{3}
-\begin{pmatrix} -1/3 \\ 2/3 \end{pmatrix}|\begin{pmatrix} -\frac13 \\ \frac23 \end{pmatrix} ; np.arcsin(10/13)|\arcsin{\frac{10}{13}}
-\frac{dx}{dt}=kx-a|\frac{d x}{d t} = k x - a ; 52_8|52_{8} ; 2^{1009}|2 \cdot 2^{1008} ; \left(\frac{1}{2}, x\right)|(0.5,x)"""
-UNEQUAL = r"""18|10 8 ; 108|10 8 ; 18|17 1 ; 111|1 1 1 ; 11/2|1 1/2 ; 6|2 3 ; 8|1 (8) ; 8|(1)(8) ; -5|3 -5 ; 36|x 36 ; 0|10 000
-18|18, 18 ; 18|18; 18 ; 18|18 18 ; -2,-2|-2 ; 16,3,1,1|16,3,1 ; 16,3,1,1|16,3,3,1 ; 3,5,7|3,5 ; 3,5|3,5,7 ; 1234|1,2,3,4
-52_8|52_9 ; 52_8|52 ; 52_8|42 ; 10^{-20}|10^{-30} ; 10^{-20}\pi|10^{-30}\pi ; 1/3|0.333333 ; \frac{x}{3}|0.333333x
-\sqrt{2}|1.41421356 ; 10^{30}+1|10^{30} ; 2^{1009}|2^{1009}+1 ; \pi+10^{30}|e+10^{30} ; e|2.718281828459045 ; 8.7e8|8.8e8
-east|seat ; on|no ; 2|two ; 7|seven ; 2|2+ ; 2|2 E_1 ; 2|2RC ; 7.6 Z|7.6 ; 2E|2e ; 3I|3i ; P+p|2p ; 3\mathrm{i}|3
-\frac{dx}{dt}=kx|kx ; \frac{dx}{dt}=kx|\frac{x}{t}=kx ; \dot{x}|x ; I(0)|0 ; x=5|y=5 ; x=5|0=0 ; 5|0=5 ; k \geqslant 2|2
-(1,2)|(2,1) ; (1,2)|[1,2] ; (1,2]|(1,2) ; (1,2)|1,2 ; (312,123,231)|312123231 ; (-\infty, 0)|(\infty, 0) ; x'|x
-\log_{10} 250|\ln 250 ; |x||x ; \begin{pmatrix} 1 \\ 2 \end{pmatrix}|\begin{pmatrix} 1 & 2 \end{pmatrix} ; 18|18 \text{ thousand}"""
+\begin{pmatrix} -1/3 \\ 2/3 \end{pmatrix}|\begin{pmatrix} -\frac13 \\ \frac23 \end{pmatrix}
+np.arcsin(10/13)|\arcsin{\frac{10}{13}} ; \frac{dx}{dt}=kx-a|\frac{d x}{d t} = k x - a ; 52_8|52_{8}
+2^{1009}|2 \cdot 2^{1008} ; \left(\frac{1}{2}, x\right)|(0.5,x)"""
+UNEQUAL = r"""18|10 8 ; 108|10 8 ; 18|17 1 ; 111|1 1 1 ; 11/2|1 1/2 ; 6|2 3 ; 8|1 (8) ; 8|(1)(8) ; -5|3 -5 ; 36|x 36
+0|10 000 ; 18|18, 18 ; 18|18; 18 ; 18|18 18 ; -2,-2|-2 ; 16,3,1,1|16,3,1 ; 16,3,1,1|16,3,3,1 ; 3,5,7|3,5 ; 3,5|3,5,7
+1234|1,2,3,4 ; 52_8|52_9 ; 52_8|52 ; 52_8|42 ; 10^{-20}|10^{-30} ; 10^{-20}\pi|10^{-30}\pi ; 1/3|0.333333
+\frac{x}{3}|0.333333x ; \sqrt{2}|1.41421356 ; 10^{30}+1|10^{30} ; 2^{1009}|2^{1009}+1 ; \pi+10^{30}|e+10^{30}
+e|2.718281828459045 ; 8.7e8|8.8e8 ; east|seat ; on|no ; 2|two ; 7|seven ; 2|2+ ; 2|2 E_1 ; 2|2RC ; 7.6 Z|7.6 ; 2E|2e
+3I|3i ; P+p|2p ; 3\mathrm{i}|3 ; \frac{dx}{dt}=kx|kx ; \frac{dx}{dt}=kx|\frac{x}{t}=kx ; \dot{x}|x ; I(0)|0
+x=5|y=5 ; x=5|0=0 ; 5|0=5 ; k \geqslant 2|2 ; (1,2)|(2,1) ; (1,2)|[1,2] ; (1,2]|(1,2) ; (1,2)|1,2
+(312,123,231)|312123231 ; (-\infty, 0)|(\infty, 0) ; x'|x ; \log_{10} 250|\ln 250
+\begin{pmatrix} 1 \\ 2 \end{pmatrix}|\begin{pmatrix} 1 & 2 \end{pmatrix} ; 18|18 \text{ thousand}"""
 
 
 def pairs(table):
-    return [tuple(pair.split("|", 1)) for pair in re.split(r" ; |\n", table) if not pair.startswith("|x|")]
+    return [tuple(pair.split("|", 1)) for pair in re.split(r" ; |\n", table)]
 
 
 @pytest.mark.parametrize(("reference", "answer"), pairs(EQUAL))
@@ -201,16 +180,7 @@ numbers = st.one_of(
     st.tuples(st.integers(1, 9), st.integers(2, 9)).map(lambda t: rf"{t[0]}\sqrt{{{t[1]}}}"),
     st.tuples(st.integers(1, 9), st.sampled_from("xyn")).map(lambda t: rf"{t[0]}{t[1]}+\frac{{1}}{{{t[1]}}}"),
 )
-FORMS = [
-    " {} ",
-    "{}.",
-    "${}$",
-    r"\({}\)",
-    r"\left({}\right)",
-    r"\boxed{{{}}}",
-    r"{}\text{{ cm}}^2",
-    r"\displaystyle {}",
-]
+FORMS = rows(r" {} |{}.|${}$|\({}\)|\left({}\right)|\boxed{{{}}}|{}\text{{ cm}}^2|\displaystyle {}")
 
 
 @quick
@@ -223,47 +193,40 @@ def test_forms_change_nothing_and_a_wrong_answer_beside_the_right_one_stays_wron
             assert not same_math(right, wrong + beside.format(right))
 
 
-# --------------------------------------------------------------------------------------------------- bounded, any text
+HEAVY = r"""9^{9^{9^{9}}}|9^{9999999}|10000000!!|999!|(999!)!|\binom{9^9}{9^8}|\binom{99999999}{49999999}|e^{9^{9^9}}
+2^{2^{99}}x|(x+y+z+w)^{30}(x-y)^{30}|(x+1)^{999}-(x-1)^{999}|\sum_{k=1}^{10^9} k^k|\prod_{k=1}^{99999} k|1e999999999
+\int_0^1 e^{x^x} dx|\lim_{x \to 0} \frac{\sin x}{x}|\tan(\tan(\tan(\tan(9^{999}))))|0^0|1/0|\log_{1} 5|9^{99*9^9}
+9^{999 \cdot 999 \cdot 999 \cdot 999}|(99999999)!|(9^{99})!
+\operatorname{eye}(99999)|(\sin x+\cos y+\tan z)^{9}|\sqrt{2+\sqrt{3+\sqrt{5+\sqrt{7+\sqrt{11}}}}}|((9^{99})^{99})^{99}
+x^{5}+x+1=0|\sin x \sin(2x)\sin(3x)\sin(4x)\sin(5x)\sin(6x)|9^{\frac{999}{.000001}}"""
+REPEATED = r"\frac|\sqrt|{|(|-|x^|1/|e^{|\sin|9e99*|\frac{1}{|9|99999|x+|x+1,|+1|(x+1)"
+NESTED = [r"\frac{1}{1+", "(", r"\sqrt{2+", "{", "["]
 
-HEAVY = [
-    *r"""9^{9^{9^{9}}}|9^{9999999}|10000000!!|999!|(999!)!|\binom{9^9}{9^8}|\binom{99999999}{49999999}|e^{9^{9^9}}|2^{2^{99}}x
-(x+y+z+w)^{30}(x-y)^{30}|(x+1)^{999}-(x-1)^{999}|\sum_{k=1}^{10^9} k^k|\prod_{k=1}^{99999} k|\int_0^1 e^{x^x} dx|1e999999999
-\lim_{x \to 0} \frac{\sin x}{x}|\tan(\tan(\tan(\tan(9^{999}))))|\sqrt{2+\sqrt{3+\sqrt{5+\sqrt{7+\sqrt{11}}}}}|0^0|1/0|\log_{1} 5
-\operatorname{eye}(99999)|(\sin x+\cos y+\tan z)^{9}|x^{5}+x+1=0|\sin x \sin(2x)\sin(3x)\sin(4x)\sin(5x)\sin(6x)""".replace(
-        "\n", "|"
-    ).split("|"),
-    *("9" * n for n in (100, 5000)),
-    *(
-        piece * 90
-        for piece in (r"\frac", r"\sqrt", "{", "(", "-", "x^", "1/", "e^{", r"\sin", "|", "9e99*", r"\frac{1}{")
-    ),
-    *(f"{opening * 60}1{closing * 60}" for opening, closing in [(r"\frac{1}{1+", "}"), ("(", ")"), (r"\sqrt{2+", "}")]),
-    "+".join(["x"] * 145),
-    ",".join(["x+1"] * 70),
-]
+
+def heavy():
+    yield from rows(HEAVY)
+    for n in (15, 90, 1000):
+        yield from (piece * n + "1" for piece in rows(REPEATED))
+        yield from (opening * n + "1" + {"(": ")", "[": "]"}.get(opening, "}") * n for opening in NESTED)
 
 
 def test_nothing_hangs_in_any_thread():
     verdicts = {}
 
-    def grade():
-        verdicts["x"] = same_math(
-            r"\frac{x+1}{2}", r"0.5+\frac{x}{2}"
-        )  # math-verify's time limits are the main thread's
-        for answer in HEAVY:
+    def grade():  # math-verify's time limits are signals, which no other thread than the main one may set
+        verdicts["x"] = same_math(r"\frac{x+1}{2}", r"0.5+\frac{x}{2}")
+        for answer in heavy():
             for reference in (r"\frac{x}{2}", r"x+\sqrt{2}", f"{answer} + 0"):
                 verdicts[reference, answer] = same_math(reference, answer)
 
     thread = threading.Thread(target=grade, daemon=True)
     thread.start()
     thread.join(timeout=120)
-    assert not thread.is_alive(), f"no end: {[a for a in HEAVY if (f'{a} + 0', a) not in verdicts][:1]}"
+    assert not thread.is_alive(), f"no end behind {list(verdicts)[-1]}"
     assert verdicts.pop("x") is True and not any(v for (r, _), v in verdicts.items() if "+ 0" not in r)
 
 
-@pytest.mark.parametrize(
-    "piece", ["<<", r"\boxed{", "{", "}", "####", "1,", "1 ", "9", ". ", "/ ", "(", "\n", "a ", r"\text{"]
-)
+@pytest.mark.parametrize("piece", ["1 ", ". ", "\n", "a ", *rows(r"<<|\boxed{|{|}|####|1,|9|/ |(|\text{|$|\(|$\ ")])
 def test_long_responses_earn_nothing(piece):
     for measure in (measure_math, measure_number, measure_countdown, measure_exact):
         assert earns(piece * (50_000 // len(piece)), "18", "x+1", measure=measure) == 0
@@ -278,16 +241,14 @@ def test_grading_never_raises_and_every_score_is_a_float(text):
     assert measure_countdown(text, Example("p", "a", ("8",), (1, 7)))["accuracy"] in (0.0, 1.0)
 
 
-# ------------------------------------------------------------------------------------------------------------ real data
-
-
 @needs_real
 def test_every_real_reference_equals_itself_and_not_its_neighbour():
     files = "aime2024 aime2025 amc math500 minerva_math olympiadbench".split()
     texts = [(REAL / f"math-eval/{file}.jsonl").read_text(encoding="utf-8") for file in files]
     rows = [json.loads(line) for text in texts for line in text.splitlines()]
     references = [as_text(row["answer"]) for row in rows]
-    for reference, other in zip(references, references[1:], strict=False):
+    random.Random(0).shuffle(references)
+    for reference, other in zip(references[:150], references[1:], strict=False):
         assert earns(f"We get \\boxed{{{reference}}}.", reference, measure=measure_math) == 1, reference
         if same_math(reference, other):  # the same but for the way it is written
             letters = [re.sub(r"[\s${}\\]|^x=|left|right|text|\.0*$", "", text) for text in (reference, other)]
