@@ -42,8 +42,7 @@ def test_only_texts_and_numbers_become_answers():
 
 def test_an_empty_response_earns_nothing():
     for measure in (measure_exact, measure_math, measure_number, grading.measure_squad, grading.measure_unigrams):
-        for response in ("", " \n"):
-            assert not any(measure(response, Example("p", "a", ("", "the"))).values()), measure
+        assert not any(v for text in ("", " \n") for v in measure(text, Example("p", "a", ("", "the"))).values())
 
 
 NO_COUNTDOWN = """22|3*5+7+0|3*5|7*3+1||3*5+7)|3*5+7=22|3**5+7|5//3+7|__import__('os')|5/(3-3)+7|3*5+07|3 5 7|3,5,7
@@ -94,8 +93,9 @@ def test_f1_and_rouge_are_the_books(response, references):
     assert grading.measure_unigrams(" ".join(response), example)["unigram_f1"] == pytest.approx(best)
     squad = grading.measure_squad(" ".join(response), example)
     assert squad == {"exact_match": float(response in references), "f1": pytest.approx(best)}
-    one = Example("p", "a", example.references[:1])
-    assert grading.measure_summary(" ".join(response), one) == pytest.approx(rouge_by_the_book(response, references[0]))
+    rouge = [rouge_by_the_book(response, r) for r in references]
+    best = pytest.approx({name: max(scores[name] for scores in rouge) for name in rouge[0]})
+    assert grading.measure_summary(" ".join(response), example) == best
 
 
 def test_squad_normalises_as_the_official_script():
@@ -116,10 +116,10 @@ total: 20 - 2 = 18 eggs|That is $18/month|It is 18%, or so|I have 3, so 18.|He w
 #### 18 points|#### 18 dollars|#### 18 miles per hour|#### 18 years old|#### 18.00|\boxed{18} and \boxed{
 \boxed {18}|\boxed{17} or \boxed{18}|\boxed{\boxed{18}}|\boxed{\text{18}}|} \boxed{18}|\boxed{18\text{ cm}}
 \boxed{18 apples}|The answer is $\frac{1}{2}$, no, $x = 18$."""
-WRONG = r"""1 8|10 8|18 18|18, 18|180|-18|18.5|1/18|18 thousand|18k|18 and a half|18 squared|18 pi|18th|x18|18x|2^18|3-18
+WRONG = r"""1 8|10 8|18 18|18, 18|180|18.5|1/18|18 thousand|18k|18 and a half|18 squared|18 pi|18th|x18|18x|2^18|3-18
 so 18 000|so sqrt(18)|is 5 + 18|is 7 x 18|at 10:18|is 1.18.1|is 12,18|is 18/5/2024|is minus 18|is not 18
-is 17 or 18|is 17 and 18|18 dozen eggs|\boxed{18|\boxed{18} or \boxed{17}|\boxed{17 18}|#### 36/2|#### 9+9|#### 9*2|####
-#### 17 of 18|#### 18 dollars 18 dollars|\boxed{18} and then \boxed{17}|no number|\boxed{3\text{ of }18}
+is 17 or 18|is 17 and 18|18 dozen eggs|\boxed{18|\boxed{18} or \boxed{17}|\boxed{17 18}|#### 36/2|#### 9+9|#### 9*2
+####|#### 17 of 18|#### 18 dollars 18 dollars|\boxed{18} and then \boxed{17}|no number|\boxed{3\text{ of }18}
 #### 18 \text{ thousand}"""
 
 
@@ -140,8 +140,8 @@ def test_the_last_of_several_answers_counts():
 EQUAL = r"""025|25 ; 1,234|1234 ; 10,\!080|10080 ; 10\,000|10000 ; 1{,}234{,}567|1234567 ; 0.5|\frac{1}{2} ; .5|1/2
 8.7e8|8.7 \times 10^{8} ; 10^{-20}|1e-20 ; 9|3^2 ; 2|\sqrt4 ; 18|16+2 ; 1.8|1\frac{4}{5} ; -2|3 - 5 ; 80\%|80
 4/3|\frac43 ; 336^\circ|336 ; 5.4 \text{ cents}|5.4 ; 864 \mbox{ inches}^2|864 ; \text{even}|Even ; \text{(C)}|C
-x=5|5 ; 5|x = 5 ; x \in [-2,7]|[-2,7] ; y = 2x + 3|3+2x ; f(x)=2 x|2x ; \boxed{N=197}|197 ; p - q|-q+p
-n(n-1)|n^2-n ; 1|\sin^2 x+\cos^2 x ; 3,5,7|7, 3, 5 ; $69$,$84$|84,69 ; (1,2)|(1, 2) ; (3,2),(-3,2)|(-3,2),(3,2)
+x=5|5 ; 5|x = 5 ; x \in [-2,7]|[-2,7] ; y = 2x + 3|3+2x ; f(x)=2 x|2x ; \boxed{N=197}|197 ; p - q|-q+p ; n(n-1)|n^2-n
+1|\sin^2 x+\cos^2 x ; 3,5,7|7, 3, 5 ; $69$,$84$|84,69 ; (1,2)|(1, 2) ; (3,2),(-3,2)|(-3,2),(3,2)
 1 \pm \sqrt{19}|1+\sqrt{19},1-\sqrt{19} ; \{1\pm\sqrt{5},-2\}|-2, 1-\sqrt5, 1+\sqrt5
 (-\infty, 0) \cup\{1\}|\{1\} \cup (-\infty,0) ; \frac{8}{\sqrt[3]{7}}|8 \cdot 7^{-1/3}
 \frac{\sqrt{21}}{5}|\sqrt{21}/5 ; \frac{1}{3}E_1+\frac{2}{3}E_2|\frac{E_{1}+2E_{2}}{3}
@@ -150,27 +150,23 @@ np.arcsin(10/13)|\arcsin{\frac{10}{13}} ; \frac{dx}{dt}=kx-a|\frac{d x}{d t} = k
 2^{1009}|2 \cdot 2^{1008} ; \left(\frac{1}{2}, x\right)|(0.5,x)"""
 UNEQUAL = r"""18|10 8 ; 108|10 8 ; 18|17 1 ; 111|1 1 1 ; 11/2|1 1/2 ; 6|2 3 ; 8|1 (8) ; 8|(1)(8) ; -5|3 -5 ; 36|x 36
 0|10 000 ; 18|18, 18 ; 18|18; 18 ; 18|18 18 ; -2,-2|-2 ; 16,3,1,1|16,3,1 ; 16,3,1,1|16,3,3,1 ; 3,5,7|3,5 ; 3,5|3,5,7
-1234|1,2,3,4 ; 52_8|52_9 ; 52_8|52 ; 52_8|42 ; 10^{-20}|10^{-30} ; 10^{-20}\pi|10^{-30}\pi ; 1/3|0.333333
-\frac{x}{3}|0.333333x ; \sqrt{2}|1.41421356 ; 10^{30}+1|10^{30} ; 2^{1009}|2^{1009}+1 ; \pi+10^{30}|e+10^{30}
-e|2.718281828459045 ; 8.7e8|8.8e8 ; east|seat ; on|no ; 2|two ; 7|seven ; 2|2+ ; 2|2 E_1 ; 2|2RC ; 7.6 Z|7.6 ; 2E|2e
-3I|3i ; P+p|2p ; 3\mathrm{i}|3 ; \frac{dx}{dt}=kx|kx ; \frac{dx}{dt}=kx|\frac{x}{t}=kx ; \dot{x}|x ; I(0)|0
-x=5|y=5 ; x=5|0=0 ; 5|0=5 ; k \geqslant 2|2 ; (1,2)|(2,1) ; (1,2)|[1,2] ; (1,2]|(1,2) ; (1,2)|1,2
-(312,123,231)|312123231 ; (-\infty, 0)|(\infty, 0) ; x'|x ; \log_{10} 250|\ln 250
-\begin{pmatrix} 1 \\ 2 \end{pmatrix}|\begin{pmatrix} 1 & 2 \end{pmatrix} ; 18|18 \text{ thousand}"""
+1234|1,2,3,4 ; 52_8|52_9 ; 52_8|52 ; 52_8|42 ; 10^{-20}|10^{-30} ; 10^{-20}\pi|10^{-30}\pi ; 10^{-60}\pi|10^{-70}\pi
+1/3|0.333333 ; \frac{x}{3}|0.333333x ; \sqrt{2}|1.41421356 ; 10^{30}+1|10^{30} ; 2^{1009}|2^{1009}+1
+\pi+10^{30}|e+10^{30} ; e|2.718281828459045 ; 8.7e8|8.8e8 ; east|seat ; on|no ; 2|two ; 7|seven ; 2|2+ ; 2|2 E_1
+2|2RC ; 7.6 Z|7.6 ; 2E|2e ; 3I|3i ; P+p|2p ; 3\mathrm{i}|3 ; \frac{dx}{dt}=kx|kx ; \frac{dx}{dt}=kx|\frac{x}{t}=kx
+\dot{x}|x ; I(0)|0 ; x=5|y=5 ; x=5|0=0 ; 4|7y - 5x = 4 ; \frac{dx}{dt}|\frac{dy}{dt} ; 5|0=5 ; k \geqslant 2|2
+(1,2)|(2,1) ; (1,2)|[1,2] ; (1,2]|(1,2) ; (1,2)|1,2 ; (312,123,231)|312123231 ; (-\infty, 0)|(\infty, 0) ; x'|x
+\log_{10} 250|\ln 250 ; \begin{pmatrix} 1 \\ 2 \end{pmatrix}|\begin{pmatrix} 1 & 2 \end{pmatrix}
+18|18 \text{ thousand}"""
 
 
 def pairs(table):
-    return [tuple(pair.split("|", 1)) for pair in re.split(r" ; |\n", table)]
+    return [pair.split("|") for pair in table.replace("\n", " ; ").split(" ; ")]
 
 
-@pytest.mark.parametrize(("reference", "answer"), pairs(EQUAL))
-def test_equal_answers(reference, answer):
-    assert same_math(reference, answer) is True
-
-
-@pytest.mark.parametrize(("reference", "answer"), [*pairs(UNEQUAL), ("|x|", "x")])
-def test_unequal_answers(reference, answer):
-    assert same_math(reference, answer) is same_math(answer, reference) is False
+@pytest.mark.parametrize(("reference", "answer"), [*pairs(EQUAL), *pairs(UNEQUAL), ["|x|", "x"]])
+def test_equal_and_unequal_answers(reference, answer):
+    assert same_math(reference, answer) is same_math(answer, reference) is ([reference, answer] in pairs(EQUAL))
     assert same_math(reference, reference) is same_math(answer, answer) is True
 
 
@@ -199,15 +195,15 @@ HEAVY = r"""9^{9^{9^{9}}}|9^{9999999}|10000000!!|999!|(999!)!|\binom{9^9}{9^8}|\
 9^{999 \cdot 999 \cdot 999 \cdot 999}|(99999999)!|(9^{99})!
 \operatorname{eye}(99999)|(\sin x+\cos y+\tan z)^{9}|\sqrt{2+\sqrt{3+\sqrt{5+\sqrt{7+\sqrt{11}}}}}|((9^{99})^{99})^{99}
 x^{5}+x+1=0|\sin x \sin(2x)\sin(3x)\sin(4x)\sin(5x)\sin(6x)|9^{\frac{999}{.000001}}"""
-REPEATED = r"\frac|\sqrt|{|(|-|x^|1/|e^{|\sin|9e99*|\frac{1}{|9|99999|x+|x+1,|+1|(x+1)"
-NESTED = [r"\frac{1}{1+", "(", r"\sqrt{2+", "{", "["]
 
 
 def heavy():
     yield from rows(HEAVY)
     for n in (15, 90, 1000):
-        yield from (piece * n + "1" for piece in rows(REPEATED))
-        yield from (opening * n + "1" + {"(": ")", "[": "]"}.get(opening, "}") * n for opening in NESTED)
+        for piece in rows(r"\frac|\sqrt|{|(|-|x^|1/|e^{|\sin|9e99*|\frac{1}{|9|99999|x+|x+1,|+1|(x+1)"):
+            yield piece * n + "1"
+        for opening, closing in (r"\frac{1}{1+", "}"), ("(", ")"), (r"\sqrt{2+", "}"), ("{", "}"), ("[", "]"):
+            yield opening * n + "1" + closing * n
 
 
 def test_nothing_hangs_in_any_thread():
