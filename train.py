@@ -49,7 +49,7 @@ from support.generation import Rollout, generate, sampler_of
 from support.head import masked_lm_loss, masked_log_probs
 from support.optimizer import clip_gradients, set_learning_rate
 from support.pictures import plot_curves
-from support.routing_report import routing_report
+from support.routing_report import ratio_report, routing_report
 from support.run import Run, State, load_state, open_folder, write_json
 from support.tasks import Batch, Task, load_task, rng
 
@@ -347,16 +347,17 @@ def rollout_metrics(rollout: Rollout, rewards: Tensor, task: Task, args) -> dict
 
 
 def engine_metrics(old: Policy, rollout: Rollout) -> dict:
-    """How often the trainer before its updates and the sampler choose other experts, over response tokens."""
+    """How far the trainer before its updates is from the sampler over response tokens: ratio and experts."""
     differs = (old.experts.sort(-1).values != rollout.experts.sort(-1).values).any(-1)[rollout.response_mask]  # [n, L]
-    return {"engine_moved_tokens": differs.any(-1).float().mean(), "engine_moved_decisions": differs.float().mean()}
+    moved = {"engine_moved_tokens": differs.any(-1).float().mean(), "engine_moved_decisions": differs.float().mean()}
+    return moved | ratio_report("engine", old.log_probs, rollout.log_probs, rollout.response_mask)
 
 
 def moved_routes(policy: Policy, routing: Routing, old: Policy, rollout: Rollout, args) -> dict:
-    """How far the router is from the one before the updates, and the two parts of the ratio to the sampler."""
+    """How far the router, and with three policies the ratio, is from what they were before the updates."""
     experts = {"experts": policy.experts, "old_experts": old.experts}
     if not same_arithmetic(args):
-        experts["log_probs"] = policy.log_probs, old.log_probs, rollout.log_probs
+        experts["log_probs"] = policy.log_probs, old.log_probs  # the other part of the ratio is engine_metrics'
     report = routing_report(routing.logits, old.expert_log_probs, rollout.response_mask, **experts)
     # RAIS's own metrics have the plain names, and 1 in the first update of a batch, where its old policy is the new one
     return {name.replace("gamma", "rollout_gamma").replace("floor", "rollout_floor"): x for name, x in report.items()}
@@ -443,12 +444,12 @@ def parse(argv: list[str]):
 def check_options(args):
     """Let the losses themselves refuse options before any work is done: they are called on a few zeros. ValueError."""
     if args.algo in METHODS:
-        G = args.group_size
-        zeros, mask, rows = torch.zeros(G, 1, requires_grad=True), torch.ones(G, 1, dtype=torch.bool), torch.zeros(G)
-        experts, P = torch.zeros(G, 1, 1, 1, dtype=torch.long), torch.zeros(G, 1, 1, 1)
+        B, T = args.group_size, 2
+        zeros, mask, rows = torch.zeros(B, T, requires_grad=True), torch.ones(B, T, dtype=torch.bool), torch.zeros(B)
+        experts, P = torch.zeros(B, T, 1, 1, dtype=torch.long), torch.zeros(B, T, 1, 1)
         policy = Policy(zeros, experts, P)
-        log_mu = zeros.detach() - 10 * (args.mismatch == "icepop")  # far outside its band: some losses refuse a 0
-        rollout = Rollout(experts[:, 0, 0].repeat(1, 2), mask, log_mu, zeros.detach(), experts, P)
+        log_mu = torch.tensor([[0.0, -10.0]]).expand(B, T)  # the second token is far outside any band
+        rollout = Rollout(torch.zeros(B, T + 1, dtype=torch.long), mask, log_mu, zeros.detach(), experts, P)
         check_loss(args.algo, loss_inputs(policy, P, policy, rollout, rows, rows, MoEConfig(), args), args)
     elif args.algo == "erl":
 

@@ -24,12 +24,15 @@ from typing import NamedTuple
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
-import train  # noqa: E402, before torch: it sets what torch reads when it is imported
+from support.errors import begin_program  # noqa: E402
+
+begin_program()  # before torch: it sets what torch reads when it is imported
 
 # isort: split
 import torch  # noqa: E402
 import torch.nn as nn  # noqa: E402
 
+import train  # noqa: E402
 from erpo import erpo_loss  # noqa: E402
 from moe import GPT, SIZES, MoEConfig, Routing  # noqa: E402
 from rais import rais_loss  # noqa: E402

@@ -155,8 +155,6 @@ def log_of(args, step) -> str:
 
 def train(args, accelerator):
     """The run. Between two steps its state is the model, the optimizer and the number of the step, and no more."""
-    if accelerator.is_main_process:  # where it refuses, the launcher ends the other processes
-        open_folder(args)
     say = accelerator.print
     model, tokenizer = load_model(args.model, args.seed, args.context)
     model = model.to(accelerator.device)
@@ -166,6 +164,8 @@ def train(args, accelerator):
         raise UserError(
             f"--batch-size must be from {accelerator.num_processes} (processes) to {len(windows)} (windows)"
         )
+    if accelerator.is_main_process:  # where it refuses, the launcher ends the other processes
+        open_folder(args)
     fused = accelerator.device.type in ("cpu", "cuda")  # on a CPU a quarter of the time
     optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr, betas=(0.9, 0.999), weight_decay=0.1, fused=fused)
     step, start, path = 0, None, os.path.join(args.out, "checkpoint.pt")

@@ -119,9 +119,8 @@ def _help(function, name: str) -> str:
     return ""
 
 
-def add_options(parser, title: str, options: dict[str, Option], aliases: dict[str, str]):
-    """A flag for each option, in a group of its own; `aliases` maps an option to an older name of its flag."""
-    group = parser.add_argument_group(title)
+def add_options(group, options: dict[str, Option], aliases: dict[str, str]):
+    """A flag for each option; `aliases` maps an option to an older name of its flag."""
     for o in options.values():
         flags = ["--" + n.replace("_", "-") for n in (o.name, aliases.get(o.name)) if n]
         how = {"default": o.default, "dest": o.name, "help": o.help.replace("%", "%%")}
@@ -190,8 +189,7 @@ def parser(description: str, algo: str | None, options: dict[str, dict[str, Opti
     flag("--tokenizer", "tokenizer", None, "default: the set's", ("gpt2", "bytes"))
     flag("--preset", "preset", None, "what ERL table 7 or ERPO section 5.1 states", ("paper",))
     if algo in options:
-        title = f"options of {algo}: the keyword arguments of its loss"
-        add_options(p, title, options[algo], {} if algo == "erl" else ALIASES)
+        own = p.add_argument_group(f"options of {algo}: the keyword arguments of its loss")
 
     g = p.add_argument_group("model")
     flag("--model", "model", "tiny", "", tuple(SIZES))
@@ -235,7 +233,7 @@ def parser(description: str, algo: str | None, options: dict[str, dict[str, Opti
     flag("--replay", "replay", "none", replays, ("none", "r2", "r3"))
     weights = "how the sampler's mismatch weighs tokens or answers; see mismatch_weights in baselines.py"
     flag("--mismatch", "kind of weight", "none", weights, ("none", "tis", "icepop", "sequence-mask"))
-    add_options(p, "options of --mismatch", mismatch, {})
+    add_options(g, mismatch, {})
     flag("--answer-balance-coef", not_negative, 0.0, "of the balance loss in the updates")
     flag("--beams", count, None, "of evaluation; default 6 for samsum, xsum, squad, else 1 [ERL table 7: 6]")
 
@@ -246,6 +244,8 @@ def parser(description: str, algo: str | None, options: dict[str, dict[str, Opti
     flag("--checkpoint-every", count, None, "steps between checkpoints; default: with each evaluation")
     flag("--out", str, None, "run folder; default: a new one below runs/", metavar="DIR")
     g.add_argument("--resume", action="store_true", help="continue the run in --out")
+    if algo in options:  # last: an option must not take the name of a flag
+        add_options(own, options[algo], {} if algo == "erl" else ALIASES)
     if algo is None:
         flags = {name: " ".join("--" + o.replace("_", "-") for o in theirs) for name, theirs in options.items()}
         lines = (f"  --algo {name:6} {theirs}" for name, theirs in flags.items())

@@ -13,7 +13,7 @@ from support.tasks import Task, rng
 
 
 def text_windows(tokens, context: int, limit: int = 0):
-    """Windows (tokens [T + 1], mask [T]): every token but the first is predicted once. limit: as many, evenly spread."""
+    """Windows (tokens [T + 1], mask [T]) that predict every token but the first once; limit: as many, evenly spread."""
     starts = range(0, len(tokens) - 1, context)
     number = min(limit or len(starts), len(starts))
     for start in (starts[i * len(starts) // number] for i in range(number)):

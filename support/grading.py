@@ -1,8 +1,4 @@
-"""Rewards and metrics: what a response is worth, each number a float in [0, 1].
-
-A `measure_...(response, example)` reads `example.references` (any of them will do) and, for Countdown,
-`example.numbers`. The reward of a response is one of the numbers that its metric reports.
-"""
+"""Metrics of a response, each a float in [0, 1]; the reward is one of them. Any of an example's references will do."""
 
 import ast
 import functools
@@ -50,19 +46,16 @@ def measure_countdown(response: str, example: Example) -> dict[str, float]:
     operators = {ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: operator.mul, ast.Div: operator.truediv}
     used, right = [], False
 
-    def value(node: ast.AST) -> Fraction:
-        match node:
-            case ast.Constant(value=int(number)):
-                used.append(number)
-                return Fraction(number)
-            case ast.BinOp(left, sign, right) if type(sign) in operators:
-                return operators[type(sign)](value(left), value(right))
-        raise ValueError("not an expression of + - * /")
+    def value(node) -> Fraction:
+        if isinstance(node, ast.BinOp) and type(node.op) in operators:
+            return operators[type(node.op)](value(node.left), value(node.right))
+        used.append(node.value)  # AttributeError: this is no number
+        return Fraction(node.value)
 
     if re.fullmatch(r"[0-9+\-*/() ]{1,64}", response.strip()):  # short and harmless before the parser sees it
         try:
             right = value(ast.parse(response.strip(), mode="eval").body) == int(example.references[0])
-        except (SyntaxError, ValueError, ZeroDivisionError):
+        except (SyntaxError, AttributeError, ZeroDivisionError):
             pass
     return {"accuracy": float(right and sorted(used) == sorted(example.numbers))}
 
@@ -115,29 +108,28 @@ def measure_number(response: str, example: Example) -> dict[str, float]:
     return {"accuracy": float(worked_out and any(same_math(r, answer) for r in example.references))}
 
 
-_GROUP = r"[^{}]*+"  # what stands in braces, with up to eight braces in each other
-for _ in range(8):
-    _GROUP = rf"(?:[^{{}}]++|\{{{_GROUP}\}})*+"
+_GROUP = r"(?:[^{}]++|\{" * 8 + "[^{}]*+" + r"\})*+" * 8  # what stands in braces, up to eight of them in each other
 _BOXED = re.compile(rf"\\boxed\s*\{{({_GROUP})\}}")
 
 
 def final_answer(text: str) -> str:
     r"""What a solution ends in: its last closed \boxed{...}, else the line behind its last "####", else its last line.
 
-    In words ("so she has 7 apples") it is the number there, and the last number of a last line.
+    In words it is the only number there, or the last number of a last line ("she had 9 and ate 2, so 7 are left").
     """
     boxes = _BOXED.findall(text)
-    if boxes or "####" in text:
+    marked = bool(boxes) or "####" in text
+    if marked:
         answer = boxes[-1] if boxes else text.rpartition("####")[2].strip().partition("\n")[0]
-        return number_in_words(answer, alone=True) or answer
-    line = "" if r"\boxed" in text else text.strip().rpartition("\n")[2][-MAX_LENGTH:]  # a box not closed: no answer
-    formulas = re.findall(r"\$([^$]*\\[^$]*)\$|\\\((.+?)\\\)", line)  # in words with LaTeX, the last formula
-    return number_in_words(line) or ("".join(formulas[-1]) if formulas else line)
+    else:  # a box that is begun and not closed is no answer
+        answer = "" if r"\boxed" in text else text.strip().rpartition("\n")[2]
+    if len(answer) > 2000:  # no answer is that long
+        return ""
+    formulas = re.findall(r"\$([^$]+)\$|\\\((.+?)\\\)", answer) if not marked and "\\" in answer else []  # in words
+    return number_in_words(answer, alone=marked) or ("".join(formulas[-1]) if formulas else answer)
 
 
-_NUMBER = re.compile(
-    r"[-+]?(?:[1-9]\d{0,2}(?:,\d{3})+(?!\d)|\d+|(?=\.\d))(?:\.\d+)?(?:[eE][-+]?\d{1,3})?(?:/\d+)?", re.A
-)
+_NUMBER = re.compile(r"(?a)[-+]?(?:[1-9]\d{0,2}(?:,\d{3})+(?!\d)|\d+|(?=\.\d))(?:\.\d+)?(?:[eE]-?\d{1,3})?(?:/\d+)?")
 _CHANGED_BEFORE = re.compile(
     r"(?:[^\s=(]|\w\(\s*|(?:[\d+*/^\[{√-]|\d\S*\s(?:and|plus|times|by|over|x)|\b(?:minus|negative|not|or))\s+)$"
 )
@@ -148,16 +140,16 @@ _UNCHANGED_AFTER = re.compile(
 )
 
 
-def number_in_words(line: str, alone: bool = False) -> str | None:
-    """The last number of a line in words, with `alone` the only one; None where more belongs to it than its digits.
+def number_in_words(line: str, alone: bool) -> str | None:
+    """The last number of a line in words, with `alone` the only one; None where its neighbours make another of it.
 
-    That is an operator, bracket or digit beside it (5 + 3, sqrt(2), 10 000), a letter (x2), or a word that changes it
-    (5 thousand, minus 5, 18 and a half). The name of what is counted, a unit and Markdown's signs do not.
+    So do operators, brackets, digits, letters (5 + 3, sqrt(2), 10 000, x2) and some words (5 thousand, minus 5), but
+    not the name of what is counted, a unit or Markdown's signs.
     """
-    line = re.sub(r"\\[()$]|[$*`\"]", " ", line.translate(_SIGNS).replace(r"\%", "%"))
+    line = re.sub(r"\\[()$]|[$*×·`\"€£]", " ", line.replace(r"\%", "%").replace("−", "-").replace("–", "-"))
     line = re.sub(r" ?/ ?(?=\d)", "/", re.sub(r"(?<=\d)\s*percent\b", "%", line)).lower()
     numbers = list(_NUMBER.finditer(line))
-    if not numbers or "\\" in line or not re.search(r"[^\W\d_]{2}", line) or (alone and len(numbers) > 1):
+    if not numbers or "\\" in line or not re.search(r"[^\W\d_]{2}|^[^a-z]+=", line) or (alone and len(numbers) > 1):
         return None
     before, after = line[: numbers[-1].start()], line[numbers[-1].end() :]
     return numbers[-1][0] if not _CHANGED_BEFORE.search(before) and _UNCHANGED_AFTER.match(after) else None
@@ -221,23 +213,19 @@ def same_math(reference: str, answer: str) -> bool:
 
 
 # The guard: what passes to math-verify is short, flat and of bounded cost, so that no time limit (a signal) is needed.
-
-MAX_LENGTH = 300
+MAX_LENGTH = 200
 _NAME = re.compile(r"^([a-zA-Z](?:_\{\w+\})?(?:\(\w\))?)\s*(?:=|\\in(?![a-zA-Z]))\s*")
-_COMMANDS = (
-    "frac sqrt binom cdot times div pi infty pm cup (?:arc)?(?:sin|cos|tan)h? cot sec csc ln log exp alpha beta "
-)
-_COMMANDS += "gamma delta epsilon theta lambda mu nu rho sigma tau phi omega Delta Omega"
+_COMMANDS = """frac sqrt cdot times div pi infty pm cup (?:arc)?(?:sin|cos|tan)h? cot sec csc ln log exp alpha beta
+    gamma delta epsilon theta lambda mu nu rho sigma tau phi omega Delta Omega""".split()
 _READABLE = re.compile(
-    rf"(?:\\(?:{'|'.join(_COMMANDS.split())})(?![a-zA-Z])|\\(?:begin|end)\{{[bp]matrix\}}|\\[{{}}\\]"
-    r"|[a-zA-Z\d\s+*/^!()\[\]{}_,;.&-])+",
-    re.ASCII,
+    rf"(?a)(?:\\(?:{'|'.join(_COMMANDS)})(?![a-zA-Z])|\\(?:begin|end)\{{[bp]matrix\}}|\\[{{}}\\]"
+    r"|[a-zA-Z\d\s+*/^!()\[\]{}_,;.&-])+"
 )
 _UNREADABLE = re.compile(  # two numbers side by side, another base, words, derivatives, f(x); a command is # here
     r"\d\s+[-+]?[\d.]|[a-zA-Z})\]]\s*\d|[\d)]\s*\(\d+\)|\d\s*_|\d[eE]\d|[a-zA-Z]{4}|(?<![a-zA-Z])d\s*[a-zA-Z#]"
-    r"|[fghu]\s*\(|[a-zA-Z]\s*\([^()+-]*\)|!\s*!|\d{16}|\d{4}!|[)}\]]\s*\^\{-?\d\d|\^\{-?\d{4}"
+    r"|[fghu]\s*\(|[a-zA-Z]\s*\([^()+-]*\)|!\s*!|\d{16}|(?<![\d.])0\s*#"
 )
-_EXPONENT = re.compile(r"\^\{[^{}^!]*(?:\{[^{}^!]*\}[^{}^!]*)*\}")  # no power or factorial in an exponent
+_EXPONENT = re.compile(r"\^\{[^{}^!]*(?:\{[^{}^!]*\}[^{}^!]*)*\}(?!\s*\^)")  # no power in or on a power
 
 
 def _read(text: str):
@@ -245,36 +233,43 @@ def _read(text: str):
     import sympy as sp
     from latex2sympy2_extended.latex2sympy2 import ConversionConfig, latex2sympy
 
-    number = plain_number(text)
-    if number is not None:
+    if (number := plain_number(text)) is not None:
         return sp.Rational(number.numerator, number.denominator)
     bare = re.sub(r"\\(?:begin|end)\{\w*\}|\\[a-zA-Z]+", "#", text)
     depth = max(itertools.accumulate((c in "([{") - (c in ")]}") for c in text), default=0)
-    if len(text) > MAX_LENGTH or depth > 6 or not _READABLE.fullmatch(text) or _UNREADABLE.search(bare):
-        raise ValueError("not a text to compare by value")
-    if text.count("^") != len(_EXPONENT.findall(text)) or not re.search(r"[^a-zA-Z\s]", bare):
-        raise ValueError("powers in powers, or letters alone")
+    readable = len(text) <= MAX_LENGTH and depth <= 5 and _READABLE.fullmatch(text) and not _UNREADABLE.search(bare)
+    flat = text.count("^") == len(_EXPONENT.findall(text)) and not re.fullmatch(r"[a-zA-Z\s]*", bare)
+    if not readable or not flat:
+        raise ValueError("too long, too deep, odd, or letters alone")
     text = re.sub(r"(\d*)\.(\d*)", lambda m: rf"\frac{{{m[1]}{m[2]}}}{{1{'0' * len(m[2])}}}", text)  # exactly
     text = text.replace("E", r"\Xi ").replace("I", r"\Psi ")  # which the reader takes for Euler's number and for i
     tree = latex2sympy(text, is_real=True, conversion_config=ConversionConfig(lowercase_symbols=False))
+    tree = sp.Tuple(*tree.shape, *tree.flat()) if isinstance(tree, sp.MatrixBase) else tree
     if isinstance(tree, sp.FiniteSet) and len(tree) <= text.count(",") and not re.search(r"[(\[]", text):
         raise ValueError("a list that holds a value twice: the reader's set holds it once")
     return tree
 
 
-def _values(tree) -> list[complex]:
-    """The numbers of a tree with random ones in the letters' places, sorted; those of equal answers are the same."""
+def _number(tree, k: int):
+    """A tree with the k-th random numbers in the letters' places, each part a fraction or a number of 60 digits."""
     import sympy as sp
 
-    if isinstance(tree, sp.Expr):
-        point = {x: sp.Float(1 + zlib.crc32(x.name.encode()) / 2**32) for x in tree.free_symbols}
-        return [complex(tree.evalf(30, subs=point))]
-    parts = tree.flat() if isinstance(tree, sp.MatrixBase) else tree.args
-    return sorted((v for part in parts for v in _values(part)), key=lambda v: v.real + math.pi * v.imag)
+    if not isinstance(tree, sp.Expr):
+        return tree.func(*(_number(part, k) for part in tree.args)) if tree.args else tree
+    point = {x: sp.Float(1 + zlib.crc32(f"{k} {x}".encode()) / 2**32, 60) for x in tree.free_symbols}
+    point |= {x: sp.I for x in point if x.name == "i"}
+    grown = [abs(part.evalf(10)) for part in tree.atoms(sp.Pow, sp.factorial) if not point]
+    if not all(1 < value * 10**999 < 10**1998 for value in grown):
+        raise ValueError("a number too large to work out")
+    value = tree.evalf(60, subs=point) if point else tree.doit()
+    value = value if value.is_Rational else value.evalf(60)
+    if not value.is_Rational and abs(value) < 1e-30:
+        raise ValueError("a number too small for 60 digits")
+    return value
 
 
 def _same_value(reference: str, answer: str) -> bool:
-    """math-verify's verdict. Answers of other values at a random point never reach it: its `simplify` has no bound."""
+    """math-verify's verdict on numbers: of letters it would ask sympy's `simplify`, whose time has no bound."""
     try:
         from math_verify import verify
         from sympy import Expr
@@ -282,8 +277,7 @@ def _same_value(reference: str, answer: str) -> bool:
         logging.getLogger("math_verify").setLevel(logging.ERROR)  # it warns that there is no time limit
         a, b = _read(reference), _read(answer)
         same_kind = type(a) is type(b) or (isinstance(a, Expr) and isinstance(b, Expr))  # not (1,2) for 1,2
-        pairs = zip(_values(a), _values(b), strict=True)
-        near = all(x == y or abs(x - y) <= 1e-9 * max(abs(x), abs(y)) for x, y in pairs)
-        return same_kind and near and verify(a.doit(), b.doit(), numeric_precision=60, timeout_seconds=None)
+        limits = {"float_rounding": 45, "numeric_precision": 60, "timeout_seconds": None}
+        return same_kind and all(verify(_number(a, k), _number(b, k), **limits) for k in range(3))
     except Exception:  # what a reader of LaTeX and a computer algebra system may raise has no end
         return False

@@ -86,8 +86,14 @@ def routing_report(new, old=None, mask=None, *, experts=None, old_experts=None, 
         report |= {"gamma_mean": mean(gamma), "gamma_min": gamma.masked_fill(~mask, 1).min()}
     for name, now, then in zip(("update", "engine"), log_probs, log_probs[1:], strict=False):
         if now is not None and then is not None:
-            log_ratio = (now.float() - then.float()).masked_fill(~mask, 0)  # [B, T]
-            report |= {f"{name}_gap": mean(log_ratio.abs()), f"{name}_kl": mean(log_ratio.exp() - 1 - log_ratio)}
-            ratios = log_ratio[mask].exp() if mask.any() else mask.new_ones(1).float()  # [N]
-            report |= {f"{name}_ratio_p{q:02}": ratios.quantile(q / 100) for q in (1, 50, 99)}
+            report |= ratio_report(name, now, then, mask)
     return report
+
+
+@torch.no_grad()
+def ratio_report(name, log_probs, then, mask):
+    """Of r = p / p_then over the tokens of mask bool [B, T]: NAME_gap, NAME_kl and NAME_ratio_p01, _p50, _p99."""
+    log_ratio = (log_probs.float() - then.float())[mask]  # [N]
+    log_ratio = log_ratio if len(log_ratio) else log_ratio.new_zeros(1)
+    report = {f"{name}_gap": log_ratio.abs().mean(), f"{name}_kl": (log_ratio.exp() - 1 - log_ratio).mean()}
+    return report | {f"{name}_ratio_p{q:02}": log_ratio.exp().quantile(q / 100) for q in (1, 50, 99)}

@@ -107,7 +107,7 @@ class Task(NamedTuple):
     room: int  # tokens a prompt may have
     held_out: dict  # "validation" and the test sets -> TextSplit or list of Example
     variant: str  # of the text, where there are several
-    fingerprint: str  # of the records that the run reads
+    fingerprint: str = ""  # of the records that the run reads
 
     def prompts(self, step: int, number: int, group_size: int) -> tuple[list, list[list[int]]]:
         """The examples of a step and their prompts as tokens, each `group_size` times, one after the other."""

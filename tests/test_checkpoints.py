@@ -52,9 +52,10 @@ def test_checkpoint_round_trip(tmp_path, dtype):
 
 
 def test_equal_weights_are_equal_bytes_and_draw_nothing(tmp_path):
+    model = make()
     before = torch.get_rng_state()
     for name in "ab":
-        save_checkpoint(str(tmp_path / name), make(), step=1, best=None)
+        save_checkpoint(str(tmp_path / name), model, step=1, best=None)
     assert (tmp_path / "a").read_bytes() == (tmp_path / "b").read_bytes()
     load_model(str(tmp_path / "a"))
     assert torch.equal(torch.get_rng_state(), before)

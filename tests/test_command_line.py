@@ -38,7 +38,7 @@ def test_options_are_read_from_the_signature_and_become_flags():
     assert options["low"].help == options["high"].help == "bounds"
     assert options["kind"].help == "how it is reduced, 100 %"
     p = Parser()
-    add_options(p, "options", options, {"low": "lower_bound"})
+    add_options(p, options, {"low": "lower_bound"})
     assert vars(p.parse_args([])) == {"low": 0.1, "high": None, "kind": "mean", "steps": 0, "on": False}
     found = p.parse_args("--lower-bound 0.3 --high 2 --kind sum --steps 5 --on".split())
     assert vars(found) == {"low": 0.3, "high": 2.0, "kind": "sum", "steps": 5, "on": True}

@@ -148,8 +148,8 @@ def test_init_from_a_run_a_file_and_a_folder_of_gpt2(here, monkeypatch):
     assert json.loads(Path("from_gpt2/config.json").read_text())["model"] == "custom"
     assert train.main(["--resume", "--out", "from_gpt2"]) == 0
     for flags, says in (
-        ("--init four --algo dense", "has experts"),
-        ("--init four --algo lm", "--n-expert 4"),
+        ("--init four --algo dense --pretrain-steps 0", "has experts"),
+        ("--init four --algo lm --pretrain-steps 0", "--n-expert 4"),
         ("--init nothing --algo lm", "there is no run"),
         ("--init dense --tokenizer gpt2 --algo lm --data-dir .", "vocabulary"),
     ):

@@ -121,22 +121,23 @@ def test_text_scores_are_those_of_plain_forwards(sizes):
 
 
 @pytest.mark.parametrize("dataset", ["pydocs", "addition"])
-def test_each_sample_has_routes_of_its_own(dataset):
-    """The whole of rank_samples, replayed. One sample stands there twice: its original route alone scores alike."""
-    model, example = random_model(), data.Example("9+9=", "18", ("18",))
-    items = [random_window(), random_window(seed=6), random_window()] if dataset == "pydocs" else [example] * 3
-    samples = Samples(data.get_dataset(dataset), data.load_tokenizer("bytes"), items, 4, 20)
+def test_each_sample_has_routes_of_its_own(dataset, monkeypatch):
+    """The whole of rank_samples, replayed, one sample thrice. A prompt is never perturbed but for its last token."""
+    text = dataset == "pydocs"
+    model = random_model() if text else settled_model(0, writes=[ord("1"), ord("2")])
+    items = [random_window() if text else data.Example("9+9=", "111", ("111", "211", "122"))] * 3
+    samples = Samples(data.get_dataset(dataset), data.load_tokenizer("bytes"), items, 3, 21)
+    score, seen = eval_routing.score_task, []
+    monkeypatch.setattr(eval_routing, "score_task", lambda *how: seen.append(how[3].forced) or score(*how))
     args = SimpleNamespace(samples=3, seed=11, batch_size=None, split="test")
-    scored = eval_routing.rank_samples(args, model, samples)
+    scored = [sample.values for sample in eval_routing.rank_samples(args, model, samples)]
     for i, item in enumerate(items):
-        if dataset == "pydocs":
-            routes = eval_routing.draw_routes(model, 24, 11, "routes", i)
-            expected = eval_routing.score_text(model, item, routes)
-        else:  # the prompt is never perturbed; its last token predicts the answer's first one
-            routes = eval_routing.draw_routes(model, 8, 11, "routes", i, first=3)
-            expected = eval_routing.score_task(model, item, list(b"9+9="), routes, samples)
-        torch.testing.assert_close(scored[i].values, expected.values)
-    assert dataset != "pydocs" or (scored[0].values - scored[2].values).abs()[1:].min() > 1e-6
+        routes = eval_routing.draw_routes(model, 24 if text else 7, 11, "routes", i, first=0 if text else 3)
+        how = (item, routes) if text else (item, list(b"9+9="), routes, samples)
+        expected = (eval_routing.score_text if text else eval_routing.score_task)(model, *how).values
+        torch.testing.assert_close(scored[i], expected)
+        assert text or torch.equal(seen[i], routes.forced)
+    assert scored[0][0] == scored[2][0] and (scored[0] - scored[2]).abs().max() > 1e-3
 
 
 @pytest.mark.parametrize("top_k", [1, 2])
@@ -214,24 +215,27 @@ def forward_by_hand(model, tokens, layer, expert):
     return F.linear(model.ln_f(x[-1]), model.wte.weight).log_softmax(-1)
 
 
-@pytest.mark.parametrize(
-    "sizes",
-    [{"gate": "renorm"}, {"gate": "prob"}, {"top_k": 2}, {"top_k": 2, "gate": "prob", "n_shared_expert": 1},
-     {"n_layer": 4, "moe_every": 2, "gate": "straight"}],
-)  # fmt: skip
+FORCED = [{"gate": "renorm"}, {"gate": "prob"}, {"top_k": 2}, {"top_k": 2, "gate": "prob", "n_shared_expert": 1}]
+FORCED += [{"n_layer": 4, "moe_every": 2, "gate": "straight"}]
+
+
+@pytest.mark.parametrize("sizes", FORCED)
 def test_a_forced_expert_takes_the_place_and_the_weight_of_the_own_one(sizes):
-    model, tokens = random_model(**sizes), random_window(10)[0]
-    for layer, length in itertools.product(range(2), (3, 10)):
+    tokens, seen = random_window(10)[0], set()
+    for layer, length, seed in itertools.product(range(2), (3, 10), range(3)):
+        model = random_model(seed, **sizes)
         found = eval_routing.score_decision(model, tokens[: length + 1].tolist(), layer)
         prefix, target = tokens[:length], tokens[length]
         with torch.no_grad():
             own = forward_by_hand(model, prefix, layer, None)
             chosen = log_probs_of(model, prefix)[1].experts[0, -1, layer].tolist()
+            seen.add(chosen[0])
             others = [e for e in range(4) if e not in chosen]
             expected = [own[target], *(forward_by_hand(model, prefix, layer, e)[target] for e in others)]
         torch.testing.assert_close(found.values.float(), torch.stack(expected), rtol=1e-5, atol=1e-5)
         assert found.values.std() > 1e-3
         assert found.entropy == pytest.approx(-(own.exp() * own).sum().item(), rel=1e-5)
+    assert len(seen) > 1
 
 
 def test_decisions_are_drawn_one_a_row_from_the_predictions_that_count():

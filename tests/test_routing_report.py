@@ -6,7 +6,7 @@ import pathlib
 import pytest
 import torch
 
-from support.routing_report import routing_report
+from support.routing_report import expert_load, routing_report
 
 B, T, L, E, K = 3, 5, 2, 6, 2
 
@@ -15,6 +15,7 @@ def tensors(seed=0):
     g = torch.Generator().manual_seed(seed)
     new, old = torch.randn(2, B, T, L, E, generator=g) * 3
     mask = torch.rand(B, T, generator=g) > 0.3
+    mask[0, :2] = mask[1, 3:] = False  # on both sides
     return new, new + 0.4 * torch.rand(B, T, 1, 1, generator=g) * old, mask
 
 
@@ -104,6 +105,7 @@ def test_every_integer_type_and_anything_in_padding(kind):
     kept = old.log_softmax(-1).gather(-1, old_experts)
     clean = routing_report(new, old, mask, top_k=K)
     experts, old_experts = (x.to(kind) for x in (experts, old_experts))
+    load = expert_load(experts, E, mask)
     for x, wild in (
         (new, math.nan),
         (kept, -math.inf),
@@ -113,6 +115,8 @@ def test_every_integer_type_and_anything_in_padding(kind):
         x[~mask] = wild
     for name, value in routing_report(new, kept, mask, experts=experts, old_experts=old_experts).items():
         torch.testing.assert_close(value, clean[name])
+    torch.testing.assert_close(expert_load(experts, E, mask), load)
+    assert (load.amax(-1) * E - 1).tolist() == pytest.approx(clean["max_vio_by_layer"].tolist())
 
 
 def test_nothing_that_counts():

@@ -252,15 +252,12 @@ def test_two_processes_compute_what_one_does(folder, tmp_path, monkeypatch):
 def test_a_full_disk_and_mistakes_are_told_in_one_sentence(folder, tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "file").touch()
-    for more, word in (
-        (["--model", str(tmp_path / "nowhere")], "nowhere"),
-        (["--context", "500"], "--context"),
-        (["--batch-size", "1000000"], "--batch-size"),
-        (["--out", str(tmp_path / "file" / "run")], "file/run"),
-    ):
-        assert erl_hf.main([*command(folder, tmp_path / word), *more]) == 2
-        error = capsys.readouterr().err.splitlines()
-        assert error[-1].startswith("erl_hf: ") and word in error[-1]
+    nowhere, below_a_file = str(tmp_path / "nowhere"), str(tmp_path / "file" / "run")
+    mistakes = [("--model", nowhere), ("--out", below_a_file), ("--context", "500"), ("--batch-size", "10000000")]
+    for flag, value in mistakes:  # no folder stays behind: the right command is not taken for another run's
+        assert erl_hf.main([*command(folder, tmp_path / "run"), flag, value]) == 2
+        error = capsys.readouterr().err.splitlines()[-1]
+        assert error.startswith("erl_hf: ") and (flag in error or value in error)
 
     run, limits = command(folder, tmp_path / "run", "--steps", "1"), resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, limits[1]))  # no file may be larger

@@ -5,7 +5,7 @@ import torch
 
 transformers = pytest.importorskip("transformers", minversion="5.6", reason="pip install -r recipes/requirements.txt")
 
-from recipes.hf_routing import find_routers, next_token_log_probs  # noqa: E402
+from recipes.hf_routing import next_token_log_probs  # noqa: E402
 from recipes.replay_check import check_replay  # noqa: E402
 
 B, T = 4, 24
@@ -80,16 +80,3 @@ def test_each_bug_is_found(model, side, by):
     tokens, attention, mask = batch([T] * B, side)
     experts, live, log_probs = look(model, tokens, attention)
     assert kinds(check_replay(experts[[1, 0, 2, 3]], log_probs, live, log_probs, mask)) == [("other row", [0, 1])]
-
-
-def test_experts_no_longer_in_the_top_k(model):
-    """The router has moved since: on one layer's worth of a third of the decisions it shows."""
-    tokens, attention, mask = batch(LENGTHS, "right")
-    experts, _, log_probs = look(model, tokens, attention)
-    router = find_routers(model)[1][0].weight
-    before = router.detach().clone()
-    router.data += 0.3 * torch.randn(router.shape, generator=torch.Generator().manual_seed(2))
-    _, live, live_log_probs = look(model, tokens, attention)
-    router.data = before
-    findings = check_replay(experts, log_probs, live, live_log_probs, mask)
-    assert [f.rows for f in findings if f.kind == "not in the top-K"] == [[0, 1, 2, 3]]
