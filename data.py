@@ -12,6 +12,7 @@ train, validation and test never share a problem. Where a published set has no s
 division is the same on every machine, for every seed, and for a part of the set as for the whole.
 """
 
+import contextlib
 import hashlib
 import json
 import os
@@ -104,7 +105,7 @@ def prepare(dataset: str, tokenizer: str, data_dir: str | None = None) -> Tokeni
         return load_tokenizer(tokenizer, data_dir)
     except UserError as error:
         try:
-            if spec.files:
+            if spec.files and tokenizer == "gpt2":
                 spec = _local(spec, data_dir)
                 _read_file(spec, "train", data_dir) if data_dir else _read_hub(spec, "train")
         except UserError:
@@ -467,7 +468,8 @@ def load_text(
                 np.save(file, np.array([tokenizer.end, *tokenizer.encode(text)], dtype=dtype))
             os.replace(aside, path)
         except OSError as error:
-            aside.unlink(missing_ok=True)
+            with contextlib.suppress(OSError):
+                aside.unlink()
             raise UserError(f"the token cache {path} cannot be written: {error.strerror}") from None
     return TextSplit(np.load(path, mmap_mode="r"), len(raw), variant)
 

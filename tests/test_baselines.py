@@ -98,19 +98,15 @@ def test_rewards_equal_within_rounding_give_exactly_zero():
     assert (group_advantages(torch.tensor([100.0, 100.001, 1.0, 1.00001]), 2) != 0).all()
 
 
-def test_group_advantages_takes_any_numbers_and_refuses_what_has_no_group():
-    expected = group_advantages(torch.tensor([0.0, 1.0]), 2)
-    for rewards in (torch.tensor([0, 1]), torch.tensor([False, True]), torch.tensor([0.0, 1.0], requires_grad=True)):
-        assert torch.equal(group_advantages(rewards, 2), expected) and not group_advantages(rewards, 2).requires_grad
-    with pytest.raises(ValueError, match="group_size.*at least 2"):
-        group_advantages(torch.ones(4), 1)
-    with pytest.raises(ValueError, match="group_size.*4 rows.*groups of 3"):
-        group_advantages(torch.ones(4), 3)
-    with pytest.raises(ValueError, match=r"rewards.*\[B\]"):
-        group_advantages(torch.ones(2, 2), 2)
-    for bad in (float("nan"), float("inf"), -1e15):
-        with pytest.raises(ValueError, match="finite and below 1e15"):
-            group_advantages(torch.tensor([0.0, bad], dtype=torch.float64), 2)
+def test_group_advantages_refuses_what_has_no_group():
+    for rewards, G in (
+        (torch.ones(4), 1),
+        (torch.ones(4), 3),
+        (torch.ones(2, 2), 2),
+        (torch.tensor([0, torch.nan]), 2),
+    ):
+        with pytest.raises(ValueError, match="group_size|rewards"):
+            group_advantages(rewards, G)
 
 
 # ------------------------------------------------------------------------------------------------------------- losses
@@ -252,7 +248,7 @@ def test_metrics_by_hand(base):
 
 
 @bases
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32, torch.float64])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])
 def test_dtypes(base, dtype):
     """Low precision is computed in float32: the loss is that of the rounded inputs, not of rounded steps."""
     loss, _, options = LOSSES[base]
@@ -271,22 +267,15 @@ def test_dtypes(base, dtype):
 def test_losses_refuse_bad_arguments(base):
     loss, options, _ = LOSSES[base]
     new, old, A, mask = make(8)
-    for bad, message in (
-        ((new[:, 0], old, A, mask), r"^log_probs .*\[B, T\].*\[4\]"),
-        ((new[:, :0], old[:, :0], A, mask[:, :0]), r"^log_probs .*\[4, 0\]"),
-        ((new, old[:, 1:], A, mask), r"^old_log_probs .*\[4, 6\].*\[4, 5\]"),
-        ((new, old, new, mask), r"^advantages .*\[4\].*\[4, 6\]"),
-        ((new, old, A, torch.ones(4, 7, dtype=torch.bool)), r"^response_mask .*\[4, 6\].*\[4, 7\]"),
-        ((new, old, A, mask.long()), "^response_mask .*bool.*int64"),
-    ):
-        with pytest.raises(ValueError, match=message):
-            loss(*bad)
-    with pytest.raises(ValueError, match=r"^weights .*\[4, 6\].*\[4, 1\]"):
+    names = "log_probs", "old_log_probs", "advantages", "response_mask"
+    for name, bad in zip((*names, names[3]), (new[:, 0], old[:, 1:], new, mask[:, 1:], mask.long()), strict=True):
+        with pytest.raises(ValueError, match=f"^{name}"):
+            loss(**dict(zip(names, (new, old, A, mask), strict=True)) | {name: bad})
+    with pytest.raises(ValueError, match="^weights"):
         loss(new, old, A, mask, weights=new[:, :1])
     for name in [*options] + ["max_ratio"] * (base == "dppo"):
-        for value in (-0.1, float("nan")):
-            with pytest.raises(ValueError, match=name):
-                loss(new, old, A, mask, **{name: value})
+        with pytest.raises(ValueError, match=name):
+            loss(new, old, A, mask, **{name: -0.1})
 
 
 # ------------------------------------------------------------------------------------------------------------ weights
@@ -340,10 +329,8 @@ def test_mismatch_weights_refuse_bad_arguments():
     for options in (dict(kind="tis", threshold=-1.0), dict(kind="icepop", threshold=0.4), dict(kind="mis")):
         with pytest.raises(ValueError, match="^the bounds|^kind"):
             mismatch_weights(old, mu, mask, **options)
-    with pytest.raises(ValueError, match=r"^rollout_log_probs .*\[4, 6\].*\[4, 5\]"):
+    with pytest.raises(ValueError, match="^rollout_log_probs"):
         mismatch_weights(old, mu[:, 1:], mask, kind="tis")
-    with pytest.raises(ValueError, match="^response_mask .*bool"):
-        mismatch_weights(old, mu, mask.long(), kind="tis")
 
 
 # -------------------------------------------------------------------------------------------- signatures, docs, imports

@@ -139,16 +139,6 @@ def test_other_models_are_refused(gpt2, tmp_path, change, message):
         load_gpt2(str(tmp_path))
 
 
-def test_a_folder_without_gpt2_is_refused(gpt2, tmp_path):
-    _, folder = gpt2
-    (tmp_path / "config.json").write_text((folder / "config.json").read_text())
-    for content in (None, b"", b"nonsense"):
-        if content is not None:
-            (tmp_path / "model.safetensors").write_bytes(content)
-        with pytest.raises(ValueError, match=str(tmp_path)):
-            load_gpt2(str(tmp_path))
-
-
 def load_through_hub(endpoint, cache):
     code = (
         "import torch; from support.checkpoints import load_gpt2\n"
@@ -202,17 +192,9 @@ def test_an_unreachable_hub_is_one_sentence(tmp_path):
     assert "HF_ENDPOINT" in message
 
 
-# ------------------------------------------------------------------------------------------------------------- devices
-
-
 def test_pick_device():
     assert pick_device("cpu") == torch.device("cpu")
-    assert pick_device() == torch.device(
-        "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
-    )
+    best = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    assert pick_device() == torch.device(best)
     with pytest.raises(ValueError, match="tpu"):
         pick_device("tpu")
-    for name, there in (("cuda", torch.cuda.is_available()), ("mps", torch.backends.mps.is_available())):
-        if not there:
-            with pytest.raises(ValueError, match=name):
-                pick_device(name)

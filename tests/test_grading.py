@@ -17,7 +17,7 @@ from support.grading import Example, as_text, measure_countdown, measure_exact, 
 
 REAL = Path(__file__).parents[1] / ".." / "shared" / "data"
 needs_real = pytest.mark.skipif(not REAL.is_dir(), reason="../shared/data (the real data sets) is not there")
-quick = settings(deadline=None, max_examples=60)
+quick = settings(deadline=None, max_examples=50)
 
 
 def rows(table):
@@ -64,8 +64,8 @@ def f1_by_the_book(response, reference):
         if word in left:
             left.remove(word)
             common += 1
-    precision, recall = common / max(len(response), 1), common / max(len(reference), 1)
-    return 2 * precision * recall / (precision + recall) if common else 0.0
+    p, r = common / max(len(response), 1), common / max(len(reference), 1)
+    return 2 * p * r / (p + r) if common else 0.0
 
 
 def rouge_by_the_book(response, reference):
@@ -98,13 +98,13 @@ def test_f1_and_rouge_are_the_books(response, references):
     assert grading.measure_summary(" ".join(response), example) == best
 
 
-def test_squad_normalises_as_the_official_script():
+def test_words_are_normalised_as_in_the_official_scripts():
+    summary = grading.measure_summary("The cats sat on the mat.", Example("p", "a", ("the cat on the mat",)))
+    assert summary["rouge2"] == pytest.approx(2 * 3 / 9)  # the-cat, on-the, the-mat of 5 and 4 pairs: "cats" is "cat"
     for response, references, exact, f1 in (
-        ("The Denver Broncos!", ("Denver Broncos",), 1, 1),
         ("denver  broncos", ("Carolina Panthers", "the Denver Broncos."), 1, 1),
         ("a U.S. theater", ("US theater",), 1, 1),
-        ("Denver", ("Denver Broncos",), 0, 2 / 3),
-        ("Anthem", ("An them",), 0, 0),  # an article is a word of its own
+        ("Anthem and Denver", ("An them", "Denver"), 0, 1 / 2),  # an article is a word of its own
     ):
         got = grading.measure_squad(response, Example("p", "a", references))
         assert got == {"exact_match": exact, "f1": pytest.approx(f1)}
@@ -133,7 +133,8 @@ def test_these_answers_are_18_and_these_are_not(response):
 def test_the_last_of_several_answers_counts():
     assert earns("It is now -3 degrees", "-3") == earns("The answer is −3", "-3") == earns("#### 1 mile", "1") == 1
     assert earns("2+2 = 4\n#### 4\nQuestion: and now?", "4") == earns("I have 3\nso it is 7, of 1,024.", "1024") == 1
-    assert earns(r"so $x = \frac{3}{4}$.", "3/4", measure=measure_math) == 1
+    assert earns("\\boxed{18\nso 18", "18") == 0  # a box that is not closed
+    assert earns("#### 17\n#### 18", "18") == earns(r"so $x = \frac{3}{4}$.", "3/4", measure=measure_math) == 1
     assert earns(r"\boxed{1} or rather \boxed{\frac{1}{2}}.", "0.5", measure=measure_math) == 1
 
 
@@ -148,16 +149,16 @@ x=5|5 ; 5|x = 5 ; x \in [-2,7]|[-2,7] ; y = 2x + 3|3+2x ; f(x)=2 x|2x ; \boxed{N
 \begin{pmatrix} -1/3 \\ 2/3 \end{pmatrix}|\begin{pmatrix} -\frac13 \\ \frac23 \end{pmatrix}
 np.arcsin(10/13)|\arcsin{\frac{10}{13}} ; \frac{dx}{dt}=kx-a|\frac{d x}{d t} = k x - a ; 52_8|52_{8}
 2^{1009}|2 \cdot 2^{1008} ; \left(\frac{1}{2}, x\right)|(0.5,x)"""
-UNEQUAL = r"""18|10 8 ; 108|10 8 ; 18|17 1 ; 111|1 1 1 ; 11/2|1 1/2 ; 6|2 3 ; 8|1 (8) ; 8|(1)(8) ; -5|3 -5 ; 36|x 36
-0|10 000 ; 18|18, 18 ; 18|18; 18 ; 18|18 18 ; -2,-2|-2 ; 16,3,1,1|16,3,1 ; 16,3,1,1|16,3,3,1 ; 3,5,7|3,5 ; 3,5|3,5,7
-1234|1,2,3,4 ; 52_8|52_9 ; 52_8|52 ; 52_8|42 ; 10^{-20}|10^{-30} ; 10^{-20}\pi|10^{-30}\pi ; 10^{-60}\pi|10^{-70}\pi
-1/3|0.333333 ; \frac{x}{3}|0.333333x ; \sqrt{2}|1.41421356 ; 10^{30}+1|10^{30} ; 2^{1009}|2^{1009}+1
-\pi+10^{30}|e+10^{30} ; e|2.718281828459045 ; 8.7e8|8.8e8 ; east|seat ; on|no ; 2|two ; 7|seven ; 2|2+ ; 2|2 E_1
-2|2RC ; 7.6 Z|7.6 ; 2E|2e ; 3I|3i ; P+p|2p ; 3\mathrm{i}|3 ; \frac{dx}{dt}=kx|kx ; \frac{dx}{dt}=kx|\frac{x}{t}=kx
-\dot{x}|x ; I(0)|0 ; x=5|y=5 ; x=5|0=0 ; 4|7y - 5x = 4 ; \frac{dx}{dt}|\frac{dy}{dt} ; 5|0=5 ; k \geqslant 2|2
-(1,2)|(2,1) ; (1,2)|[1,2] ; (1,2]|(1,2) ; (1,2)|1,2 ; (312,123,231)|312123231 ; (-\infty, 0)|(\infty, 0) ; x'|x
-\log_{10} 250|\ln 250 ; \begin{pmatrix} 1 \\ 2 \end{pmatrix}|\begin{pmatrix} 1 & 2 \end{pmatrix}
-18|18 \text{ thousand}"""
+UNEQUAL = r"""18|10 8 ; 108|10 8 ; 18|17 1 ; 111|1 1 1 ; 11/2|1 1/2 ; 1/2|0 \frac{1}{2} ; 6|2 3 ; 8|1 (8) ; 9|1 (8)
+8|(1)(8) ; -5|3 -5 ; 36|x 36 ; 0|10 000 ; 18|18, 18 ; 18|18; 18 ; 18|18 18 ; -2,-2|-2 ; 16,3,1,1|16,3,1
+16,3,1,1|16,3,3,1 ; 3,5,7|3,5 ; 3,5|3,5,7 ; 1234|1,2,3,4 ; 52_8|52_9 ; 52_8|52 ; 52_8|42 ; 10^{-20}|10^{-30}
+10^{-20}\pi|10^{-30}\pi ; 10^{-60}\pi|10^{-70}\pi ; 1/3|0.333333 ; \frac{x}{3}|0.333333x ; \sqrt{2}|1.41421356
+10^{30}+1|10^{30} ; 2^{1009}|2^{1009}+1 ; \pi+10^{30}|e+10^{30} ; e|2.718281828459045 ; 8.7e8|8.8e8 ; east|seat ; on|no
+2|two ; 7|seven ; 2|2+ ; 2|2 E_1 ; 2|2RC ; 7.6 Z|7.6 ; 2E|2e ; 3I|3i ; P+p|2p ; 3\mathrm{i}|3 ; \frac{dx}{dt}=kx|kx
+\frac{dx}{dt}=kx|\frac{x}{t}=kx ; \dot{x}|x ; I(0)|0 ; x=5|y=5 ; x=5|0=0 ; 4|7y - 5x = 4 ; \frac{dx}{dt}|\frac{dy}{dt}
+5|0=5 ; k \geqslant 2|2 ; (1,2)|(2,1) ; (1,2)|[1,2] ; (1,2]|(1,2) ; (1,2)|1,2 ; (312,123,231)|312123231
+(-\infty, 0)|(\infty, 0) ; x'|x ; \log_{10} 250|\ln 250
+\begin{pmatrix} 1 \\ 2 \end{pmatrix}|\begin{pmatrix} 1 & 2 \end{pmatrix} ; 18|18 \text{ thousand}"""
 
 
 def pairs(table):
@@ -218,7 +219,7 @@ def test_nothing_hangs_in_any_thread():
     thread = threading.Thread(target=grade, daemon=True)
     thread.start()
     thread.join(timeout=120)
-    assert not thread.is_alive(), f"no end behind {list(verdicts)[-1]}"
+    assert not thread.is_alive(), f"no end behind {[*verdicts][-1]}"
     assert verdicts.pop("x") is True and not any(v for (r, _), v in verdicts.items() if "+ 0" not in r)
 
 
@@ -231,7 +232,7 @@ def test_long_responses_earn_nothing(piece):
 @quick
 @given(st.text(max_size=40) | st.text(alphabet=r"0123456789xyEei+-*/^_=(){}[]|!,.\ $%<>&#", max_size=40))
 def test_grading_never_raises_and_every_score_is_a_float(text):
-    example = Example("p", "a", ("17", text), (1, 7))
+    example = Example("p", "a", ("17", text))
     for measure in (measure_math, measure_number, measure_exact, grading.measure_squad, grading.measure_summary):
         assert all(type(score) is float and 0 <= score <= 1 for score in measure(text, example).values())
     assert measure_countdown(text, Example("p", "a", ("8",), (1, 7)))["accuracy"] in (0.0, 1.0)
@@ -239,10 +240,8 @@ def test_grading_never_raises_and_every_score_is_a_float(text):
 
 @needs_real
 def test_every_real_reference_equals_itself_and_not_its_neighbour():
-    files = "aime2024 aime2025 amc math500 minerva_math olympiadbench".split()
-    texts = [(REAL / f"math-eval/{file}.jsonl").read_text(encoding="utf-8") for file in files]
-    rows = [json.loads(line) for text in texts for line in text.splitlines()]
-    references = [as_text(row["answer"]) for row in rows]
+    lines = [line for f in sorted(REAL.glob("math-eval/*.jsonl")) for line in f.read_text("utf-8").splitlines()]
+    references = [as_text(json.loads(line)["answer"]) for line in lines]
     random.Random(0).shuffle(references)
     for reference, other in zip(references[:150], references[1:], strict=False):
         assert earns(f"We get \\boxed{{{reference}}}.", reference, measure=measure_math) == 1, reference

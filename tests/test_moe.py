@@ -1,9 +1,7 @@
 """moe.py alone: the model against NumPy loops, routing as a value, experts, head, upcycling."""
 
 import copy
-import gc
 import math
-import weakref
 from types import SimpleNamespace
 
 import numpy as np
@@ -12,8 +10,6 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch.autograd import gradcheck
-from torch.func import functional_call
 
 import moe
 from moe import (
@@ -152,33 +148,24 @@ name_of = lambda v: " ".join(f"{k}={x}" for k, x in v.items())  # noqa: E731
 
 @pytest.mark.parametrize("variant", VARIANTS, ids=name_of)
 def test_forward_by_the_book(variant):
+    """Along its own routes, along explored ones and along replayed ones."""
     model = make(1, torch.float64, **variant)
     tokens = words(model, 2)
-    out = run(model, tokens)
-    logits, router, used = book_forward(model, tokens)
-    np.testing.assert_allclose(out.logits.detach(), logits, atol=1e-10)
-    if variant.get("n_expert") != 1:
-        np.testing.assert_allclose(out.routing.logits.detach(), router, atol=1e-10)
-        assert (out.routing.experts.numpy() == used).all()
-        assert not out.routing.forced.any()
-
-
-@pytest.mark.parametrize("uniform", [True, False])
-@pytest.mark.parametrize("variant", VARIANTS[1:], ids=name_of)
-def test_forced_routes_by_the_book(variant, uniform):
-    model = make(2, torch.float64, **variant)
-    tokens = words(model, 2)
-    routes = random_routes(model, 2, 9, uniform=uniform)
-    out = run(model, tokens, routes=routes)
-    logits, router, used = book_forward(model, tokens, routes)
-    np.testing.assert_allclose(out.logits.detach(), logits, atol=1e-10)
-    np.testing.assert_allclose(out.routing.logits.detach(), router, atol=1e-10)
-    assert (out.routing.experts.numpy() == used).all()
-    assert torch.equal(out.routing.forced, routes.forced)
-    log_probs = out.routing.expert_log_probs()
-    for *index, k in np.ndindex(*used.shape):
-        index = tuple(index)
-        assert abs(log_probs[index][k].item() - math.log(softmax(router[index])[used[index][k]])) < 1e-9
+    imposed = (
+        [random_routes(model, 2, 9, uniform=uniform) for uniform in (True, False)] if model.config.moe_blocks else []
+    )
+    for routes in (None, *imposed):
+        out = run(model, tokens, routes=routes)
+        logits, router, used = book_forward(model, tokens, routes)
+        np.testing.assert_allclose(out.logits.detach(), logits, atol=1e-10)
+        if imposed:
+            np.testing.assert_allclose(out.routing.logits.detach(), router, atol=1e-10)
+            assert (out.routing.experts.numpy() == used).all()
+            assert torch.equal(
+                out.routing.forced, torch.zeros(used.shape[:3], dtype=torch.bool) if routes is None else routes.forced
+            )
+            P = np.take_along_axis(np.exp(router) / np.exp(router).sum(-1, keepdims=True), used, -1)
+            np.testing.assert_allclose(out.routing.expert_log_probs().detach(), np.log(P), atol=1e-9)
 
 
 # ------------------------------------------------------------------------------------------------- experts and dispatch
@@ -217,7 +204,7 @@ def make_layer(seed, dtype=torch.float32, **changes):
     st.integers(1, 3),
     st.sampled_from(["renorm", "prob", "straight"]),
     st.integers(0, 2),
-    st.integers(1, 12),
+    st.sampled_from([1, 3, 12, 700]),  # many slots in float32 go through the loop too
     st.sampled_from([torch.float32, torch.float64]),  # one grouped product, and a loop over experts
     seeds,
 )
@@ -231,30 +218,9 @@ def test_dispatch_equals_a_loop_over_experts(n_expert, top_k, gate, n_shared, T,
     out = layer(x)[0]
     ours = gradients((out * to).sum(), parameters)
     plain = plain_moe(layer, x)
-    torch.testing.assert_close(out, plain, atol=2e-5, rtol=1e-4)
+    torch.testing.assert_close(out, plain, atol=5e-5, rtol=1e-3)
     for a, b in zip(ours, gradients((plain * to).sum(), parameters), strict=True):
-        torch.testing.assert_close(a, b, atol=2e-4, rtol=1e-3)
-
-
-def test_many_slots_in_float32_go_through_the_loop_and_compute_the_same():
-    layer = make_layer(8, n_expert=3, top_k=2)
-    x = torch.randn(2, 400, 16, generator=rng(9))  # 533 slots an expert
-    assert not moe._grouped_product_is_faster(x.repeat(2, 1, 1).flatten(0, 1), layer.experts.w_in)
-    assert moe._grouped_product_is_faster(x[0, :60], layer.experts.w_in)
-    torch.testing.assert_close(layer(x)[0], plain_moe(layer, x), atol=1e-4, rtol=1e-4)
-
-
-@pytest.mark.parametrize("top_k, gate", [(1, "prob"), (2, "renorm"), (2, "prob")])
-def test_gradcheck_of_the_layer(top_k, gate):
-    layer = make_layer(3, torch.float64, n_expert=3, top_k=top_k, gate=gate, n_embd=4)
-    names = [n for n, _ in layer.named_parameters()]
-    x = torch.randn(1, 5, 4, generator=rng(4), dtype=torch.float64).requires_grad_()
-
-    def f(x, *parameters):
-        out, routing = functional_call(layer, dict(zip(names, parameters, strict=True)), (x,))
-        return out, routing.logits
-
-    assert gradcheck(f, (x, *layer.parameters()), fast_mode=True)
+        assert (a - b).norm() <= 1e-5 * b.norm() + 1e-5
 
 
 def test_bfloat16_dispatch_is_as_exact_as_bfloat16():
@@ -271,28 +237,6 @@ def test_bfloat16_dispatch_is_as_exact_as_bfloat16():
         assert (a - b).norm() < 0.01 * b.norm()
 
 
-def test_top1_renorm_sends_the_router_no_gradient_and_the_other_gates_do():
-    for gate, expected in (("renorm", False), ("prob", True), ("straight", True)):
-        model = make(top_k=1, gate=gate)
-        tokens = words(model)
-        lm_loss(model(tokens)[0], model.wte.weight, tokens)[0].backward()
-        for i in model.config.moe_blocks:
-            assert bool(model.blocks[i].mlp.router.weight.grad.abs().max() > 0) is expected
-
-
-@moderate
-@given(st.integers(1, 4), st.sampled_from(["renorm", "prob", "straight"]), seeds)
-def test_choose_experts_applies_the_softmax_once(top_k, gate, seed):
-    logits = 3 * torch.randn(2, 5, 4, generator=rng(seed), dtype=torch.float64)
-    experts, weights = choose_experts(logits, MoEConfig(**SMALL | dict(top_k=top_k, gate=gate)))
-    rows = zip(logits.view(-1, 4).numpy(), experts.view(-1, top_k), weights.view(-1, top_k), strict=True)
-    for row, chosen, w in rows:
-        P = softmax(row)
-        assert chosen.tolist() == np.argsort(-P)[:top_k].tolist()
-        expected = P[chosen] if gate == "prob" else P[chosen] / P[chosen].sum()
-        np.testing.assert_allclose(w, expected, rtol=1e-12)
-
-
 def test_renorm_gate_survives_experts_of_probability_zero():
     logits = torch.tensor([[[0.0, -200.0, -201.0, -300.0]]])
     experts, forced = torch.tensor([[[1, 2]]]), torch.tensor([[True]])
@@ -304,20 +248,24 @@ def test_renorm_gate_survives_experts_of_probability_zero():
 
 @moderate
 @given(st.integers(1, 4), seeds)
-def test_straight_gate_has_the_value_of_renorm_and_a_gradient_through_p(top_k, seed):
-    """That of P_i / (sum_topK P).detach(). Value to the last bit, so that the gate is a control."""
-    logits = 3 * torch.randn(2, 5, 4, generator=rng(seed), dtype=torch.float64)
-    logits.requires_grad_()
-    configs = [MoEConfig(**SMALL | dict(top_k=top_k, gate=gate)) for gate in ("renorm", "straight")]
-    (experts, renorm), (_, straight) = (choose_experts(logits, config) for config in configs)
-    assert torch.equal(straight, renorm)
-    P = logits.softmax(-1).gather(-1, experts)
-    by_the_book = P / P.sum(-1, keepdim=True).detach()
-    to = torch.randn(P.shape, generator=rng(seed + 1), dtype=torch.float64)
-    ours, expected = (gradients((w * to).sum(), [logits])[0] for w in (straight, by_the_book))
-    torch.testing.assert_close(ours, expected)
-    assert (ours != 0).all()
-    assert top_k > 1 or not gradients((renorm * to).sum(), [logits])[0].any()
+def test_the_gates_in_value_and_gradient(top_k, seed):
+    """One softmax. `straight` has renorm's value to the bit, and the gradient of P_i / (sum_topK P).detach()."""
+    logits = (3 * torch.randn(2, 5, 4, generator=rng(seed), dtype=torch.float64)).requires_grad_()
+    P = logits.softmax(-1)
+    to = torch.randn(2, 5, top_k, generator=rng(seed + 1), dtype=torch.float64)
+    found = {}
+    for gate in ("renorm", "prob", "straight"):
+        experts, weights = choose_experts(logits, MoEConfig(**SMALL | dict(top_k=top_k, gate=gate)))
+        assert torch.equal(experts, P.argsort(-1, descending=True)[..., :top_k])
+        chosen = P.gather(-1, experts)
+        total = chosen.sum(-1, keepdim=True)
+        expected = {"renorm": chosen / total, "prob": chosen, "straight": chosen / total.detach()}[gate]
+        torch.testing.assert_close(weights, expected)
+        found[gate] = weights
+        ours, book = (torch.autograd.grad((w * to).sum(), logits, retain_graph=True)[0] for w in (weights, expected))
+        torch.testing.assert_close(ours, book)
+        assert (ours != 0).all() if gate != "renorm" else top_k > 1 or not ours.any()
+    assert torch.equal(found["straight"], found["renorm"])
 
 
 # -------------------------------------------------------------------------------------------------------- router losses
@@ -343,41 +291,25 @@ def test_router_losses_by_the_book(B, L, top_k, seed):
     mask[0, 0] = True
     got = router_losses(logits, experts, mask)
     for layer in range(L):
-        counts, mean_probs, z, n = np.zeros(E), np.zeros(E), 0.0, 0
-        for b, t in mask.nonzero().tolist():
-            row = logits[b, t, layer].numpy()
-            for k in range(top_k):
-                counts[experts[b, t, layer, k]] += 1
-            mean_probs += softmax(row)
-            z += math.log(np.exp(row).sum()) ** 2
-            n += 1
-        load = counts / (n * top_k)
-        np.testing.assert_allclose(got[0][layer], E * sum(load * mean_probs / n))
-        np.testing.assert_allclose(got[1][layer], z / n)
+        rows, used = logits[:, :, layer][mask].numpy(), experts[:, :, layer][mask].flatten().tolist()
+        load = np.array([used.count(e) / len(used) for e in range(E)])
+        np.testing.assert_allclose(got[0][layer], E * sum(load * np.mean([softmax(row) for row in rows], 0)))
+        np.testing.assert_allclose(got[1][layer], np.mean([math.log(np.exp(row).sum()) ** 2 for row in rows]))
         np.testing.assert_allclose(got[2][layer], load)
-    torch.testing.assert_close(got[2].sum(-1), torch.ones(L), check_dtype=False)
-    for filling in (7.0, math.inf, math.nan):
-        other = torch.where(mask[..., None, None], logits, filling).requires_grad_()
-        again = router_losses(other, experts, mask)
-        assert all(torch.equal(a, b) for a, b in zip(got, again, strict=True))
-        assert gradients(again[0].sum() + again[1].sum(), [other])[0].isfinite().all()
-
-
-def test_router_losses_of_nothing_are_zero_and_differentiable():
-    logits = torch.randn(2, 3, 2, 4, requires_grad=True)
-    experts, mask = torch.zeros(2, 3, 2, 1, dtype=torch.long), torch.zeros(2, 3, dtype=torch.bool)
-    balance, z, load = router_losses(logits, experts, mask)
-    (balance.sum() + z.sum()).backward()
-    assert not balance.any() and not z.any() and not load.any() and not logits.grad.any()
+    other = logits.masked_fill(~mask[..., None, None], math.nan).requires_grad_()
+    again = router_losses(other, experts, mask)
+    assert all(torch.equal(a, b) for a, b in zip(got, again, strict=True))
+    assert gradients(again[0].sum() + again[1].sum(), [other])[0].isfinite().all()
+    balance, z, load = router_losses(other, experts, mask & False)
+    assert not balance.any() and not z.any() and not load.any()
+    assert not gradients(balance.sum() + z.sum(), [other])[0].any()
 
 
 def test_router_losses_are_float32_under_autocast():
-    g = rng(3)
-    logits, experts = torch.randn(2, 40, 2, 4, generator=g), torch.zeros(2, 40, 2, 1, dtype=torch.long)
+    logits, experts = torch.randn(2, 40, 2, 4, generator=rng(3)), torch.zeros(2, 40, 2, 1, dtype=torch.long)
     with torch.autocast("cpu", torch.bfloat16):
         inside = router_losses(logits, experts)
-    for a, b in zip(inside, router_losses(logits, experts), strict=True):
-        assert torch.equal(a, b) and a.dtype == torch.float32
+    assert all(torch.equal(a, b) for a, b in zip(inside, router_losses(logits, experts), strict=True))
 
 
 # --------------------------------------------------------------------------------------------------- routing is a value
@@ -394,56 +326,25 @@ def test_replaying_its_own_routes_changes_no_bit(variant):
     assert torch.equal(first.routing.logits, again.routing.logits)
     nothing_forced = run(model, tokens, routes=Routes(first.routing.experts.flip(-1), ~forced))
     assert torch.equal(first.logits, nothing_forced.logits)
-
-
-def test_a_forward_leaves_nothing_behind():
-    model = make()
-    tokens = words(model)
-
-    def state():
-        """Everything that a module holds, by identity."""
-        held = {}
-        for name, module in model.named_modules():
-            for key, value in vars(module).items():
-                parts = value.items() if isinstance(value, dict) else [("", value)]
-                held |= {(name, key, k): id(v) for k, v in parts}
-        return held
-
-    before, weights = state(), copy.deepcopy(model.state_dict())
-    names = {k: id(v) for k, v in vars(moe).items()}
-    out = run(model, tokens, routes=random_routes(model, *tokens.shape), noise=noise_for(model, tokens))
-    assert state() == before and {k: id(v) for k, v in vars(moe).items()} == names
-    assert all(torch.equal(v, weights[k]) for k, v in model.state_dict().items())
-    held = [weakref.ref(t) for t in (out.features, out.routing.logits, out.routing.inputs[0])]
-    assert all(ref() is not None for ref in held)
-    del out
-    gc.collect()
-    assert all(ref() is None for ref in held)
+    other = run(model, tokens, routes=random_routes(model, *tokens.shape), noise=noise_for(model, tokens))
+    assert not torch.equal(first.logits, other.logits)
+    assert torch.equal(first.logits, run(model, tokens).logits)  # no forward leaves anything behind
 
 
 @moderate
 @given(st.sampled_from(VARIANTS), st.integers(1, 8), seeds)
 def test_a_later_token_changes_nothing_earlier(variant, t, seed):
-    """Routes bit for bit, with forced ones too.
-
-    The logits also, where the later tokens keep their experts. Where they do not, earlier tokens stand on other rows
-    of an expert's matrix product, which the CPU may round otherwise: then to a rounding, and their gradient with
-    respect to the later tokens is still exactly 0.
-    """
-    for dtype, atol in ((torch.float64, 1e-13), (torch.float32, 1e-5)):
-        model = make(seed, dtype, **variant)
-        tokens = words(model, seed=seed)
-        other = tokens.clone()
-        other[:, t:] = (other[:, t:] + 1) % 23
-        routes = random_routes(model, *tokens.shape, seed)
-        a, b = run(model, tokens, routes=routes), run(model, other, routes=routes)
-        torch.testing.assert_close(a.logits[:, :t], b.logits[:, :t], atol=atol, rtol=0)
-        assert torch.equal(a.routing.experts[:, :t], b.routing.experts[:, :t])
-        assert not torch.equal(a.logits[:, t:], b.logits[:, t:])
-        held = Routes(a.routing.experts, torch.ones_like(a.routing.forced), uniform=False)
-        a, b = run(model, tokens, routes=held), run(model, other, routes=held)
-        assert torch.equal(a.logits[:, :t], b.logits[:, :t])
-        assert torch.equal(a.routing.logits[:, :t], b.routing.logits[:, :t])
+    """With forced routes too. Earlier tokens may stand on other rows of an expert's product, so values are equal to a
+    rounding; their gradient with respect to what comes later is exactly 0."""
+    model = make(seed, torch.float64, **variant)
+    tokens = words(model, seed=seed)
+    other = tokens.clone()
+    other[:, t:] = (other[:, t:] + 1) % 23
+    routes = random_routes(model, *tokens.shape, seed)
+    a, b = run(model, tokens, routes=routes), run(model, other, routes=routes)
+    torch.testing.assert_close(a.logits[:, :t], b.logits[:, :t], atol=1e-13, rtol=0)
+    assert torch.equal(a.routing.experts[:, :t], b.routing.experts[:, :t])
+    assert not torch.equal(a.logits[:, t:], b.logits[:, t:])
     hidden = model.stem(tokens).detach().requires_grad_()
     features, routing = model.branch(hidden, routes=routes)
     (grad,) = gradients(features[:, :t].square().sum() + routing.logits[:, :t].square().sum(), [hidden])
@@ -502,24 +403,6 @@ def test_stem_and_branch_are_the_forward_for_several_routes_at_once(variant):
         torch.testing.assert_close(a, b, atol=1e-3, rtol=1e-3)
 
 
-@pytest.mark.parametrize("bfloat16", [False, True])
-@pytest.mark.parametrize("top_k", [1, 2])
-def test_every_route_of_a_fresh_upcycled_model_gives_the_same_log_probs(top_k, bfloat16):
-    """Its own, with weights P_i / sum_topK P, too: so that ERL's advantages are 0 where all experts are copies."""
-    sizes = dict(top_k=top_k, context=64)
-    model = upcycle(make(n_expert=1, top_k=1, context=64), MoEConfig(**SMALL | sizes), rng())
-    tokens = words(model, 3, 50)
-    with torch.autocast("cpu", torch.bfloat16, enabled=bfloat16):
-        hidden, weight = model.stem(tokens), model.wte.weight
-        routes = random_routes(model, 12, 50, alpha=0.6)
-        features, routing = model.branch(hidden.repeat(4, 1, 1), routes=routes)
-        log_probs = token_log_probs(features, weight, tokens.repeat(4, 1)).view(4, 3, 50)
-        own = token_log_probs(model.branch(hidden)[0], weight, tokens)
-    assert (routing.experts[:3] != routing.experts[3:6]).any()
-    bound = 8 * torch.finfo(torch.bfloat16).eps * own.abs().clamp(min=4).max() if bfloat16 else 8e-6
-    torch.testing.assert_close(log_probs, own.expand_as(log_probs), atol=float(bound), rtol=0)
-
-
 def test_route_again_reaches_the_routers_alone():
     model = make()
     tokens = words(model)
@@ -535,14 +418,10 @@ def test_wrong_routes_are_refused():
     model = make()
     tokens = words(model)
     good = random_routes(model, *tokens.shape)
-    for bad in (
-        Routes(good.experts[:, :-1], good.forced[:, :-1]),  # a position short
-        Routes(good.experts[..., :1], good.forced),  # K of another model
-        Routes(good.experts, good.forced[..., None]),
-    ):
-        with pytest.raises(ValueError, match=r"routes .* \[3, 9, 1, 2\]"):
+    for bad in (Routes(good.experts[:, :-1], good.forced[:, :-1]), Routes(good.experts[..., :1], good.forced)):
+        with pytest.raises(ValueError, match="routes"):
             model(tokens, routes=bad)
-    with pytest.raises(ValueError, match="13 tokens .* context of 12"):
+    with pytest.raises(ValueError, match="context of 12"):
         model(words(model, 1, 13))
 
 
@@ -590,50 +469,43 @@ def test_noise_touches_the_router_alone_and_each_layer_has_its_own():
 # ------------------------------------------------------------------------------------------------------ the output head
 
 
-def head_case(seed, dtype=torch.float32, V=5000, masked=0.7):
+def head_case(seed):
     g = rng(seed)
-    features = torch.randn(3, 13, 8, generator=g, dtype=dtype).requires_grad_()  # 39 tokens
-    weight = torch.randn(V, 8, generator=g, dtype=dtype).requires_grad_()
-    targets = torch.randint(0, V, (3, 13), generator=g)
-    return features, weight, targets, torch.rand(3, 13, generator=g) < masked
+    features = torch.randn(3, 13, 8, generator=g).requires_grad_()  # 39 tokens
+    weight = torch.randn(50, 8, generator=g).requires_grad_()
+    return features, weight, torch.randint(0, 50, (3, 13), generator=g), torch.rand(3, 13, generator=g) < 0.7
 
 
-@pytest.mark.parametrize("masked", [None, 0.7, 0.0])
-def test_lm_loss_equals_log_softmax(masked):
-    for seed in range(3):
-        features, weight, targets, mask = head_case(seed, V=50, masked=masked or 0.0)
-        mask = None if masked is None else mask
-        loss, log_probs = lm_loss(features, weight, targets, mask)
-        nll = -(features @ weight.T).log_softmax(-1).gather(-1, targets[..., None]).squeeze(-1)
-        keep = torch.ones_like(nll, dtype=torch.bool) if mask is None else mask
-        plain = nll[keep].sum() / max(int(keep.sum()), 1)
-        torch.testing.assert_close(loss, plain)
-        torch.testing.assert_close(log_probs, -nll.detach())
-        assert not log_probs.requires_grad and log_probs.shape == targets.shape
-        for a, b in zip(gradients(3 * loss, (features, weight)), gradients(3 * plain, (features, weight)), strict=True):
-            torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-4)
-            assert masked != 0.0 or not a.any()
+def plain_log_probs(features, weight, targets, temperature=1.0):
+    return (features @ weight.T / temperature).log_softmax(-1).gather(-1, targets[..., None]).squeeze(-1)
 
 
-@pytest.mark.parametrize("temperature", [1.0, 0.6])
-def test_token_log_probs_equal_log_softmax(temperature):
-    for seed in range(3):
-        features, weight, targets, _ = head_case(seed, V=50)
-        ours = token_log_probs(features, weight, targets, temperature)
-        plain = (features @ weight.T / temperature).log_softmax(-1).gather(-1, targets[..., None]).squeeze(-1)
-        torch.testing.assert_close(ours, plain)
-        to = torch.randn(ours.shape, generator=rng(seed))
-        expected = gradients((plain * to).sum(), (features, weight))
-        for a, b in zip(gradients((ours * to).sum(), (features, weight)), expected, strict=True):
-            torch.testing.assert_close(a, b)
+def assert_same_gradients(loss, expected, parameters, **tolerance):
+    for a, b in zip(gradients(loss, parameters), gradients(expected, parameters), strict=True):
+        torch.testing.assert_close(a, b, **tolerance)
 
 
-@pytest.mark.parametrize("temperature", [1e-38, 1e-45, 0.0])
-def test_temperatures_near_zero_are_the_coldest(temperature):
+@pytest.mark.parametrize("masked", ["all", "some", "none"])
+def test_the_head_equals_log_softmax(masked):
+    features, weight, targets, mask = head_case(0)
+    keep = {"all": mask | True, "some": mask, "none": mask & False}[masked]
+    loss, log_probs = lm_loss(features, weight, targets, None if masked == "all" else keep)
+    book = plain_log_probs(features, weight, targets)
+    expected = -book[keep].sum() / max(int(keep.sum()), 1)
+    torch.testing.assert_close(loss, expected)
+    torch.testing.assert_close(log_probs, book.detach())
+    assert_same_gradients(3 * loss, 3 * expected, (features, weight), atol=1e-5, rtol=1e-4)
+    ours, book = (f(features, weight, targets, 0.6) for f in (token_log_probs, plain_log_probs))
+    torch.testing.assert_close(ours, book)
+    assert_same_gradients((ours * keep).sum(), (book * keep).sum(), (features, weight))
+
+
+def test_temperatures_near_zero_are_the_coldest():
     """And not 0/0 or infinity."""
-    features, weight, targets, _ = head_case(1, V=50)
+    features, weight, targets, _ = head_case(1)
     expected = token_log_probs(features, weight, targets, MIN_TEMPERATURE)
-    assert torch.equal(token_log_probs(features, weight, targets, temperature), expected)
+    for temperature in (1e-38, 1e-45, 0.0):
+        assert torch.equal(token_log_probs(features, weight, targets, temperature), expected)
     assert expected.isfinite().all()
     assert all(g.isfinite().all() for g in gradients(expected.sum(), (features, weight)))
 
@@ -684,38 +556,25 @@ def test_upcycled_model_equals_its_dense_parent(top_k, n_shared):
     assert torch.equal(upcycle(dense, config, rng()).blocks[0].mlp.router.weight, model.blocks[0].mlp.router.weight)
 
 
-def test_upcycling_keeps_the_dtype_and_reads_sizes_alone():
-    """What a dense configuration says of experts (it has none) is no obstacle."""
-    dense = make(n_expert=1, top_k=1, n_shared_expert=1, moe_every=1, gate="prob").double()
-    model = upcycle(dense, MoEConfig(**SMALL))
-    assert model.wte.weight.dtype == torch.float64
-    tokens = words(dense)
-    torch.testing.assert_close(run(model, tokens).logits, run(dense, tokens).logits)
-
-
-def test_upcycling_refuses_another_size_and_a_moe():
+def test_upcycling_takes_a_dense_model_of_the_same_sizes_and_its_dtype():
     dense = make(n_expert=1, top_k=1)
+    assert upcycle(copy.deepcopy(dense).double(), MoEConfig(**SMALL)).wte.weight.dtype == torch.float64
     for change in (dict(n_layer=4), dict(vocab_size=24), dict(n_embd=32), dict(context=13), dict(n_head=4)):
         with pytest.raises(ValueError, match="only the experts may differ"):
             upcycle(dense, MoEConfig(**SMALL | change))
-    for n_expert in (4, 2):
-        with pytest.raises(ValueError, match="only the experts may differ"):
-            upcycle(make(n_expert=n_expert), MoEConfig(**SMALL))
+    with pytest.raises(ValueError, match="only the experts may differ"):
+        upcycle(make(), MoEConfig(**SMALL))
 
 
-@pytest.mark.parametrize(
-    "change, message",
-    [
-        (dict(top_k=5), "top_k 5 is above n_expert 4"),
-        (dict(n_head=3), "not divisible"),
-        (dict(gate="softmax"), "gate must be"),
-        (dict(n_expert=0), "n_expert"),
-        (dict(n_layer=0), "n_layer"),
-        (dict(n_embd=16.0), "n_embd"),
-        (dict(n_shared_expert=-1), "n_shared_expert"),
-        (dict(moe_every=4), "moe_every 4"),
-    ],
-)
-def test_impossible_configurations_are_refused(change, message):
-    with pytest.raises(ValueError, match=message):
-        MoEConfig(**SMALL | change)
+def test_impossible_configurations_are_refused():
+    changes = (
+        dict(top_k=5),
+        dict(n_head=3),
+        dict(gate="softmax"),
+        dict(n_expert=0),
+        dict(n_embd=16.0),
+        dict(moe_every=4),
+    )
+    for change in changes:
+        with pytest.raises(ValueError, match=[*change][0]):
+            MoEConfig(**SMALL | change)

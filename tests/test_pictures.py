@@ -1,13 +1,8 @@
 """support/pictures.py: the right points in the right panels; support/routing_text.py: the colours of the experts."""
 
 import json
-import os
 import random
 import re
-import subprocess
-import sys
-import warnings
-from pathlib import Path
 
 import pytest
 import torch
@@ -52,9 +47,7 @@ def panels(monkeypatch):
 
 def test_a_text_run(tmp_path, panels):
     rows = list(text_rows())
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        pictures.plot_curves(make_run(tmp_path / "lr$_$wd 漢 $x^{"))  # a name is no formula
+    pictures.plot_curves(make_run(tmp_path / "lr$_$wd $x^{"))  # a name is no formula
     assert set(panels) == {"Training loss", "Validation perplexity", "Busiest expert"}
     training = [r["loss"] for r in rows if r["phase"] != "evaluation"]  # that of evaluations is another split's
     assert panels["Training loss"].lines[0].get_ydata().tolist() == training
@@ -76,15 +69,6 @@ def test_a_run_on_answers(tmp_path, panels):
     # no panel of clip shares that are all 0; the policy loss is none of next-token prediction
     assert set(panels) == {"Training loss", "Validation accuracy", "Reward", "Busiest expert"}
     assert panels["Training loss"].lines[0].get_xdata().tolist() == [10, 20]
-
-
-def test_perplexities_that_fall_far_are_on_a_log_scale_with_plain_numbers(tmp_path, panels):
-    falls = zip((0, 10, 20), (250.0, 40.0, 12.0), strict=True)
-    rows = [{"step": s, "phase": "evaluation", "split": "validation", "perplexity": p} for s, p in falls]
-    pictures.plot_curves(make_run(tmp_path / "run", "dense", rows=rows, pretrain_steps=0))
-    axis = panels["Validation perplexity"]
-    labels = {t.get_text() for t in axis.get_yticklabels(which="both")}
-    assert axis.get_yscale() == "log" and {"20", "50", "100", "200"} <= labels
 
 
 def test_many_steps_become_few_points_without_a_shift():
@@ -111,22 +95,14 @@ def test_several_runs_are_a_line_and_a_band_an_algorithm(tmp_path, panels, capsy
             assert (min(at_step), max(at_step)) == pytest.approx((min(column), max(column)))
 
 
-def test_runs_of_one_algorithm_are_told_apart_by_what_differs(tmp_path, capsys):
+def test_runs_of_one_algorithm_are_told_apart_by_what_differs(tmp_path):
     folders = [make_run(tmp_path / f"{g}{s}", seed=s, erl_grad=g) for g in ("all", "router") for s in range(2)]
     folders.append(make_run(tmp_path / "lm", "lm", erl_grad="all"))
-    groups, dataset = pictures.group_runs(folders)
+    groups, _ = pictures.group_runs(folders)
     assert list(groups) == ["erl --erl-grad all, 2 seeds", "erl --erl-grad router, 2 seeds", "lm"]
     twin, other = make_run(tmp_path / "twin", erl_grad="all"), make_run(tmp_path / "other", dataset="addition")
-    for runs in ([folders[0], twin], [folders[0], other], [folders[0], "--out", str(tmp_path / "x.pdf")]):
-        assert pictures.main(runs) == 2 and capsys.readouterr().err.count("\n") == 1
-
-
-def test_a_notebook_s_backend_that_is_not_installed_is_no_mistake(tmp_path):
-    run, root = make_run(tmp_path / "run"), Path(__file__).parents[1]
-    for backend in ("matplotlib_inline.backend_inline", "no_such_module.backend"):
-        command, environment = [sys.executable, "-m", "support.pictures", run], {"MPLBACKEND": f"module://{backend}"}
-        subprocess.run(command, cwd=root, env=os.environ | environment, check=True, timeout=300)
-    assert (tmp_path / "run" / "curves.png").is_file()
+    for second in (twin, other):  # the same seed twice, two data sets
+        assert pictures.main([folders[0], second]) == 2
 
 
 def pieces(text, num_experts):
@@ -144,25 +120,10 @@ def test_each_token_has_its_experts_colour_in_every_layer(tmp_path):
     for layer, text in enumerate((first, second)):
         assert pieces(text, 3) == [*zip(words, EXPERTS[:, layer, 0].tolist(), strict=True), *legend]
     assert " cat 2/2" in first and " cat 1/2" in second
-    gaps = re.sub(r"\x1b\[30;48[^m]*m(.*?)\x1b\[0m", r"<\1>", first).split("\n")[4]
-    assert gaps == "<The>< cat>< sat> < on>< the>< mat><↵>< cat> "  # one follows the end of a sample
-    routing_text.draw_tokens(lines, 3, tmp_path / "a.png")
-    image = torch.tensor(imread(tmp_path / "a.png")[..., :3])
-    area = [((image - torch.tensor(routing_text.colour(e, 3))).abs().amax(-1) < 0.01).sum().item() for e in range(3)]
-    assert min(area) > 1000
 
 
-def test_counts_are_of_all_tokens_and_lines_no_wider_than_the_page():
-    words = [[f" w{i}" for i in range(90)], ["  " * 100, " 漢字", "a", "b", "a"]]
-    experts = (torch.arange(95)[:, None, None] + torch.tensor([0, 1])) % 5  # [N, 1, 2]
-    text = routing_text.coloured(routing_text.token_lines(words, experts, 5, shown=95), 5)
-    assert max(map(routing_text.columns, re.sub(r"\x1b\[[\d;]*m", "", text).split("\n"))) <= routing_text.WIDTH
-    assert [t for t, _ in pieces(text, 5)[:-5]] == [routing_text.visible(w) for part in words for w in part]
-    lines = routing_text.token_lines(
-        [["a", "b", "a", "a"]], torch.tensor([[[0, 1]], [[1, 0]], [[0, 2]], [[2, 1]]]), 3, 1
-    )
-    assert [line[1][0] for line in lines if len(line) == 2] == [
-        " 37.5%  a 2/3  b 1/1",
-        " 37.5%  a 2/3  b 1/1",
-        " 25.0%  a 2/3",
-    ]
+def test_counts_are_of_all_tokens():
+    experts = torch.tensor([[[0, 1]], [[1, 0]], [[0, 2]], [[2, 1]]])
+    lines = routing_text.token_lines([["a", "b", "a", "a"]], experts, 3, 1)
+    shares = [" 37.5%  a 2/3  b 1/1", " 37.5%  a 2/3  b 1/1", " 25.0%  a 2/3"]
+    assert [line[1][0] for line in lines if len(line) == 2] == shares

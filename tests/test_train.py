@@ -12,7 +12,7 @@ from training import BYTES, MICRO, args_of, assert_same_gradients, gradients, ma
 import data
 import train
 from baselines import group_advantages, mismatch_weights
-from erl import erl_objective, explore
+from erl import explore
 from moe import GPT, MoEConfig, Routes, upcycle
 from support.errors import UserError
 from support.optimizer import make_optimizer
@@ -369,18 +369,12 @@ def test_later_minibatches_see_an_older_policy(algo, micro, monkeypatch):
         assert torch.equal(inputs.get("advantages", group_advantages(rewards, 4)), group_advantages(rewards, 4))
     if "rais" in algo:
         assert report["gamma_min"] < report["gamma_mean"] < 1.0  # the router has moved
+        (_, at_old, old, *_), inputs = run.losses[2]  # at the experts of the old policy, whatever the new one chooses
+        _, routing = run.forwards[2][1]
+        assert torch.equal(inputs["old_router_log_probs"], old.expert_log_probs)
+        assert torch.equal(inputs["router_log_probs"], routing.logits.log_softmax(-1).gather(-1, old.experts))
     later = [train.METHODS[run.args.algo](**x)[1]["ratio_neg_log"] for x in run.inputs[1:]]
     assert report["ratio_neg_log_later"] == pytest.approx(float(sum(later)) / len(later), rel=1e-4)
-
-
-def test_router_shift_compares_the_same_experts(micro, monkeypatch):
-    """At the experts that the old policy used, whatever the new one chooses."""
-    run = OneStep(monkeypatch, "--algo rais --minibatches 4")
-    run.step()
-    (policy, at_old, old, *_), inputs = run.losses[2]
-    _, routing = run.forwards[2][1]
-    assert torch.equal(inputs["old_router_log_probs"], old.expert_log_probs)
-    assert torch.equal(inputs["router_log_probs"], routing.logits.log_softmax(-1).gather(-1, old.experts))
 
 
 @pytest.mark.parametrize("replay", ["r2", "r3"])
@@ -459,13 +453,3 @@ def test_a_balance_loss_in_the_updates_counts_prompts_and_responses_and_not_padd
     P, used = routing.logits[routed].softmax(-1), routing.experts[routed]  # [n, L, E], [n, L, K]
     f = torch.stack([(used == e).float().mean((0, 2)) for e in range(8)], -1)
     torch.testing.assert_close(train.balance_loss(routing, rollout, run.args), 0.5 * 8 * (f * P.mean(0)).sum())
-
-
-def test_the_erl_objective_is_the_files_own():
-    """train.py adds nothing to the two functions of erl.py but the caller's forward."""
-    model, batch = make(seed=2)
-    args = step_args()
-    loss, metrics, paths = next(erl_losses(model, batch, args))
-    options = {k: getattr(args, k) for k in ("delta", "ratio", "clip_eps", "wpl", "inner_epochs")}
-    again, _ = next(erl_objective(None, paths, **options))
-    assert torch.equal(loss, again) and metrics["rl_loss"].isfinite()
