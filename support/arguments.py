@@ -350,10 +350,9 @@ def _fill(args, given: set[str], generative: bool):
 
 def _check(args, spec, generative: bool):
     """Flags that do not fit together."""
-    if spec.test_only:
-        tested = args.dataset in data.get_dataset("deepscaler").test_sets
-        why = "train on deepscaler, which is tested on it" if tested else "train on gsm8k or deepscaler"
-        raise UserError(f"{args.dataset} is a test set: {why}")
+    if spec.files and "train" not in spec.files:
+        trained = [s.name for s in data.DATASETS.values() if args.dataset in s.test_sets]
+        raise UserError(f"{args.dataset} is a test set" + f": train on {' or '.join(trained)}" * bool(trained))
     if args.algo != "dense" and args.n_expert == 1:
         raise UserError(f"--n-expert 1 leaves nothing to route: --algo {args.algo} needs at least 2 (dense has one)")
     if args.algo == "erl" and args.freeze_router and args.erl_grad == "router":

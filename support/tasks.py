@@ -126,7 +126,7 @@ class Task(NamedTuple):
 
 
 def load_task(args, context: int, generative: bool) -> Task:
-    """The data set of a run; counts of cut and skipped examples are said once, on stderr."""
+    """The data set of a run. What is cut, left out or out of reach is counted once, on stderr."""
     spec, tokenizer = data.get_dataset(args.dataset), data.load_tokenizer(args.tokenizer, args.data_dir)
     room = context - args.max_new_tokens
     if room < 2:
@@ -143,61 +143,47 @@ def load_task(args, context: int, generative: bool) -> Task:
     else:
         examples = data.load_examples(args.dataset, "train", data_dir=args.data_dir)
         held_out, variant = _load_held_out(spec, args), spec.name
-        least_room = args.max_new_tokens if generative else 0
-        encoded, counts = data.encode_examples(examples, tokenizer, context, min_new_tokens=least_room)
-        _report_counts(spec, counts, context, held_out, tokenizer, room, generative)
-        long = sum(len(e.tokens) - e.answer_start > args.max_new_tokens for e in encoded)
-        if generative and long:
-            print(
-                f"{spec.name}: {long} of {len(encoded)} reference answers are longer than --max-new-tokens "
-                f"{args.max_new_tokens}: such a response cannot be written to its end",
-                file=sys.stderr,
-            )
+        new = args.max_new_tokens if generative else 0
+        encoded, counts = data.encode_examples(examples, tokenizer, context, max_new_tokens=new)
+        _report_counts(spec, counts, context, held_out, tokenizer, room, new)
         if not encoded:
             raise UserError(f"no training example of {args.dataset} fits into {context} tokens")
         batch = TaskBatches(encoded, args.batch_size, args.seed, tokenizer.end)
-    if generative and not examples:
-        raise UserError(f"{args.dataset} has no prompt to generate from")
     order = Order(max(1, len(examples)), args.seed, "prompts")
-    mark = fingerprint([batch.tokens if spec.kind == "text" else examples, *held_out.values()])
+    mark = fingerprint([splits["train"] if spec.kind == "text" else examples, *held_out.values()])
     return Task(spec, tokenizer, batch, examples, order, room, held_out, variant, mark)
 
 
 def fingerprint(sets) -> str:
-    """A hash of token arrays, text splits and lists of Example, in their order."""
+    """A hash of text splits (their tokens) and lists of Example, in their order."""
     digest = hashlib.sha256()
     for records in sets:
-        if isinstance(records, list):
-            digest.update(repr([(e.prompt, e.answer, e.references) for e in records]).encode())
-        else:
-            digest.update(getattr(records, "tokens", records).tobytes())
+        digest.update(repr(records).encode() if isinstance(records, list) else records.tokens.tobytes())
     return digest.hexdigest()[:16]
 
 
 def _load_held_out(spec, args) -> dict:
     """Examples to evaluate on: --eval-samples of the validation split, --test-samples of each test set."""
-    read, test_limit = {"data_dir": args.data_dir, "seed": 0}, args.test_samples or None
-    held_out = {"validation": data.load_examples(spec.name, "validation", limit=args.eval_samples or None, **read)}
+    read, test_limit = data.load_examples, args.test_samples or None
+    held_out = {"validation": read(spec.name, "validation", data_dir=args.data_dir, limit=args.eval_samples or None)}
     for name in spec.test_sets or (spec.name,):
-        held_out["test" if name == spec.name else name] = data.load_examples(name, "test", limit=test_limit, **read)
-    if empty := [name for name, split in held_out.items() if not split]:
-        raise UserError(f"{spec.name} has no example to evaluate on in {', '.join(empty)}")
+        key = "test" if name == spec.name else name
+        held_out[key] = read(name, "test", data_dir=args.data_dir, limit=test_limit)
     return held_out
 
 
-def _report_counts(spec, counts: dict, context: int, held_out: dict, tokenizer, room: int, generative: bool):
-    left_out = "were left out" + " of the supervised phase" * generative  # the policy may be asked them all the same
-    for key, sentence in (("cut", "had their prompt cut from the left"), ("skipped", left_out)):
-        if counts[key]:
-            whole = counts["kept"] + counts["skipped"]
-            text = f"{spec.name}: {counts[key]} of {whole} training examples {sentence} (context {context} tokens)"
-            print(text, file=sys.stderr)
+def _report_counts(spec, counts: dict, context: int, held_out: dict, tokenizer, room: int, new: int):
     questions = [e for split in held_out.values() for e in split]
     cut = sum(len(tokenizer.encode(e.prompt)) > room for e in questions)
     skipped = sum(split.skipped for split in held_out.values())
-    if cut or skipped:
-        print(
-            f"{spec.name}: {cut} of {len(questions)} held-out prompts are cut from the left to {room} tokens, "
-            f"{skipped} held-out records lack a prompt or a reference",
-            file=sys.stderr,
-        )
+    examples = f"of {counts['kept'] + counts['skipped']} training examples"
+    left_out = "were left out" + " of the supervised phase" * bool(new)  # the policy may be asked them all the same
+    for count, text in (
+        (counts["cut"], f"{examples} had their prompt cut from the left (context {context} tokens)"),
+        (counts["skipped"], f"{examples} {left_out} (context {context} tokens)"),
+        (counts["unreachable"], f"{examples} have an answer that does not fit into --max-new-tokens {new}"),
+        (cut, f"of {len(questions)} held-out prompts are cut from the left to {room} tokens"),
+        (skipped, "held-out records lack a prompt or a right answer and were left out"),
+    ):
+        if count:
+            print(f"{spec.name}: {count} {text}", file=sys.stderr)

@@ -1,8 +1,7 @@
-"""data.py: tokenizers, splits, caches, errors, rewards and metrics, on made-up records and on the real ones."""
+"""data.py: tokenizers, splits, records, errors, rewards and metrics, on made-up records and on the real ones."""
 
 import json
 import os
-import platform
 import subprocess
 import sys
 import textwrap
@@ -11,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from fake_hub import FakeHub
+from fake_hub import RECORDS, FakeHub
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -22,164 +21,80 @@ REAL = ROOT / ".." / "shared" / "data"
 needs_real = pytest.mark.skipif(not REAL.is_dir(), reason="../shared/data (the real data sets) is not there")
 quick = settings(deadline=None, max_examples=40)
 BYTES = data.load_tokenizer("bytes")
-TASKS = [s.name for s in data.DATASETS.values() if s.kind == "task"]
 
 
-def write(folder, name, *rows):
-    path = Path(folder, data.get_dataset(name[0]).files[name[1]])
+def write(folder, name, split, *rows) -> Path:
+    path = Path(folder, data.get_dataset(name).files[split])
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text("".join(row if isinstance(row, str) else json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    path.write_bytes(b"".join(row if isinstance(row, bytes) else json.dumps(row).encode() + b"\n" for row in rows))
     return path
 
 
-# ---------------------------------------------------------------------------------------------------- tokenizers
+def refused(says, function, *arguments, **more):
+    with pytest.raises(data.UserError, match=says):
+        function(*arguments, **more)
+
+
+def text_of(split: data.TextSplit) -> str:
+    return BYTES.decode(split.tokens.tolist())
 
 
 @quick
-@given(st.text())
+@given(st.one_of(st.text(), st.text("\r\n a<|endoftext|>")))
 def test_bytes_are_the_utf8_bytes_and_come_back(text):
     ids = BYTES.encode(text)
-    assert bytes(ids) == text.encode("utf-8")
-    assert BYTES.decode(ids) == text
-
-
-def test_bytes_tokenizer_has_the_end_token_of_its_own():
-    assert (BYTES.name, BYTES.vocab_size, BYTES.end) == ("bytes", 257, 256)
-    long = "line\r\n \n\n" * 10_000
-    assert bytes(BYTES.encode(long)).decode() == long
+    assert bytes(ids) == text.encode("utf-8") and (BYTES.name, BYTES.vocab_size, BYTES.end) == ("bytes", 257, 256)
+    assert BYTES.decode([*ids, 256, 300, 511]) == text  # the end token and a padded vocabulary's ids
 
 
 @needs_real
-def test_gpt2_from_a_data_folder_without_network(monkeypatch):
-    monkeypatch.delenv("TIKTOKEN_CACHE_DIR", raising=False)
-    gpt2 = data.load_tokenizer("gpt2", data_dir=str(REAL))
-    assert "TIKTOKEN_CACHE_DIR" not in os.environ
-    assert gpt2.encode("hello world") == [31373, 995]
-    assert (gpt2.vocab_size, gpt2.end) == (50257, 50256)
-    assert gpt2.decode([31373, 50256, 995, 50300]) == "hello world"
+def test_gpt2_from_a_data_folder(tmp_path):
+    gpt2 = data.prepare("wikitext2", "gpt2", str(REAL))
+    assert (gpt2.vocab_size, gpt2.end, gpt2.encode("hello world")) == (50257, 50256, [31373, 995])
+    assert gpt2.decode([31373, 50256, 995, 50300]) == "hello world" and 50256 not in gpt2.encode("a<|endoftext|>b")
+    train, test = (data.load_text("wikitext2", s, gpt2, data_dir=REAL, cache_dir=tmp_path) for s in ("train", "test"))
+    assert len(train.tokens) - 1 == 2_448_382 and train.num_bytes == 10_797_148  # as its provenance counts them
+    assert gpt2.decode(test.tokens.tolist()).encode() == (REAL / "wikitext-2/wiki.test.tokens").read_bytes()
 
 
-@pytest.mark.parametrize("text", ["<|endoftext|>", "a<|endoftext|>b"])
-def test_special_tokens_in_text_are_ordinary_text(text):
-    assert BYTES.end not in BYTES.encode(text)
-    assert BYTES.decode(BYTES.encode(text)) == text
-    assert BYTES.decode([*BYTES.encode(text), 256, 300, 511]) == text  # the end token and a padded vocabulary's ids
-
-
-def test_unknown_names_give_the_nearest_one():
-    with pytest.raises(data.UserError, match=r"did you mean wikitext2\?"):
-        data.get_dataset("wikitxt2")
-    with pytest.raises(data.UserError, match=r"did you mean bytes\?"):
-        data.load_tokenizer("byte")
-
-
-# ------------------------------------------------------------------------------------------------------- the table
-
-
-def test_the_table_is_whole():
-    assert set(data.DATASETS) == {
-        "pydocs",
-        "wikitext2",
-        "samsum",
-        "xsum",
-        "squad",
-        "gsm8k",
-        "deepscaler",
-        "math500",
-        "aime24",
-        "aime25",
-        "minerva",
-        "olympiad",
-        "amc",
-        "countdown",
-        "addition",
-        "written-addition",
-    }
-    example = data.Example("p", "1", ("1",), (1, 1, 1))
-    for spec in data.DATASETS.values():
-        assert spec.kind in ("text", "task") and spec.tokenizer in ("gpt2", "bytes") and spec.max_new_tokens > 0
+def test_the_table_says_how_each_set_is_scored_and_evaluated():
+    sets, example = data.DATASETS.values(), data.Example("p", "1", ("1",), (1, 1, 1))
+    for spec in sets:
         measured = spec.measure("1", example)
         assert spec.reward in measured and (spec.metric in measured or spec.metric == "perplexity")
-        assert set(spec.hub_splits) == (set(spec.files) if spec.hub else set())
-        for name in spec.test_sets:
-            assert data.get_dataset(name).test_only
-    assert not data.get_dataset("gsm8k").test_only and not data.get_dataset("addition").test_only
-
-
-def test_the_table_says_how_each_set_is_evaluated():
-    sets = data.DATASETS.values()
+    by_metric = {m: {s.name for s in sets if s.metric == m} for m in ("perplexity", "rouge2", "f1")}
+    assert by_metric == {"perplexity": {"pydocs", "wikitext2"}, "rouge2": {"samsum", "xsum"}, "f1": {"squad"}}
+    test_sets = data.get_dataset("deepscaler").test_sets
     sampled = {s.name for s in sets if s.sampled}  # ERPO section 5.1; deepscaler's own validation split likewise
-    assert sampled == {"deepscaler", "amc", *data.get_dataset("deepscaler").test_sets}
+    assert sampled == {"deepscaler", "amc", *test_sets} and len(test_sets) == 5
     assert {(s.eval_temperature, s.eval_top_p) for s in sets if s.sampled} == {(1.0, 0.7)}
     assert {s.name: s.samples_per_problem for s in sets if s.samples_per_problem > 1} == {"aime24": 16, "aime25": 16}
     assert {s.name for s in sets if s.beams == 6} == {"samsum", "xsum", "squad"}
-    assert {s.name for s in sets if s.test_samples == 500} == {"xsum", "squad", "gsm8k"}  # more than 1,000 each
-    assert not any(s.test_samples for s in sets if s.problems or s.kind == "text")
+    assert {s.name: s.test_samples for s in sets if s.test_samples} == {"xsum": 500, "squad": 500, "gsm8k": 500}
 
 
 def test_split_of_is_the_same_everywhere():
     assert [data.split_of(k) for k in ("5", "6", "11")] == ["train", "test", "validation"]
+    assert all(data.split_of(f" {i}\n{i} ") == data.split_of(f"{i} {i}") for i in range(50))
     shares = Counter(data.split_of(str(i)) for i in range(20_000))
     assert abs(shares["train"] / 20_000 - 0.8) < 0.02 and abs(shares["test"] / 20_000 - 0.1) < 0.02
 
 
-# ------------------------------------------------------------------------------------------------------------ text
-
-
-def paragraphs(text):
-    words = (" ".join(p.split()) for p in text.split("\n\n"))
-    return {w for w in words if len(w) >= 60}
-
-
 def test_pydocs_splits_share_no_paragraph(tmp_path):
-    texts = {
-        s: BYTES.decode(data.load_text("pydocs", s, BYTES, cache_dir=tmp_path).tokens.tolist()) for s in data.SPLITS
-    }
-    assert all(len(t) > 10_000 for t in texts.values())
-    for a, b in [("train", "validation"), ("train", "test"), ("validation", "test")]:
-        assert not paragraphs(texts[a]) & paragraphs(texts[b])
+    texts = [text_of(data.load_text("pydocs", s, BYTES, cache_dir=tmp_path)) for s in data.SPLITS]
+    words = [{" ".join(p.split()) for p in t.split("\n\n") if len(" ".join(p.split())) >= 60} for t in texts]
+    assert all(len(t) > 10_000 for t in texts) and len(set.union(*words)) == sum(map(len, words))
 
 
-def test_text_split_starts_with_the_end_token_and_is_cached(tmp_path):
-    split = data.load_text("pydocs", "test", BYTES, cache_dir=tmp_path)
-    assert isinstance(split.tokens, np.memmap) and split.tokens.dtype == np.uint16
-    assert split.tokens[0] == BYTES.end and BYTES.end not in split.tokens[1:]
-    assert len(split.tokens) == split.num_bytes + 1  # one token a byte, each predicted once
-    [file] = list(tmp_path.iterdir())
-    before = file.stat().st_mtime_ns
-    again = data.load_text("pydocs", "test", BYTES, cache_dir=tmp_path)
-    assert np.array_equal(again.tokens, split.tokens) and file.stat().st_mtime_ns == before
-
-
-def test_another_text_gets_another_cache(tmp_path):
-    for text in ("one two\n", "one too\n"):
-        write(tmp_path, ("wikitext2", "train"), text)
-        split = data.load_text("wikitext2", "train", BYTES, data_dir=tmp_path, cache_dir=tmp_path / "cache")
-        assert BYTES.decode(split.tokens.tolist()) == text
-    assert len(list((tmp_path / "cache").iterdir())) == 2
-
-
-def test_local_text_keeps_its_line_ends_and_counts_bytes(tmp_path):
-    path = write(tmp_path, ("wikitext2", "test"), "")
-    path.write_bytes("é\r\n \n".encode())
-    split = data.load_text("wikitext2", "test", BYTES, data_dir=tmp_path, cache_dir=tmp_path)
-    assert bytes(split.tokens[1:].astype(np.uint8)) == "é\r\n \n".encode() and split.num_bytes == 6
-
-
-@needs_real
-def test_wikitext2_is_one_string_of_gpt2_tokens(tmp_path):
-    gpt2 = data.load_tokenizer("gpt2", data_dir=str(REAL))
-    train = data.load_text("wikitext2", "train", gpt2, data_dir=REAL, cache_dir=tmp_path)
-    assert len(train.tokens) - 1 == 2_448_382 and train.num_bytes == 10_797_148  # as its provenance counts them
-    test = data.load_text("wikitext2", "test", gpt2, data_dir=REAL, cache_dir=tmp_path)
-    assert gpt2.decode(test.tokens.tolist()).encode() == (REAL / "wikitext-2/wiki.test.tokens").read_bytes()
-
-
-def test_the_text_says_which_variant_it_is(tmp_path):
+def test_a_text_starts_with_the_end_token_is_cached_and_says_its_variant(tmp_path):
     def load():
         return data.load_text("wikitext2", "test", BYTES, data_dir=tmp_path, cache_dir=tmp_path / "cache")
 
-    raw = write(tmp_path, ("wikitext2", "test"), "raw\n")
+    for text in (b"\xc3\xa9\r\n \n", b"raw\n"):  # line ends stay as they are; another text is another cache
+        raw = write(tmp_path, "wikitext2", "test", text)
+        for _ in range(2):
+            assert load().tokens.tolist() == [256, *text] and load().num_bytes == len(text)
+    assert isinstance(load().tokens, np.memmap) and len(list((tmp_path / "cache").iterdir())) == 2
     raw.with_suffix(".tokens").write_text("<unk>\n")
     assert (load().variant, load().num_bytes) == ("wikitext-2-raw-v1", 4)
     raw.unlink()
@@ -187,207 +102,157 @@ def test_the_text_says_which_variant_it_is(tmp_path):
     raw.with_name("wiki.train.raw").write_text("raw\n")  # never one split of this and one of that
     with pytest.raises(data.UserError, match="wiki.test.raw is missing"):
         load()
-    pydocs = data.load_text("pydocs", "test", BYTES, cache_dir=tmp_path / "cache")
-    assert pydocs.variant == f"pydocs, Python {platform.python_version()}"
 
 
-def test_continuations_do_not_overlap_and_follow_their_prompts(tmp_path):
-    text = data.load_text("pydocs", "validation", BYTES, cache_dir=tmp_path)
-    examples = data.continuation_examples(text, BYTES, prompt_tokens=48, answer_tokens=16, limit=None, seed=3)
-    whole = BYTES.decode(text.tokens.tolist())
-    assert len(examples) + examples.skipped == (len(text.tokens) - 1) // 64
-    for e in examples[:200]:
-        assert e.prompt + e.answer in whole and e.references == (e.answer,)
-    assert sum(len(e.prompt + e.answer) for e in examples) <= len(whole)
-    assert data.continuation_examples(text, BYTES, prompt_tokens=48, answer_tokens=16, limit=5, seed=3) == examples[:5]
-    assert data.continuation_examples(text, BYTES, prompt_tokens=48, answer_tokens=16, limit=5, seed=4) != examples[:5]
-
-
-# ------------------------------------------------------------------------------------------------- generated tasks
+def test_continuations_do_not_overlap_and_follow_their_prompts():
+    text = "".join(f"{i:04} " for i in range(500)) + " " * 80 + "é" * 40
+    split = data.TextSplit(np.array([256, *text.encode()]), 0)
+    first, second = (
+        data.continuation_examples(split, BYTES, prompt_tokens=12, answer_tokens=8, seed=s) for s in (3, 4)
+    )
+    assert len(first) + first.skipped == len(text.encode()) // 20 and first.skipped == 4  # blanks
+    assert first != second and sorted(e.prompt for e in first) == sorted(e.prompt for e in second)
+    for e in first:
+        assert "é" in e.prompt or text.index(e.prompt + e.answer) % 20 == 0
+        assert "\ufffd" not in e.prompt + e.answer and e.references == (e.answer,)
+    with pytest.raises(data.UserError, match="no window of 8"):
+        data.continuation_examples(data.TextSplit(np.arange(4), 3), BYTES, prompt_tokens=4, answer_tokens=4)
 
 
 @pytest.mark.parametrize("name", ["addition", "countdown", "written-addition"])
-def test_generated_splits_are_disjoint_whatever_the_seed(name):
-    def problem(example):
+def test_generated_answers_earn_their_reward_and_splits_share_no_problem(name):
+    def problem(example):  # whatever the order of its numbers
         left, _, right = example.prompt.rstrip(":").partition("=")
         return (*sorted(left.replace("+", " ").split()), right)
 
-    splits = {s: {problem(e) for seed in (0, 1) for e in data.load_examples(name, s, seed=seed)} for s in data.SPLITS}
-    assert not splits["train"] & splits["validation"] and not splits["train"] & splits["test"]
-    assert not splits["validation"] & splits["test"] and all(len(s) > 100 for s in splits.values())
+    spec, splits = data.get_dataset(name), [data.load_examples(name, s) for s in data.SPLITS]
+    sets = [{problem(e) for e in examples} for examples in splits]
+    assert len(set.union(*sets)) == sum(map(len, sets)) and all(len(s) > 100 for s in sets)
+    for example in (e for examples in splits for e in examples):
+        assert data.reward(spec, example.answer, example) == 1, example
+        assert len(BYTES.encode(example.answer)) + 1 <= spec.max_new_tokens
+    other = data.load_examples(name, "train", seed=1)
+    assert splits[0] != other and sorted(map(repr, splits[0])) == sorted(map(repr, other))
+    assert data.load_examples(name, "train", seed=1, limit=20) == other[:20]
 
 
-def test_examples_come_in_the_seeds_order():
-    first = data.load_examples("addition", "train", seed=1, limit=20)
-    assert first == data.load_examples("addition", "train", seed=1)[:20]
-    assert first != data.load_examples("addition", "train", seed=2, limit=20)
-
-
-def test_every_generated_answer_earns_its_reward():
-    for name in ("addition", "countdown", "written-addition"):
-        spec = data.get_dataset(name)
-        for split in data.SPLITS:
-            for example in data.load_examples(name, split):
-                assert data.reward(spec, example.answer, example) == 1, example
-                assert len(BYTES.encode(example.answer)) + 1 <= spec.max_new_tokens
-    for example in data.load_examples("addition", "test"):
+def test_written_addition_is_worked_out_digit_by_digit_and_earns_as_a_whole():
+    spec, examples = data.get_dataset("written-addition"), data.load_examples("written-addition", "test")
+    for example in examples:
         a, b = example.prompt[:-1].split("+")
-        assert example.answer == str(int(a) + int(b))
+        *steps, end = example.answer.split(";")
+        assert len(a) == len(b) == len(steps) == 8 and end == f"#{int(a) + int(b)}"
+        carry = 0
+        for x, y, step in zip(reversed(a), reversed(b), steps, strict=True):
+            assert step == f"{x}+{y}+{carry}={int(x) + int(y) + carry:02}"
+            carry = int(step[-2])
+    answer = examples[0].answer
+    wrong = [answer[:i] + "x" + answer[i + 1 :] for i in range(len(answer))] + [answer.rpartition(";")[2], answer * 2]
+    assert not any(data.reward(spec, text, examples[0]) for text in wrong)
 
 
 def test_rewards_are_the_metrics_numbers():
-    summary = data.Example("p", "a", ("the cat on the mat",))
-    three = data.Example("p", "a", ("3",))
-    for name, response, example in [
-        ("samsum", "the cat sat", summary),
-        ("squad", "the cat sat", summary),
-        ("pydocs", "the cat sat", summary),
-        ("gsm8k", "#### 3", three),
+    words, three = data.Example("p", "a", ("the cat on the mat",)), data.Example("p", "a", ("3",))
+    for name, response, example, names in [
+        ("samsum", "the cat sat", words, {"rouge1", "rouge2", "rougeL"}),
+        ("squad", "the cat sat", words, {"exact_match", "f1"}),
+        ("pydocs", "the cat sat", words, {"unigram_f1"}),
+        ("gsm8k", "#### 3", three, {"accuracy"}),
     ]:
         spec = data.get_dataset(name)
         scores = data.score(spec, [response, "zzz"], [example, example])
-        assert scores[spec.reward] == pytest.approx(data.reward(spec, response, example) / 2)
-        assert 0 < data.reward(spec, response, example) <= 1 and 0 < data.sample_score(spec, response, example) <= 1
-    assert set(data.score(data.get_dataset("xsum"), ["a"], [summary])) == {"rouge1", "rouge2", "rougeL"}
-    assert set(data.score(data.get_dataset("squad"), ["a"], [summary])) == {"exact_match", "f1"}
-    assert set(data.score(data.get_dataset("math500"), ["a"], [summary])) == {"accuracy"}
-    assert set(data.score(data.get_dataset("wikitext2"), ["a"], [summary])) == {"unigram_f1"}
-    # of 2 and 4 pairs of words, the-cat in common
-    assert data.sample_score(data.get_dataset("samsum"), "the cat sat", summary) == pytest.approx(2 / 6)
+        assert set(scores) == names and scores[spec.reward] == data.reward(spec, response, example) / 2 > 0
+    assert data.sample_score(data.get_dataset("samsum"), "the cat sat", words) == pytest.approx(2 / 6)  # of ROUGE-2
+    assert data.sample_score(data.get_dataset("pydocs"), "the cat", words) == pytest.approx(4 / 7)  # no perplexity
 
 
-def test_score_needs_a_response_for_each_example():
-    for responses, examples in ([[], []], [["a"], []]):
-        with pytest.raises(ValueError, match="responses"):
-            data.score(data.get_dataset("squad"), responses, examples)
-
-
-# ---------------------------------------------------------------------------------------------------- real records
+COUNTS = {"samsum": (14731, 818, 819), "xsum": 2131, "squad": (12134, 10570), "gsm8k": (7473, 1319), "deepscaler": 5000}
+COUNTS |= {"math500": 500, "aime24": 30, "aime25": 30, "minerva": 272, "amc": 83, "olympiad": 675}
 
 
 @needs_real
-@pytest.mark.parametrize(
-    ("name", "counts"),
-    [
-        ("samsum", (14731, 818, 819)),
-        ("xsum", 2131),
-        ("squad", (12134, 10570)),
-        ("gsm8k", (7473, 1319)),
-        ("deepscaler", 5000),
-        ("math500", (None, None, 500)),
-        ("aime24", (None, None, 30)),
-        ("aime25", (None, None, 30)),
-        ("minerva", (None, None, 272)),
-        ("amc", (None, None, 83)),
-        ("olympiad", (None, None, 675)),
-    ],
-)
-def test_real_records_become_examples_that_earn_their_reward(name, counts):
-    spec = data.get_dataset(name)
-    splits = {s: data.load_examples(name, s, data_dir=REAL) for s in spec.files}
-    assert not any(s.skipped for s in splits.values())
-    sizes = [len(splits[s]) if s in splits else None for s in data.SPLITS]
-    if isinstance(counts, int):
-        assert sum(filter(None, sizes)) == counts
-    elif len(counts) == 2:  # validation carved out of train
+@pytest.mark.parametrize("name", COUNTS)
+def test_real_records_become_examples_and_splits_share_nothing(name):
+    spec, counts = data.get_dataset(name), COUNTS[name]
+    splits = [data.load_examples(name, s, data_dir=REAL) for s in spec.files]
+    sizes = [len(s) for s in splits]
+    if isinstance(counts, tuple) and len(counts) == 2:  # validation carved out of train
         assert (sizes[0] + sizes[1], sizes[2]) == counts and 0.05 < sizes[1] / counts[0] < 0.15
     else:
-        assert tuple(sizes) == counts
-    for split in splits.values():
-        for example in split[:40]:
-            assert data.reward(spec, example.answer, example) == 1, example
-            assert example.prompt[-1] == ":" and example.answer[0] == " "
+        assert tuple(sizes) == counts or sum(sizes) == counts
+    for example in (e for split in splits for e in split[:40]):
+        assert data.reward(spec, example.answer, example) == 1, example
+        assert example.prompt[-1] == ":" and example.answer[0] == " "
+    keys = [{e.prompt.rpartition("\nQuestion:")[0] if name == "squad" else e.prompt for e in s} for s in splits]
+    assert name == "samsum" or len(set.union(*keys)) == sum(map(len, keys))  # samsum's own splits share dialogues
+    assert not any(s.skipped for s in splits)
 
 
-@needs_real
-@pytest.mark.parametrize(
-    ("name", "what"),
-    [
-        ("squad", lambda e: e.prompt.rpartition("\nQuestion:")[0]),
-        ("xsum", lambda e: e.prompt),
-        ("gsm8k", lambda e: e.prompt),
-        ("deepscaler", lambda e: e.prompt),
-    ],
-)
-def test_real_splits_share_nothing(name, what):
-    splits = [{what(e) for e in data.load_examples(name, s, data_dir=REAL)} for s in data.get_dataset(name).files]
-    for i, a in enumerate(splits):
-        for b in splits[i + 1 :]:
-            assert a and b and not a & b
+MATH, SQUAD = {"problem": "p", "answer": "1"}, {"context": "c", "question": "q", "answers": ["a"]}
+SAMSUM, GSM8K = {"dialogue": "A: hi\r\nB: ho\rC", "summary": "They\r\ngreet."}, {"question": "q", "answer": "#### 1"}
+ODD = {
+    "answer": (MATH, ({"a": 1}, None, float("nan"), 1e999, True, "", [], [True], [None], [{}])),
+    "answer_variants": (MATH, ("23", [None], {"a": 1}, 7)),
+    "problem": (MATH, ("", " ", None, 7, ["p"])),
+    "answers": (SQUAD, ("ab", {"text": {"abc": 1}}, {"text": "ab"}, {}, [], [True], 7)),
+    "context": (SQUAD, (7,)),
+    "dialogue": (SAMSUM, (" ", {})),
+    "summary": (SAMSUM, ("", None, 7)),
+}
 
 
-@needs_real
-def test_real_records_read_as_they_should():
-    gsm8k = data.load_examples("gsm8k", "test", data_dir=REAL)
-    ducks = next(e for e in gsm8k if "ducks lay 16 eggs" in e.prompt)
-    assert ducks.references == ("18",) and ducks.answer.endswith("\n#### 18") and "<<" not in ducks.answer
-    squad = data.load_examples("squad", "test", data_dir=REAL)
-    assert any(len(set(e.references)) > 1 for e in squad)
-    minerva = data.load_examples("minerva", "test", data_dir=REAL)
-    arcsin = next(e for e in minerva if e.references[0].startswith("np."))
-    assert data.reward(data.get_dataset("minerva"), r"\boxed{\arcsin{\frac{1}{1.3}}}", arcsin) == 1
+@pytest.mark.parametrize(("good", "odd"), [(good, good | {k: v}) for k, (good, values) in ODD.items() for v in values])
+def test_odd_records_are_left_out_and_counted(tmp_path, good, odd):
+    name = {"problem": "math500", "context": "squad", "dialogue": "samsum"}[next(iter(good))]
+    write(tmp_path, name, "test", odd, good, odd)
+    examples = data.load_examples(name, "test", data_dir=tmp_path)
+    assert len(examples) == 1 and examples.skipped == 2 == data.encode_examples(examples, BYTES, 64)[1]["skipped"]
+    write(tmp_path, name, "test", odd)
+    with pytest.raises(data.UserError, match="1 records were left out"):
+        data.load_examples(name, "test", data_dir=tmp_path)
 
 
-# ------------------------------------------------------------------------------------------------- skipped, cut, bad
+def test_records_become_examples(tmp_path):
+    rows = [MATH | {"answer": a} for a in (204, 0.5, ["1", 3])]
+    write(tmp_path, "math500", "test", *rows, MATH | {"answer_variants": ["2", 3]}, MATH | {"answer_variants": None})
+    found = {e.references for e in data.load_examples("math500", "test", data_dir=tmp_path)}
+    assert found == {("204",), ("0.5",), ("1,3",), ("1", "2", "3"), ("1",)}
+    write(tmp_path, "squad", "test", SQUAD | {"answers": ["", " x "]})  # an empty answer is none
+    assert data.load_examples("squad", "test", data_dir=tmp_path)[0].references == ("x",)
+    write(tmp_path, "samsum", "test", SAMSUM)
+    [example] = data.load_examples("samsum", "test", data_dir=tmp_path)  # lines end in a line feed
+    assert (example.prompt, example.answer) == ("A: hi\nB: ho\nC\nTL;DR:", " They\ngreet.")
+    write(tmp_path, "gsm8k", "test", *(GSM8K | {"answer": a} for a in ("2", "2 ####", "<<1+1=2>>2 #### 2")))
+    examples = data.load_examples("gsm8k", "test", data_dir=tmp_path)
+    assert [e.answer for e in examples] == [" 2\n#### 2"] and examples.skipped == 2
 
 
-def test_empty_records_are_left_out_and_counted(tmp_path):
-    write(
-        tmp_path,
-        ("samsum", "train"),
-        {"dialogue": "A: hi", "summary": "A greets."},
-        {"dialogue": " ", "summary": "x"},
-        {"dialogue": "B: hi", "summary": ""},
-        {"dialogue": "C", "summary": None},
+def test_small_sets_of_ones_own(tmp_path, monkeypatch):
+    def load(split, example=lambda row: data.Example(row["q"], row["a"], (row["a"],)), data_dir=tmp_path, **more):
+        spec = data.DatasetSpec("own", "task", "bytes", 4, **data._EXACT, example=example, **more)
+        monkeypatch.setitem(data.DATASETS, "own", spec)
+        return data.load_examples("own", split, data_dir=data_dir)
+
+    rows, file = [{"q": f"{i}+1=", "a": str(i + 1)} for i in range(100)], data._splits("own.jsonl")
+    Path(tmp_path, "own.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    counts = Counter(data.split_of(row["q"]) for row in rows)  # one file without a key: the prompt decides
+    assert {s: len(load(s, files=file)) for s in data.SPLITS} == counts
+    two = data._splits("own.jsonl", "train validation")  # no test split: its share is train's
+    assert len(load("train", files=two)) == counts["train"] + counts["test"]
+    refused("own has no test split below --data-dir, only train, validation", "test", files=two)
+    refused("own is read from files alone: --data-dir DIR reads DIR/own.jsonl", "train", files=file, data_dir=None)
+    refused("own needs the field 'topic'", "train", files=file, key="topic")
+    refused(
+        "100 records were left out, one because KeyError: 'x'",
+        "train",
+        lambda row: row["x"],
+        files={"train": file["train"]},
     )
-    examples = data.load_examples("samsum", "train", data_dir=tmp_path)
-    assert [e.answer for e in examples] == [" A greets."] and examples.skipped == 3
-    encoded, counts = data.encode_examples(examples, BYTES, 64)
-    assert len(encoded) == 1 and counts == {"kept": 1, "cut": 0, "skipped": 3, "too_long": 0, "empty": 3}
-
-    write(
-        tmp_path,
-        ("squad", "test"),
-        {"context": "c", "question": "q", "answers": []},
-        {"context": "c", "question": "q", "answers": ["", "x"]},
-        {"context": "c", "question": "q", "answers": ["y"]},
-    )
-    squad = data.load_examples("squad", "test", data_dir=tmp_path)
-    assert squad.skipped == 1 and {e.references for e in squad} == {("x",), ("y",)}  # an empty answer is none
-    write(tmp_path, ("gsm8k", "test"), {"question": "q", "answer": "none"}, {"question": "q", "answer": "#### 5"})
-    assert data.load_examples("gsm8k", "test", data_dir=tmp_path).skipped == 1
-    write(tmp_path, ("math500", "test"), {"problem": "p", "answer": ""}, {"problem": "p", "answer": 204})
-    [example] = data.load_examples("math500", "test", data_dir=tmp_path)
-    assert example.references == ("204",)
-
-
-def test_lines_end_in_a_line_feed_wherever_a_set_comes_from(tmp_path):
-    rows = [{"dialogue": "A: hi\r\nB: ho\rC: hu", "summary": "They\r\ngreet."}]
-    write(tmp_path, ("samsum", "train"), *rows)
-    expected = ("A: hi\nB: ho\nC: hu\nTL;DR:", " They\ngreet.")
-    [example] = data.load_examples("samsum", "train", data_dir=tmp_path)
-    assert (example.prompt, example.answer) == expected
-    with FakeHub({"knkarthick/samsum": {"train": rows}}) as hub:
-        got, _ = in_a_new_python(
-            """
-            [e] = data.load_examples("samsum", "train")
-            print(json.dumps([e.prompt, e.answer]))
-            """,
-            tmp_path,
-            HF_ENDPOINT=hub.url,
-        )
-    assert tuple(got) == expected
-
-
-def test_a_split_without_examples_is_an_error(tmp_path):
-    write(tmp_path, ("gsm8k", "train"), {"question": "q0", "answer": "#### 1"}, {"question": None, "answer": "#### 1"})
-    split = data.split_of("q0")
-    assert split == "train" and len(data.load_examples("gsm8k", "train", data_dir=tmp_path)) == 1
-    with pytest.raises(data.UserError, match="gsm8k has no validation example"):
-        data.load_examples("gsm8k", "validation", data_dir=tmp_path)
-    text = data.TextSplit(np.array([256, *BYTES.encode("a b")]), 3)
-    with pytest.raises(data.UserError, match="no window of 8"):
-        data.continuation_examples(text, BYTES, prompt_tokens=4, answer_tokens=4)
+    refused("own has no train split", "train")
+    five = lambda right: lambda: ((str(i), data.Example(f"{i}=", "0", right)) for i in range(5))  # noqa: E731
+    assert len(load("train", problems=five(("0",)))) == 5
+    refused("own has no validation example.*add problems", "validation", problems=five(("0",)))
+    refused("expected a tuple of texts", "train", problems=five(("0")))  # the comma that makes a tuple forgotten
 
 
 @quick
@@ -397,43 +262,38 @@ def test_a_split_without_examples_is_an_error(tmp_path):
     st.integers(0, 20),
 )
 def test_encoded_examples_fit_and_keep_their_ends(examples, context, new):
-    encoded, counts = data.encode_examples(examples, BYTES, context, min_new_tokens=new)
-    kept = iter(encoded)
-    cut = empty = too_long = 0
+    encoded, counts = data.encode_examples(examples, BYTES, context, max_new_tokens=new)
+    kept, expected = iter(encoded), Counter(kept=len(encoded))
     for e in examples:
         prompt, answer = e.prompt.encode(), e.answer.encode()
-        if not prompt or not answer:
-            empty += 1
-        elif max(len(answer) + 1, new) >= context:
-            too_long += 1
-        else:
+        whole, written = bool(prompt and answer), max(len(answer) + 1, new)
+        expected["unreachable"] += whole and 0 < new < len(answer) + 1
+        expected["empty"] += not whole
+        expected["too_long"] += whole and written >= context
+        expected["skipped"] += not whole or written >= context
+        if whole and written < context:
             tokens, start = next(kept)
-            assert tokens[-1] == BYTES.end and BYTES.end not in tokens[:-1]
-            assert bytes(tokens[start:-1]) == answer
-            assert 1 <= start and prompt.endswith(bytes(tokens[:start]))
-            assert start + max(len(answer) + 1, new) <= context
-            if start < len(prompt):  # no more is cut than must be
-                cut += 1
-                assert start + max(len(answer) + 1, new) == context
-    assert next(kept, None) is None
-    assert counts == {
-        "kept": len(encoded),
-        "cut": cut,
-        "skipped": empty + too_long,
-        "too_long": too_long,
-        "empty": empty,
-    }
+            assert tokens[-1] == BYTES.end and BYTES.end not in tokens[:-1] and bytes(tokens[start:-1]) == answer
+            assert bytes(tokens[:start]) == prompt[-(context - written) :]  # no more is cut than must be
+            assert bytes(data.encode_prompt(e, BYTES, context - written)) == prompt[-(context - written) :]
+            expected["cut"] += start < len(prompt)
+    assert next(kept, None) is None and counts == {name: expected[name] for name in counts}
 
 
-def test_prompts_are_cut_from_the_left():
-    example = data.Example("a long dialogue\nTL;DR:", " x", ("x",))
-    assert BYTES.decode(data.encode_prompt(example, BYTES, 7)) == "\nTL;DR:"
-    assert BYTES.decode(data.encode_prompt(example, BYTES, 100)) == example.prompt
-    with pytest.raises(ValueError, match="max_tokens"):
-        data.encode_prompt(example, BYTES, 0)
-
-
-# --------------------------------------------------------------------------------------------------------- the hub
+def test_what_cannot_be_read_is_named(tmp_path):
+    cases = [(b"\n\n", "is empty"), (b"\xff\xfe", "not UTF-8"), (b'\n{"question": \n', "line 2: not a JSON object")]
+    cases += [(b"\n[1]\n", "line 2: gsm8k needs the field"), (b'{"question": "q"}\n', "line 1: .*field 'answer'")]
+    for content, says in cases:
+        write(tmp_path, "gsm8k", "test", content)
+        refused(says, data.load_examples, "gsm8k", "test", data_dir=tmp_path)
+    refused("is missing.*DIR/wikitext-2/wiki.train.raw", data.load_text, "wikitext2", "train", BYTES, data_dir=tmp_path)
+    (tmp_path / "file").write_text("")
+    refused("cannot be written", data.load_text, "pydocs", "test", BYTES, cache_dir=tmp_path / "file")
+    refused("no such folder", data.prepare, "pydocs", "bytes", str(tmp_path / "nowhere"))
+    refused("it is tested on math500, aime24", data.load_examples, "deepscaler", "test", data_dir=tmp_path)
+    refused("math500 has no train split", data.load_examples, "math500", "train", data_dir=tmp_path)
+    refused(r"did you mean wikitext2\?", data.get_dataset, "wikitxt2")
+    refused(r"did you mean bytes\?", data.prepare, "squad", "byte")
 
 
 def in_a_new_python(code, home, **env):
@@ -441,194 +301,79 @@ def in_a_new_python(code, home, **env):
     env = {k: v for k, v in os.environ.items() if not k.startswith("HF_") and "proxy" not in k.lower()} | env
     # The libraries' threads can abort an interpreter that is shutting down ("terminate called without an active
     # exception", seen once on a busy machine): the process ends before it comes to that.
-    code = f"import json, os, sys, data\n{textwrap.dedent(code)}\nsys.stdout.flush()\nsys.stderr.flush()\nos._exit(0)"
-    run = subprocess.run(
-        [sys.executable, "-c", code],
-        cwd=ROOT,
-        text=True,
-        capture_output=True,
-        env=env | {"HF_HOME": str(home)},
-        timeout=900,
-    )
+    code = f"import json, os, sys, data\n{textwrap.dedent(code)}\nsys.stdout.flush()\nos._exit(0)"
+    how = dict(cwd=ROOT, text=True, capture_output=True, env=env | {"HF_HOME": str(home)}, timeout=900)
+    run = subprocess.run([sys.executable, "-c", code], **how)
     assert run.returncode == 0, run.stderr
     return json.loads(run.stdout.splitlines()[-1]), run.stderr
 
 
-THREE = ("train", "validation", "test")
-RECORDS = {  # as the hub's tables have them, columns that we do not use included
-    "Salesforce/wikitext:wikitext-2-raw-v1": {s: [{"text": ""}, {"text": f" = {s} = \n"}, {"text": ""}] for s in THREE},
-    "knkarthick/samsum": {s: [{"id": "1", "dialogue": f"A: {s}", "summary": "S."}] for s in THREE},
-    "EdinburghNLP/xsum": {s: [{"document": f"D {s}", "summary": "S.", "id": "1"}] for s in THREE},
-    "rajpurkar/squad": {
-        "train": [
-            {
-                "id": f"{i}",
-                "title": "t",
-                "context": f"c{i % 100}",
-                "question": "q?",
-                "answers": {"text": ["a"], "answer_start": [0]},
-            }
-            for i in range(200)
-        ],
-        "validation": [
-            {
-                "id": "d",
-                "title": "t",
-                "context": "dev",
-                "question": "q?",
-                "answers": {"text": ["a", "the b"], "answer_start": [0, 1]},
-            }
-        ],
-    },
-    "openai/gsm8k:main": {
-        "train": [{"question": f"q{i}", "answer": "1+1=<<1+1=2>>2\n#### 2"} for i in range(100)],
-        "test": [{"question": "q", "answer": "x\n#### 1,000"}],
-    },
-    "agentica-org/DeepScaleR-Preview-Dataset": {
-        "train": [{"problem": f"p{i}", "answer": "1", "solution": "s"} for i in range(100)]
-    },
-    "HuggingFaceH4/MATH-500": {"test": [{"problem": "p", "solution": "s", "answer": "\\frac{1}{2}", "level": 1}]},
-    "HuggingFaceH4/aime_2024": {"train": [{"id": 1, "problem": "p", "solution": "s", "answer": "025"}]},
-    "math-ai/aime25": {"test": [{"problem": "p", "answer": "70", "id": "0"}]},
-    "math-ai/minervamath": {"test": [{"question": "p", "answer": "8.7e8"}]},
-    "math-ai/olympiadbench": {"test": [{"question": "p", "final_answer": ["1", "3"], "solution": ["s"]}]},
-}
-
-
 def test_every_set_reads_from_the_hub_as_from_files(tmp_path):
+    code = """
+        tokenizer, out = data.load_tokenizer("bytes"), {}
+        for spec in data.DATASETS.values():
+            for split in spec.hub.splits if spec.hub else ():
+                if spec.kind == "text":
+                    text = data.load_text(spec.name, split, tokenizer, cache_dir=CACHE)
+                    out[f"{spec.name} {split}"] = [tokenizer.decode(text.tokens.tolist()), text.variant]
+                else:
+                    examples = data.load_examples(spec.name, split)
+                    out[f"{spec.name} {split}"] = [[e.prompt, e.answer, e.references] for e in examples]
+        object.__setattr__(data.DATASETS["samsum"], "fields", ("talk", "summary"))
+        try:
+            data.load_examples("samsum", "train")
+        except data.UserError as error:
+            out["other columns"] = str(error)
+        print(json.dumps(out))
+        """.replace("CACHE", repr(str(tmp_path / "cache")))
     with FakeHub(RECORDS) as hub:
-        got, _ = in_a_new_python(
-            """
-            out = {}
-            tokenizer = data.load_tokenizer("bytes")
-            for spec in data.DATASETS.values():
-                for split in spec.hub_splits:
-                    if spec.kind == "text":
-                        text = data.load_text(spec.name, split, tokenizer, cache_dir=CACHE)
-                        out[f"{spec.name} {split}"] = tokenizer.decode(text.tokens.tolist())
-                    else:
-                        examples = data.load_examples(spec.name, split)
-                        out[f"{spec.name} {split}"] = [[e.prompt, e.answer, e.references] for e in examples]
-            print(json.dumps(out))
-            """.replace("CACHE", repr(str(tmp_path / "cache"))),
-            tmp_path,
-            HF_ENDPOINT=hub.url,
-        )
-    assert set(got) == {f"{s.name} {split}" for s in data.DATASETS.values() for split in s.hub_splits}
-    assert got["wikitext2 test"] == " \n = test = \n \n"
-    assert got["samsum validation"] == [["A: validation\nTL;DR:", " S.", ["S."]]]
+        got, _ = in_a_new_python(code, tmp_path, HF_ENDPOINT=hub.url)
+    assert got.pop("other columns") == "knkarthick/samsum has no column 'talk', only id, dialogue, summary"
+    assert set(got) == {f"{s.name} {split}" for s in data.DATASETS.values() if s.hub for split in s.files}
+    assert got["wikitext2 test"] == [" \n = title = \n \n", "wikitext-2-raw-v1"]
+    assert got["samsum validation"] == [["A:\nvalidation\nTL;DR:", " S.", ["S."]]]
     assert got["xsum train"] == [["D train\nTL;DR:", " S.", ["S."]]]
     assert got["squad test"] == [["dev\nQuestion: q?\nAnswer:", " a", ["a", "the b"]]]
-    contexts = [{prompt.partition("\n")[0] for prompt, *_ in got[f"squad {s}"]} for s in ("train", "validation")]
-    assert not contexts[0] & contexts[1] and len(got["squad train"]) + len(got["squad validation"]) == 200
     assert got["gsm8k test"] == [["Question: q\nAnswer:", " x\n#### 1,000", ["1,000"]]]
-    assert len(got["gsm8k train"]) + len(got["gsm8k validation"]) == 100 and got["gsm8k validation"]
-    assert len(got["deepscaler train"]) + len(got["deepscaler validation"]) == 100
-    assert [got[f"{n} test"][0][2][0] for n in ("math500", "aime24", "aime25", "minerva", "olympiad")] == [
-        "\\frac{1}{2}",
-        "025",
-        "70",
-        "8.7e8",
-        "1,3",
-    ]
-
-
-def test_a_hub_table_with_other_columns_is_refused(tmp_path):
-    with FakeHub({"knkarthick/samsum": {"test": [{"text": "A: hi", "summary": "S."}]}}) as hub:
-        got, _ = in_a_new_python(
-            """
-            try:
-                data.load_examples("samsum", "test")
-            except data.UserError as error:
-                print(json.dumps(str(error)))
-            """,
-            tmp_path,
-            HF_ENDPOINT=hub.url,
-        )
-    assert "knkarthick/samsum has no column 'dialogue', only text, summary" in got and "--data-dir" in got
+    for name in ("squad", "gsm8k", "deepscaler"):  # validation is carved out of train
+        parts = [[prompt for prompt, *_ in got[f"{name} {s}"]] for s in ("train", "validation")]
+        assert all(parts) and len(parts[0] + parts[1]) == 100 and not set(parts[0]) & set(parts[1])
+    references = [got[f"{n} test"][0][2][0] for n in ("math500", "aime24", "aime25", "minerva", "olympiad")]
+    assert references == ["\\frac{1}{2}", "025", "70", "8.7e8", "1,3"]
 
 
 @pytest.mark.parametrize("env", [{"HF_ENDPOINT": "http://127.0.0.1:9"}, {"HF_HUB_OFFLINE": "1"}])
-def test_without_network_one_sentence_says_what_to_do(tmp_path, env):
-    got, stderr = in_a_new_python(
-        """
-        errors = []
-        for load in (lambda: data.load_examples("squad", "train"),
-                     lambda: data.load_text("wikitext2", "test", data.load_tokenizer("bytes"), cache_dir="unused")):
+def test_without_network_one_message_says_what_to_do(tmp_path, env):
+    code = """
+        out = []
+        for function, *given in ((data.load_examples, "squad", "train"), (data.prepare, "wikitext2", "gpt2"),
+                                 (data.prepare, "samsum", "gpt2", DIR), (data.prepare, "pydocs", "gpt2")):
             try:
-                load()
+                function(*given)
             except data.UserError as error:
-                errors.append(str(error))
-        print(json.dumps(errors))
-        """,
-        tmp_path,
-        **env,
-    )
-    assert "rajpurkar/squad" in got[0] and "DIR/squad-v1.1/train_subset.jsonl" in got[0]
-    assert "Salesforce/wikitext" in got[1] and "--data-dir DIR" in got[1] and "HF_HUB_OFFLINE=1" in got[1]
-    assert not any("\n" in error for error in got) and "Retrying" not in stderr
-    assert not (ROOT / "unused").exists()
-
-
-def test_without_network_gpt2_names_the_variable(tmp_path):
-    got, _ = in_a_new_python(
-        """
-        try:
-            data.load_tokenizer("gpt2")
-        except data.UserError as error:
-            print(json.dumps(str(error)))
-        """,
-        tmp_path,
-        TIKTOKEN_CACHE_DIR=str(tmp_path / "none"),
-        HTTPS_PROXY="http://127.0.0.1:9",
-    )
-    assert "TIKTOKEN_CACHE_DIR" in got and "--tokenizer bytes" in got and "\n" not in got
-
-
-def test_without_network_one_message_names_the_set_and_the_vocabulary(tmp_path):
-    got, _ = in_a_new_python(
-        """
-        errors = []
-        for arguments in (("wikitext2", "gpt2"), ("samsum", "gpt2", DIR), ("pydocs", "gpt2"), ("amc", "bytes"),
-                          ("squad", "gpt3"), ("addition", "bytes")):
-            try:
-                errors.append(data.prepare(*arguments).name)
-            except data.UserError as error:
-                errors.append(str(error))
-        print(json.dumps(errors))
-        """.replace("DIR", repr(str(tmp_path))),
-        tmp_path,
-        TIKTOKEN_CACHE_DIR=str(tmp_path / "none"),
-        HTTPS_PROXY="http://127.0.0.1:9",
-        HF_ENDPOINT="http://127.0.0.1:9",
-    )
-    for message, file in ((got[0], "DIR/wikitext-2/wiki.train.raw"), (got[1], "DIR/samsum/train.jsonl")):
-        assert "neither" in message and file in message and "DIR/tiktoken-cache" in message
-        assert "--dataset pydocs" in message and "\n" not in message
-    assert "--tokenizer bytes" in got[2] and "neither" not in got[2]  # pydocs is there
-    assert "amc is read from files alone" in got[3] and "--data-dir DIR" in got[3]
-    assert "did you mean" in got[4] and got[5] == "bytes"
-
-
-@needs_real
-def test_prepare_gives_the_tokenizer_where_all_is_there():
-    assert data.prepare("samsum", "gpt2", str(REAL)).name == "gpt2"
+                out.append(str(error))
+        print(json.dumps(out))
+        """.replace("DIR", repr(str(tmp_path)))
+    nowhere = {"TIKTOKEN_CACHE_DIR": str(tmp_path / "none"), "HTTPS_PROXY": "http://127.0.0.1:9"}
+    (squad, wikitext, samsum, pydocs), stderr = in_a_new_python(code, tmp_path, **nowhere, **env)
+    assert "rajpurkar/squad" in squad and "DIR/squad-v1.1/train_subset.jsonl, DIR/squad-v1.1/dev.jsonl" in squad
+    assert "Salesforce/wikitext" in wikitext and "HF_HUB_OFFLINE=1" in wikitext and "DIR/samsum/train.jsonl" in samsum
+    assert all("TIKTOKEN_CACHE_DIR" in text and "--tokenizer bytes" in text for text in (wikitext, samsum, pydocs))
+    assert pydocs.endswith("--tokenizer bytes") and "\n" not in squad + wikitext and "Retrying" not in stderr
 
 
 @needs_real
 def test_a_data_folder_needs_no_network(tmp_path):
-    got, _ = in_a_new_python(
-        """
-        import socket, sys
+    code = """
+        import socket
         def refuse(*_): raise AssertionError("network")
         socket.socket.connect = refuse
         out = [len(data.load_examples(s.name, split, data_dir=DIR, limit=2))
                for s in data.DATASETS.values() if s.kind == "task" for split in s.files]
         data.load_text("wikitext2", "test", data.load_tokenizer("gpt2", DIR), data_dir=DIR, cache_dir=CACHE)
         print(json.dumps([out, [m for m in ("datasets", "torch", "sympy", "rouge_score") if m in sys.modules]]))
-        """.replace("DIR", repr(str(REAL))).replace("CACHE", repr(str(tmp_path))),
-        tmp_path,
-    )
+        """.replace("DIR", repr(str(REAL))).replace("CACHE", repr(str(tmp_path)))
+    got, _ = in_a_new_python(code, tmp_path)
     assert set(got[0]) == {2} and got[1] == []  # nor what is slow to import
 
 
