@@ -1,20 +1,46 @@
 """A hub on loopback: as much of the Hugging Face API as `datasets.load_dataset` asks for, over Parquet files in memory.
 
-FakeHub({"owner/name": {"train": [row, ...], "test": [...]}}).url is what HF_ENDPOINT should name
+FakeHub({"owner/name": {"train": [row, ...], "test": [...]}}).url is what HF_ENDPOINT should name; RECORDS has a few
+rows of every published set.
 """
 
 import hashlib
 import http.server
 import io
 import json
+import os
 import re
+import subprocess
+import sys
+import textwrap
 import threading
 import urllib.parse
+from pathlib import Path
 
 import pyarrow
 import pyarrow.parquet
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
+SPLITS, ANSWERS = ("train", "validation", "test"), {"text": ["a", "the b"], "answer_start": [0, 1]}
+RECORDS = {  # as the hub's tables have them, columns that we do not use included
+    "Salesforce/wikitext:wikitext-2-raw-v1": {s: [{"text": t} for t in ("", " = title = \n", "")] for s in SPLITS},
+    "knkarthick/samsum": {s: [{"id": "1", "dialogue": f"A:\r\n{s}", "summary": "S."}] for s in SPLITS},
+    "EdinburghNLP/xsum": {s: [{"document": f"D {s}", "summary": "S.", "id": "1"}] for s in SPLITS},
+    "rajpurkar/squad": {
+        "train": [{"title": "t", "context": f"c{i % 50}", "question": "q?", "answers": ANSWERS} for i in range(100)],
+        "validation": [{"title": "t", "context": "dev", "question": "q?", "answers": ANSWERS}],
+    },
+    "openai/gsm8k:main": {
+        "train": [{"question": f"q{i}", "answer": "#### 2"} for i in range(100)],
+        "test": [{"question": "q", "answer": "x\n#### 1,000"}],
+    },
+    "agentica-org/DeepScaleR-Preview-Dataset": {"train": [{"problem": f"p{i}", "answer": "1"} for i in range(100)]},
+    "HuggingFaceH4/MATH-500": {"test": [{"problem": "p", "answer": "\\frac{1}{2}", "level": 1}]},
+    "HuggingFaceH4/aime_2024": {"train": [{"problem": "p", "answer": "025"}]},
+    "math-ai/aime25": {"test": [{"problem": "p", "answer": "70"}]},
+    "math-ai/minervamath": {"test": [{"question": "p", "answer": "8.7e8"}]},
+    "math-ai/olympiadbench": {"test": [{"question": "p", "final_answer": ["1", "3"], "solution": ["s"]}]},
+}
 
 
 def parquet(rows: list[dict]) -> bytes:
@@ -27,19 +53,12 @@ class FakeHub:
     def __init__(self, repositories: dict[str, dict[str, list[dict]]]):
         """Keys "owner/name", "owner/name:config" (then the files lie in a folder of that name)."""
         self.files: dict[str, dict[str, bytes]] = {}
-        self.asked: list[str] = []
         for name, splits in repositories.items():
             repository, _, config = name.partition(":")
             folder = config or "data"
             files = {f"{folder}/{split}-00000-of-00001.parquet": parquet(rows) for split, rows in splits.items()}
-            card = {
-                "configs": [
-                    {
-                        "config_name": config or "default",
-                        "data_files": [{"split": s, "path": f"{folder}/{s}-*"} for s in splits],
-                    }
-                ]
-            }
+            paths = [{"split": s, "path": f"{folder}/{s}-*"} for s in splits]
+            card = {"configs": [{"config_name": config or "default", "data_files": paths}]}
             # YAML holds JSON: the card is a YAML header that says which files belong to which split
             self.files[repository] = files | {"README.md": f"---\n{json.dumps(card)}\n---\n".encode()}
         hub = self
@@ -67,30 +86,19 @@ class FakeHub:
     def _answer(self, request) -> None:
         body = request.rfile.read(int(request.headers.get("content-length") or 0))
         path = urllib.parse.unquote(urllib.parse.urlsplit(request.path).path)
-        self.asked.append(f"{request.command} {path}")
         for repository, files in self.files.items():
             if path.startswith(f"/datasets/{repository}/resolve/"):
-                name = next((f for f in files if path.endswith("/" + f)), None)
-                if name:
+                if name := next((f for f in files if path.endswith("/" + f)), None):
                     return self._send(request, files[name], name)
             elif path == f"/api/datasets/{repository}" or path.startswith(f"/api/datasets/{repository}/revision/"):
-                siblings = [{"rfilename": f, "size": len(b)} for f, b in files.items()]
+                info = {"id": repository, "sha": COMMIT, "private": False, "disabled": False, "gated": False}
+                info |= {"tags": [], "downloads": 0, "likes": 0}
                 return self._json(
-                    request,
-                    {
-                        "id": repository,
-                        "sha": COMMIT,
-                        "siblings": siblings,
-                        "private": False,
-                        "disabled": False,
-                        "gated": False,
-                        "tags": [],
-                        "downloads": 0,
-                        "likes": 0,
-                    },
+                    request, info | {"siblings": [{"rfilename": f, "size": len(files[f])} for f in files]}
                 )
             elif match := re.fullmatch(rf"/api/datasets/{repository}/(tree|paths-info)/(.*)", path):
-                entries = [self._entry(f, b) for f, b in files.items()]
+                oids = {f: hashlib.sha1(b).hexdigest() for f, b in files.items()}
+                entries = [{"type": "file", "path": f, "size": len(files[f]), "oid": oids[f]} for f in files]
                 folders = sorted({f.rpartition("/")[0] for f in files} - {""})
                 entries += [{"type": "directory", "path": f, "oid": "0" * 40, "size": 0} for f in folders]
                 if match[1] == "paths-info":
@@ -105,9 +113,6 @@ class FakeHub:
         request.send_header("X-Error-Code", "EntryNotFound" if "/resolve/" in path else "RepoNotFound")
         request.send_header("Content-Length", "0")
         request.end_headers()
-
-    def _entry(self, name: str, content: bytes) -> dict:
-        return {"type": "file", "path": name, "size": len(content), "oid": hashlib.sha1(content).hexdigest()}
 
     def _json(self, request, value) -> None:
         self._send(request, json.dumps(value).encode(), "")
@@ -127,3 +132,24 @@ class FakeHub:
         request.end_headers()
         if request.command != "HEAD":
             request.wfile.write(content[start:end])
+
+
+def in_a_new_python(code, home, **env):
+    """Runs code that prints JSON: HF_ENDPOINT and the like are read once, when the libraries are imported."""
+    env = {k: v for k, v in os.environ.items() if not k.startswith("HF_") and "proxy" not in k.lower()} | env
+    code = f"""
+import json, os, sys, data
+def attempt(function, *arguments):
+    try:
+        return function(*arguments)
+    except data.UserError as error:
+        return str(error)
+{textwrap.dedent(code)}
+sys.stdout.flush()
+os._exit(0)  # the libraries' threads can abort an interpreter that is shutting down"""
+    how = dict(
+        cwd=Path(__file__).parents[1], text=True, capture_output=True, env=env | {"HF_HOME": str(home)}, timeout=900
+    )
+    run = subprocess.run([sys.executable, "-c", code], **how)
+    assert run.returncode == 0, run.stderr
+    return json.loads(run.stdout.splitlines()[-1]), run.stderr

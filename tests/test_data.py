@@ -1,26 +1,22 @@
 """data.py: tokenizers, splits, records, errors, rewards and metrics, on made-up records and on the real ones."""
 
 import json
-import os
-import subprocess
-import sys
-import textwrap
 from collections import Counter
 from pathlib import Path
 
 import numpy as np
 import pytest
-from fake_hub import RECORDS, FakeHub
+from fake_hub import RECORDS, FakeHub, in_a_new_python
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import data
 
-ROOT = Path(__file__).parents[1]
-REAL = ROOT / ".." / "shared" / "data"
+REAL = Path(__file__).parents[2] / "shared" / "data"
 needs_real = pytest.mark.skipif(not REAL.is_dir(), reason="../shared/data (the real data sets) is not there")
 quick = settings(deadline=None, max_examples=40)
 BYTES = data.load_tokenizer("bytes")
+EXAMPLE = st.tuples(st.text(max_size=30), st.text(max_size=12)).map(lambda t: data.Example(*t, t[1:]))
 
 
 def write(folder, name, split, *rows) -> Path:
@@ -33,10 +29,6 @@ def write(folder, name, split, *rows) -> Path:
 def refused(says, function, *arguments, **more):
     with pytest.raises(data.UserError, match=says):
         function(*arguments, **more)
-
-
-def text_of(split: data.TextSplit) -> str:
-    return BYTES.decode(split.tokens.tolist())
 
 
 @quick
@@ -62,15 +54,11 @@ def test_the_table_says_how_each_set_is_scored_and_evaluated():
     for spec in sets:
         measured = spec.measure("1", example)
         assert spec.reward in measured and (spec.metric in measured or spec.metric == "perplexity")
-    by_metric = {m: {s.name for s in sets if s.metric == m} for m in ("perplexity", "rouge2", "f1")}
-    assert by_metric == {"perplexity": {"pydocs", "wikitext2"}, "rouge2": {"samsum", "xsum"}, "f1": {"squad"}}
-    test_sets = data.get_dataset("deepscaler").test_sets
     sampled = {s.name for s in sets if s.sampled}  # ERPO section 5.1; deepscaler's own validation split likewise
-    assert sampled == {"deepscaler", "amc", *test_sets} and len(test_sets) == 5
+    assert sampled == {"deepscaler", "amc", *data.get_dataset("deepscaler").test_sets} and len(sampled) == 7
     assert {(s.eval_temperature, s.eval_top_p) for s in sets if s.sampled} == {(1.0, 0.7)}
     assert {s.name: s.samples_per_problem for s in sets if s.samples_per_problem > 1} == {"aime24": 16, "aime25": 16}
     assert {s.name for s in sets if s.beams == 6} == {"samsum", "xsum", "squad"}
-    assert {s.name: s.test_samples for s in sets if s.test_samples} == {"xsum": 500, "squad": 500, "gsm8k": 500}
 
 
 def test_split_of_is_the_same_everywhere():
@@ -81,7 +69,8 @@ def test_split_of_is_the_same_everywhere():
 
 
 def test_pydocs_splits_share_no_paragraph(tmp_path):
-    texts = [text_of(data.load_text("pydocs", s, BYTES, cache_dir=tmp_path)) for s in data.SPLITS]
+    splits = [data.load_text("pydocs", s, BYTES, cache_dir=tmp_path) for s in data.SPLITS]
+    texts = [BYTES.decode(split.tokens.tolist()) for split in splits]
     words = [{" ".join(p.split()) for p in t.split("\n\n") if len(" ".join(p.split())) >= 60} for t in texts]
     assert all(len(t) > 10_000 for t in texts) and len(set.union(*words)) == sum(map(len, words))
 
@@ -100,23 +89,19 @@ def test_a_text_starts_with_the_end_token_is_cached_and_says_its_variant(tmp_pat
     raw.unlink()
     assert (load().variant, load().num_bytes) == ("wikitext-2-v1 (tokenised, <unk>)", 6)
     raw.with_name("wiki.train.raw").write_text("raw\n")  # never one split of this and one of that
-    with pytest.raises(data.UserError, match="wiki.test.raw is missing"):
-        load()
+    refused("wiki.test.raw is missing", load)
 
 
 def test_continuations_do_not_overlap_and_follow_their_prompts():
-    text = "".join(f"{i:04} " for i in range(500)) + " " * 80 + "é" * 40
+    text, sizes = "".join(f"{i:04} " for i in range(500)) + " " * 81 + "é" * 40, dict(prompt_tokens=12, answer_tokens=8)
     split = data.TextSplit(np.array([256, *text.encode()]), 0)
-    first, second = (
-        data.continuation_examples(split, BYTES, prompt_tokens=12, answer_tokens=8, seed=s) for s in (3, 4)
-    )
+    first, second = (data.continuation_examples(split, BYTES, **sizes, seed=s) for s in (3, 4))
     assert len(first) + first.skipped == len(text.encode()) // 20 and first.skipped == 4  # blanks
     assert first != second and sorted(e.prompt for e in first) == sorted(e.prompt for e in second)
     for e in first:
         assert "é" in e.prompt or text.index(e.prompt + e.answer) % 20 == 0
         assert "\ufffd" not in e.prompt + e.answer and e.references == (e.answer,)
-    with pytest.raises(data.UserError, match="no window of 8"):
-        data.continuation_examples(data.TextSplit(np.arange(4), 3), BYTES, prompt_tokens=4, answer_tokens=4)
+    refused("no window of 20", data.continuation_examples, data.TextSplit(np.arange(4), 3), BYTES, **sizes)
 
 
 @pytest.mark.parametrize("name", ["addition", "countdown", "written-addition"])
@@ -152,14 +137,11 @@ def test_written_addition_is_worked_out_digit_by_digit_and_earns_as_a_whole():
 
 
 def test_rewards_are_the_metrics_numbers():
-    words, three = data.Example("p", "a", ("the cat on the mat",)), data.Example("p", "a", ("3",))
-    for name, response, example, names in [
-        ("samsum", "the cat sat", words, {"rouge1", "rouge2", "rougeL"}),
-        ("squad", "the cat sat", words, {"exact_match", "f1"}),
-        ("pydocs", "the cat sat", words, {"unigram_f1"}),
-        ("gsm8k", "#### 3", three, {"accuracy"}),
-    ]:
-        spec = data.get_dataset(name)
+    words = data.Example("p", "a", ("the cat on the mat",))
+    reported = {"samsum": {"rouge1", "rouge2", "rougeL"}, "squad": {"exact_match", "f1"}, "pydocs": {"unigram_f1"}}
+    for name, names in (reported | {"gsm8k": {"accuracy"}}).items():
+        spec, three = data.get_dataset(name), data.Example("p", "a", ("3",))
+        response, example = ("#### 3", three) if name == "gsm8k" else ("the cat sat", words)
         scores = data.score(spec, [response, "zzz"], [example, example])
         assert set(scores) == names and scores[spec.reward] == data.reward(spec, response, example) / 2 > 0
     assert data.sample_score(data.get_dataset("samsum"), "the cat sat", words) == pytest.approx(2 / 6)  # of ROUGE-2
@@ -175,17 +157,17 @@ COUNTS |= {"math500": 500, "aime24": 30, "aime25": 30, "minerva": 272, "amc": 83
 def test_real_records_become_examples_and_splits_share_nothing(name):
     spec, counts = data.get_dataset(name), COUNTS[name]
     splits = [data.load_examples(name, s, data_dir=REAL) for s in spec.files]
-    sizes = [len(s) for s in splits]
+    sizes = [len(s) for s in splits if not s.skipped]
     if isinstance(counts, tuple) and len(counts) == 2:  # validation carved out of train
         assert (sizes[0] + sizes[1], sizes[2]) == counts and 0.05 < sizes[1] / counts[0] < 0.15
     else:
         assert tuple(sizes) == counts or sum(sizes) == counts
     for example in (e for split in splits for e in split[:40]):
-        assert data.reward(spec, example.answer, example) == 1, example
-        assert example.prompt[-1] == ":" and example.answer[0] == " "
+        assert (
+            data.reward(spec, example.answer, example) == 1 and example.prompt[-1] == ":" and example.answer[0] == " "
+        )
     keys = [{e.prompt.rpartition("\nQuestion:")[0] if name == "squad" else e.prompt for e in s} for s in splits]
     assert name == "samsum" or len(set.union(*keys)) == sum(map(len, keys))  # samsum's own splits share dialogues
-    assert not any(s.skipped for s in splits)
 
 
 MATH, SQUAD = {"problem": "p", "answer": "1"}, {"context": "c", "question": "q", "answers": ["a"]}
@@ -208,8 +190,7 @@ def test_odd_records_are_left_out_and_counted(tmp_path, good, odd):
     examples = data.load_examples(name, "test", data_dir=tmp_path)
     assert len(examples) == 1 and examples.skipped == 2 == data.encode_examples(examples, BYTES, 64)[1]["skipped"]
     write(tmp_path, name, "test", odd)
-    with pytest.raises(data.UserError, match="1 records were left out"):
-        data.load_examples(name, "test", data_dir=tmp_path)
+    refused("1 records were left out", data.load_examples, name, "test", data_dir=tmp_path)
 
 
 def test_records_become_examples(tmp_path):
@@ -233,34 +214,27 @@ def test_small_sets_of_ones_own(tmp_path, monkeypatch):
         monkeypatch.setitem(data.DATASETS, "own", spec)
         return data.load_examples("own", split, data_dir=data_dir)
 
+    def five(right):
+        return lambda: ((str(i), data.Example(f"{i}=", "0", right)) for i in range(5))
+
     rows, file = [{"q": f"{i}+1=", "a": str(i + 1)} for i in range(100)], data._splits("own.jsonl")
     Path(tmp_path, "own.jsonl").write_text("\n".join(map(json.dumps, rows)))
     counts = Counter(data.split_of(row["q"]) for row in rows)  # one file without a key: the prompt decides
     assert {s: len(load(s, files=file)) for s in data.SPLITS} == counts
     two = data._splits("own.jsonl", "train validation")  # no test split: its share is train's
     assert len(load("train", files=two)) == counts["train"] + counts["test"]
-    refused("own has no test split below --data-dir, only train, validation", "test", files=two)
-    refused("own is read from files alone: --data-dir DIR reads DIR/own.jsonl", "train", files=file, data_dir=None)
-    refused("own needs the field 'topic'", "train", files=file, key="topic")
-    refused(
-        "100 records were left out, one because KeyError: 'x'",
-        "train",
-        lambda row: row["x"],
-        files={"train": file["train"]},
-    )
-    refused("own has no train split", "train")
-    five = lambda right: lambda: ((str(i), data.Example(f"{i}=", "0", right)) for i in range(5))  # noqa: E731
     assert len(load("train", problems=five(("0",)))) == 5
-    refused("own has no validation example.*add problems", "validation", problems=five(("0",)))
-    refused("expected a tuple of texts", "train", problems=five(("0")))  # the comma that makes a tuple forgotten
+    refused("own has no test split below --data-dir, only train, validation", load, "test", files=two)
+    refused("own is read from files alone: --data-dir DIR reads", load, "train", files=file, data_dir=None)
+    refused("own needs the field 'topic'", load, "train", files=file, key="topic")
+    refused("records were left out, one because KeyError: 'x'", load, "train", lambda row: row["x"], files=file)
+    refused("own has no train split", load, "train")
+    refused("own has no validation example.*add problems", load, "validation", problems=five(("0",)))
+    refused("expected a tuple of texts", load, "train", problems=five("0"))  # ("0"), the comma forgotten
 
 
 @quick
-@given(
-    st.lists(st.tuples(st.text(max_size=30), st.text(max_size=12)).map(lambda t: data.Example(*t, t[1:])), max_size=6),
-    st.integers(1, 40),
-    st.integers(0, 20),
-)
+@given(st.lists(EXAMPLE, max_size=6), st.integers(1, 40), st.integers(0, 20))
 def test_encoded_examples_fit_and_keep_their_ends(examples, context, new):
     encoded, counts = data.encode_examples(examples, BYTES, context, max_new_tokens=new)
     kept, expected = iter(encoded), Counter(kept=len(encoded))
@@ -292,20 +266,8 @@ def test_what_cannot_be_read_is_named(tmp_path):
     refused("no such folder", data.prepare, "pydocs", "bytes", str(tmp_path / "nowhere"))
     refused("it is tested on math500, aime24", data.load_examples, "deepscaler", "test", data_dir=tmp_path)
     refused("math500 has no train split", data.load_examples, "math500", "train", data_dir=tmp_path)
-    refused(r"did you mean wikitext2\?", data.get_dataset, "wikitxt2")
+    refused(r"did you mean wikitext2\?", data.prepare, "wikitxt2", "bytes")
     refused(r"did you mean bytes\?", data.prepare, "squad", "byte")
-
-
-def in_a_new_python(code, home, **env):
-    """Runs code that prints JSON: HF_ENDPOINT and the like are read once, when the libraries are imported."""
-    env = {k: v for k, v in os.environ.items() if not k.startswith("HF_") and "proxy" not in k.lower()} | env
-    # The libraries' threads can abort an interpreter that is shutting down ("terminate called without an active
-    # exception", seen once on a busy machine): the process ends before it comes to that.
-    code = f"import json, os, sys, data\n{textwrap.dedent(code)}\nsys.stdout.flush()\nos._exit(0)"
-    how = dict(cwd=ROOT, text=True, capture_output=True, env=env | {"HF_HOME": str(home)}, timeout=900)
-    run = subprocess.run([sys.executable, "-c", code], **how)
-    assert run.returncode == 0, run.stderr
-    return json.loads(run.stdout.splitlines()[-1]), run.stderr
 
 
 def test_every_set_reads_from_the_hub_as_from_files(tmp_path):
@@ -320,10 +282,7 @@ def test_every_set_reads_from_the_hub_as_from_files(tmp_path):
                     examples = data.load_examples(spec.name, split)
                     out[f"{spec.name} {split}"] = [[e.prompt, e.answer, e.references] for e in examples]
         object.__setattr__(data.DATASETS["samsum"], "fields", ("talk", "summary"))
-        try:
-            data.load_examples("samsum", "train")
-        except data.UserError as error:
-            out["other columns"] = str(error)
+        out["other columns"] = attempt(data.load_examples, "samsum", "train")
         print(json.dumps(out))
         """.replace("CACHE", repr(str(tmp_path / "cache")))
     with FakeHub(RECORDS) as hub:
@@ -344,18 +303,13 @@ def test_every_set_reads_from_the_hub_as_from_files(tmp_path):
 
 @pytest.mark.parametrize("env", [{"HF_ENDPOINT": "http://127.0.0.1:9"}, {"HF_HUB_OFFLINE": "1"}])
 def test_without_network_one_message_says_what_to_do(tmp_path, env):
-    code = """
-        out = []
-        for function, *given in ((data.load_examples, "squad", "train"), (data.prepare, "wikitext2", "gpt2"),
-                                 (data.prepare, "samsum", "gpt2", DIR), (data.prepare, "pydocs", "gpt2")):
-            try:
-                function(*given)
-            except data.UserError as error:
-                out.append(str(error))
-        print(json.dumps(out))
-        """.replace("DIR", repr(str(tmp_path)))
+    code = f"""
+        prepared = [attempt(data.prepare, *a, "gpt2") for a in (["wikitext2"], ["pydocs"])]
+        samsum = attempt(data.prepare, "samsum", "gpt2", {str(tmp_path)!r})
+        print(json.dumps([attempt(data.load_examples, "squad", "train"), samsum, *prepared]))
+        """
     nowhere = {"TIKTOKEN_CACHE_DIR": str(tmp_path / "none"), "HTTPS_PROXY": "http://127.0.0.1:9"}
-    (squad, wikitext, samsum, pydocs), stderr = in_a_new_python(code, tmp_path, **nowhere, **env)
+    (squad, samsum, wikitext, pydocs), stderr = in_a_new_python(code, tmp_path, **nowhere, **env)
     assert "rajpurkar/squad" in squad and "DIR/squad-v1.1/train_subset.jsonl, DIR/squad-v1.1/dev.jsonl" in squad
     assert "Salesforce/wikitext" in wikitext and "HF_HUB_OFFLINE=1" in wikitext and "DIR/samsum/train.jsonl" in samsum
     assert all("TIKTOKEN_CACHE_DIR" in text and "--tokenizer bytes" in text for text in (wikitext, samsum, pydocs))
@@ -363,89 +317,14 @@ def test_without_network_one_message_says_what_to_do(tmp_path, env):
 
 
 @needs_real
-def test_a_data_folder_needs_no_network(tmp_path):
-    code = """
+def test_a_data_folder_needs_no_network_and_nothing_that_is_slow_to_import(tmp_path):
+    code = f"""
         import socket
-        def refuse(*_): raise AssertionError("network")
-        socket.socket.connect = refuse
-        out = [len(data.load_examples(s.name, split, data_dir=DIR, limit=2))
-               for s in data.DATASETS.values() if s.kind == "task" for split in s.files]
-        data.load_text("wikitext2", "test", data.load_tokenizer("gpt2", DIR), data_dir=DIR, cache_dir=CACHE)
-        print(json.dumps([out, [m for m in ("datasets", "torch", "sympy", "rouge_score") if m in sys.modules]]))
-        """.replace("DIR", repr(str(REAL))).replace("CACHE", repr(str(tmp_path)))
-    got, _ = in_a_new_python(code, tmp_path)
-    assert set(got[0]) == {2} and got[1] == []  # nor what is slow to import
-
-
-# --------------------------------------------------------------------------------------------- what users really write
-
-
-def a_set(tmp_path, monkeypatch, rows, **spec):
-    """A set of one's own: records in files below tmp_path."""
-    files = {split: f"{split}.jsonl" for split in rows}
-    for split, records in rows.items():
-        (tmp_path / files[split]).write_text("".join(json.dumps(r) + "\n" for r in records))
-    how = dict(files=files, columns={"problem": "problem", "answer": "answer"}) | spec
-    monkeypatch.setitem(data.DATASETS, "own", data.DatasetSpec("own", "task", "bytes", 4, **data._MATH, **how))
-    return lambda split: data.load_examples("own", split, data_dir=str(tmp_path))
-
-
-def test_a_text_where_texts_belong_is_refused():
-    with pytest.raises(ValueError, match="a tuple of texts"):
-        data.Example("51+700=", "751", ("751"))
-
-
-@pytest.mark.parametrize("answer", [{"a": 1}, None, float("nan"), True, [1, {"a": 2}], ""])
-def test_answers_that_are_no_text_are_left_out_and_counted(answer, tmp_path, monkeypatch):
-    read = a_set(tmp_path, monkeypatch, {"train": [{"problem": "p", "answer": answer}, {"problem": "q", "answer": 7}]})
-    examples = read("train")
-    assert [e.references for e in examples] == [("7",)] and examples.skipped == 1
-
-
-def test_variants_are_a_list(tmp_path, monkeypatch):
-    rows = [{"problem": "p", "answer": "23", "answer_variants": v} for v in ("23", ["23.0"], [4])]
-    examples = a_set(tmp_path, monkeypatch, {"train": rows})("train")
-    assert [e.references for e in examples] == [("23", "23.0")] and examples.skipped == 2
-
-
-def test_squads_answers_are_a_list_too():
-    row = {"context": "c", "question": "q", "answers": {"text": {"abc": 1}}}
-    assert data._to_example(data.get_dataset("squad"), row) is None
-    assert data._to_example(data.get_dataset("squad"), row | {"answers": ["a {b}"]}).references == ("a {b}",)
-
-
-def test_small_sets_of_ones_own(tmp_path, monkeypatch):
-    """Five problems, one file without `key`, no test split: clear sentences, or it works."""
-    rows = [{"problem": f"problem {i}", "answer": i} for i in range(40)]
-    one = {split: "train.jsonl" for split in data.SPLITS}
-    read = a_set(tmp_path, monkeypatch, {"train": rows}, **{"files": one})
-    parts = [{e.prompt for e in read(split)} for split in data.SPLITS]
-    assert all(parts) and sum(map(len, parts)) == len(set.union(*parts)) == 40
-    read = a_set(tmp_path, monkeypatch, {"train": rows, "validation": rows[:3]})
-    with pytest.raises(data.UserError, match="own has no test split: it has train, validation"):
-        read("test")
-    problems = lambda: ((str(i), data.Example(f"{i}=", str(i), (str(i),))) for i in range(5))  # noqa: E731
-    few = data.DatasetSpec("few", "task", "bytes", 4, **data._EXACT, problems=lambda: list(problems()))
-    monkeypatch.setitem(data.DATASETS, "few", few)
-    found = 0
-    for split in data.SPLITS:
-        try:
-            found += len(data.load_examples("few", split))
-        except data.UserError as error:
-            assert "has no" in str(error) and "add examples" in str(error)
-    assert found == 5
-
-
-def test_files_that_cannot_be_read_are_named(tmp_path, monkeypatch):
-    read = a_set(tmp_path, monkeypatch, {"train": [{"problem": "p", "answer": 1}]})
-    for content, says in ((b"{", "line 1: not a JSON object"), (b"[1]", "needs the field"), (b"", "is empty"),
-                          (b"\xff", "is not UTF-8"), (None, "is missing")):  # fmt: off
-        (tmp_path / "train.jsonl").unlink() if content is None else (tmp_path / "train.jsonl").write_bytes(content)
-        with pytest.raises(data.UserError, match=says):
-            read("train")
-
-
-def test_a_cache_that_cannot_be_written_is_one_sentence(tmp_path):
-    (tmp_path / "cache").write_text("a file in its place")
-    with pytest.raises(data.UserError, match="token cache .* cannot be written"):
-        data.load_text("pydocs", "test", data.load_tokenizer("bytes"), cache_dir=str(tmp_path / "cache" / "x"))
+        socket.socket.connect = None
+        for spec in data.DATASETS.values():
+            for split in spec.files if spec.kind == "task" else ():
+                data.load_examples(spec.name, split, data_dir={str(REAL)!r}, limit=2)
+        data.load_tokenizer("gpt2", {str(REAL)!r})
+        print(json.dumps([m for m in ("datasets", "torch", "sympy", "rouge_score") if m in sys.modules]))
+        """
+    assert in_a_new_python(code, tmp_path)[0] == []

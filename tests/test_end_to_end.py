@@ -8,6 +8,7 @@ import signal
 import struct
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -36,8 +37,9 @@ LITTLE = (
 @pytest.fixture
 def here(monkeypatch, tmp_path):
     """A folder of its own, a "tiny" that trains in milliseconds, and the beginning of each split of pydocs."""
-    texts = {split: data._pydocs(split)[:2000] for split in data.SPLITS}
-    monkeypatch.setattr(data, "_pydocs", texts.get)
+    pydocs = data.DATASETS["pydocs"]
+    texts = {split: pydocs.text(split)[:2000] for split in data.SPLITS}
+    monkeypatch.setitem(data.DATASETS, "pydocs", replace(pydocs, text=texts.get))
     monkeypatch.setitem(SIZES, "tiny", MICRO)
     monkeypatch.chdir(tmp_path)
     return tmp_path

@@ -112,9 +112,9 @@ DRIVER = """
     import moe, train, data
     from support import checkpoints, run as runs
     moe.SIZES["tiny"] = {micro!r}
-    pydocs, problems = data._pydocs, data.DATASETS["addition"].problems
+    pydocs, problems = data.DATASETS["pydocs"].text, data.DATASETS["addition"].problems
     texts = {{split: pydocs(split)[:3000] for split in data.SPLITS}}
-    data._pydocs = texts.get
+    object.__setattr__(data.DATASETS["pydocs"], "text", texts.get)
     few = list(problems())[:300]
     object.__setattr__(data.DATASETS["addition"], "problems", lambda: few)
     data.reward = lambda spec, response, example: sum(map(ord, response)) % 3 / 2  # an untrained model earns some
