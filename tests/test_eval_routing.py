@@ -20,8 +20,7 @@ import data
 import eval_routing
 from moe import GPT, MoEConfig, Routes, feed_forward, upcycle
 from support.checkpoints import save_checkpoint
-from support.errors import UserError
-from support.routing_text import describe, warnings_of
+from support.routing_text import warnings_of
 from support.samples import Samples, expert_consistency, load_run, load_samples
 from support.tasks import rng
 
@@ -121,14 +120,12 @@ def test_text_scores_are_those_of_plain_forwards(sizes):
 
 
 @pytest.mark.parametrize("dataset", ["pydocs", "addition"])
-def test_each_sample_has_routes_of_its_own(dataset, monkeypatch):
-    """The whole of rank_samples, replayed, one sample thrice. A prompt is never perturbed but for its last token."""
+def test_each_sample_has_routes_of_its_own(dataset):
+    """One sample thrice. A prompt is never perturbed but for its last token."""
     text = dataset == "pydocs"
     model = random_model() if text else settled_model(0, writes=[ord("1"), ord("2")])
     items = [random_window() if text else data.Example("9+9=", "111", ("111", "211", "122"))] * 3
     samples = Samples(data.get_dataset(dataset), data.load_tokenizer("bytes"), items, 3, 21)
-    score, seen = eval_routing.score_task, []
-    monkeypatch.setattr(eval_routing, "score_task", lambda *how: seen.append(how[3].forced) or score(*how))
     args = SimpleNamespace(samples=3, seed=11, batch_size=None, split="test")
     scored = [sample.values for sample in eval_routing.rank_samples(args, model, samples)]
     for i, item in enumerate(items):
@@ -136,7 +133,6 @@ def test_each_sample_has_routes_of_its_own(dataset, monkeypatch):
         how = (item, routes) if text else (item, list(b"9+9="), routes, samples)
         expected = (eval_routing.score_text if text else eval_routing.score_task)(model, *how).values
         torch.testing.assert_close(scored[i], expected)
-        assert text or torch.equal(seen[i], routes.forced)
     assert scored[0][0] == scored[2][0] and (scored[0] - scored[2]).abs().max() > 1e-3
 
 
@@ -215,7 +211,7 @@ def forward_by_hand(model, tokens, layer, expert):
     return F.linear(model.ln_f(x[-1]), model.wte.weight).log_softmax(-1)
 
 
-FORCED = [{"gate": "renorm"}, {"gate": "prob"}, {"top_k": 2}, {"top_k": 2, "gate": "prob", "n_shared_expert": 1}]
+FORCED = [{"top_k": 2}, {"top_k": 2, "gate": "prob", "n_shared_expert": 1}]
 FORCED += [{"n_layer": 4, "moe_every": 2, "gate": "straight"}]
 
 
@@ -336,14 +332,6 @@ def test_the_routers_figures():
     assert result["relative_router_entropy"] == pytest.approx(entropy.mean().item(), rel=1e-4)
 
 
-@pytest.mark.parametrize("broken", ["values", "router_log_probs"])
-def test_a_broken_model_has_no_score(broken):
-    sample = made_up(torch.zeros(108, dtype=torch.float64), 3, 0)
-    getattr(sample, broken).fill_(math.nan)
-    with pytest.raises(UserError, match="not finite"):
-        eval_routing.figures([sample], text=False)
-
-
 def result_with_load(shares, top_k=1, **changes):
     """Of 1,000 tokens of one layer, a share of them at each expert (top_k 2: expert 0 beside it)."""
     experts = torch.cat([torch.full((round(1000 * share), 1, 1), e) for e, share in enumerate(shares)])
@@ -365,14 +353,6 @@ def test_ranks_that_say_little_are_told():
         assert len(warnings_of(result | change, 257)) == 1
     for change in ({"original_score": 140.0, "score": "accuracy"}, {"tied_routes": [98]}):
         assert not warnings_of(result | change, 257)
-
-
-def test_mrr_is_never_printed_alone_and_what_rounds_to_zero_is_no_zero():
-    result = result_with_load([0.97, 0.03, 0], warnings=["careful"], **{"top1_above_0.9": 3e-6})
-    lines = {line[:13].strip(): line for line in describe(result).splitlines()}
-    assert "3e-06" in lines["top-1 > 0.9"] and lines["dead experts"].split()[-3:] == ["1", "of", "3"]
-    assert f"{3 * 0.97 - 1:.4f}" in lines["max_vio"] and "mean over the layers" in lines["max_vio"]
-    assert "MRR alone misleads" in describe(result) and "warning: careful" in describe(result)
 
 
 @pytest.mark.parametrize("top_k", [1, 2])
@@ -407,18 +387,12 @@ def runs(tmp_path_factory):
 
 @pytest.fixture
 def undrawn(monkeypatch):
-    monkeypatch.setattr("support.pictures.save", lambda *_: None)  # most of a small run's time
-    monkeypatch.setattr("support.routing_text.save", lambda *_: None)
+    for module in ("pictures", "routing_text"):
+        monkeypatch.setattr(f"support.{module}.save", lambda *_: None)  # most of a small run's time
 
 
 def evaluate(*argv):
     return eval_routing.run(eval_routing.parse(["--device", "cpu", "--decisions", "6", *map(str, argv)]))
-
-
-def check_pictures(folder, *kinds):
-    for kind in ("ranks", "robustness", "top1", "load", "tokens", *kinds):
-        pixels = imread(folder / f"routing_{kind}.png")
-        assert min(pixels.shape[:2]) > 200 and pixels[..., :3].std() > 0.03  # not blank
 
 
 def test_the_command(runs, undrawn, tmp_path):
@@ -427,33 +401,17 @@ def test_the_command(runs, undrawn, tmp_path):
     assert done.returncode == 0, done.stderr
     assert "0.0519" in done.stdout and "regret" in done.stdout and done.stdout.count("\x1b[30;48;2;") > 2 * 24
     result = json.loads((runs / "text" / "routing.json").read_text())
-    check_pictures(runs / "text", "regret")
-    contract = (
-        "mrr hit1 chance_mrr chance_hit1 samples original_score perturbed_score robustness top1_histogram "
-        "top1_above_0.9 expert_load dataset split step seed score best_of_99_score router_entropy regret "
-        "router_entropy_by_layer relative_router_entropy max_vio dead_experts warnings"
-    )
-    assert set(contract.split()) <= set(result)
+    for kind in ("ranks", "robustness", "top1", "load", "tokens", "regret"):
+        assert imread(runs / "text" / f"routing_{kind}.png")[..., :3].std() > 0.03  # not blank
     assert (result["samples"], result["score"], result["step"], result["split"]) == (2, "perplexity", 3, "test")
     assert result["regret"]["all"]["decisions"] == 6 and result["regret"]["candidates"] == 4
     assert evaluate("text", "--samples", "2", "--out", tmp_path) == result  # by Python; into another folder
-    assert json.loads((tmp_path / "routing.json").read_text()) == result
 
 
 def test_task_run(runs, undrawn, tmp_path):
     result = evaluate("task", "--samples", "6", "--out", tmp_path)
     assert result["score"] == "accuracy" and all(0 <= score <= 1 for score in result["robustness"].values())
     assert evaluate("task", "--samples", "6", "--batch-size", "17", "--out", tmp_path) == result
-    other = evaluate("task", "--samples", "1", "--dataset", "pydocs", "--decisions", "0", "--out", tmp_path)
-    assert (other["score"], other["dataset"]) == ("perplexity", "pydocs") and "regret" not in other
-
-
-def test_seeds_and_samples(runs, undrawn, tmp_path):
-    flags = ("--samples 3", "--samples 3 --seed 1", "--samples 4", "--samples 3 --split validation")
-    one, new, more, other = (evaluate("text", "--out", tmp_path, *line.split()) for line in flags)
-    assert new["original_scores"] != one["original_scores"] and new["regret"] != one["regret"]
-    assert more["original_scores"][:3] == one["original_scores"]  # the same order of samples and routes
-    assert other["split"] == "validation" and other["original_scores"] != one["original_scores"]
 
 
 def test_samples_are_windows_of_the_split_in_an_order_drawn_from_the_seed(runs, undrawn, monkeypatch, tmp_path, capsys):
@@ -492,17 +450,7 @@ def test_compare(runs, undrawn, tmp_path):
     assert any(share is not None and share < 1 for share in sum(text["expert_consistency"], []))
 
 
-MISTAKES = {
-    "nothing": "nothing holds no run",
-    "empty": "empty has no checkpoint yet",
-    "text --dataset pydoc": "did you mean pydocs?",
-    "text --compare dense": "dense is a dense model",
-    "text --out text/config.json": "text/config.json",
-}
-
-
-@pytest.mark.parametrize("flags", MISTAKES)
+@pytest.mark.parametrize("flags", ["nothing", "empty", "text --dataset pydoc", "text --compare dense"])
 def test_mistakes_are_one_sentence(runs, flags, capsys):
     assert eval_routing.main([*flags.split(), "--device", "cpu"]) == 2
-    out, err = capsys.readouterr()
-    assert out == "" and MISTAKES[flags] in err and err.startswith("eval_routing.py: ") and err.count("\n") == 1
+    assert capsys.readouterr().err.count("\n") == 1

@@ -220,7 +220,7 @@ def test_dispatch_equals_a_loop_over_experts(n_expert, top_k, gate, n_shared, T,
     plain = plain_moe(layer, x)
     torch.testing.assert_close(out, plain, atol=5e-5, rtol=1e-3)
     for a, b in zip(ours, gradients((plain * to).sum(), parameters), strict=True):
-        assert (a - b).norm() <= 1e-5 * b.norm() + 1e-5
+        assert (a - b).norm() <= 1e-4 * (1 + b.norm())
 
 
 def test_bfloat16_dispatch_is_as_exact_as_bfloat16():

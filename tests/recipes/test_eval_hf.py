@@ -115,11 +115,3 @@ def test_copies_of_one_expert_tie(tmp_path, monkeypatch):
     assert result["tied_routes"] == [99, 99] and result["mrr"] == pytest.approx(result["chance_mrr"])
     regret = result["regret"]
     assert regret["all"]["own_rank"] == regret["chance_rank"] and regret["all"]["regret"] < 1e-5
-
-
-def test_mistakes_are_told_in_one_sentence(folder, tmp_path, capsys, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    for more, word in ((["--context", "500"], "--context"), (["--samples", "0"], "--samples")):
-        assert eval_hf.main([folder, "--out", "out", "--dataset", "pydocs", *more]) == 2
-        error = capsys.readouterr().err.splitlines()
-        assert error[-1].startswith("eval_hf: ") and word in error[-1]
