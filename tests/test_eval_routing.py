@@ -416,9 +416,16 @@ def test_task_run(runs, undrawn, tmp_path):
 
 def test_samples_are_windows_of_the_split_in_an_order_drawn_from_the_seed(runs, undrawn, monkeypatch, tmp_path, capsys):
     tokens = random_window(24 * 5 + 7)[0]
-    monkeypatch.setattr(data, "load_text", lambda *a, **k: data.TextSplit(tokens.numpy().astype("uint16"), 127))
+    asked = []
+
+    def load_text(name, split, *_, **__):
+        asked.append((name, split))
+        return data.TextSplit(tokens.numpy().astype("uint16"), 127)
+
+    monkeypatch.setattr(data, "load_text", load_text)
     model, config, _ = load_run("text")
-    samples = load_samples(eval_routing.parse(["text", "--seed", "4"]), model, config)
+    samples = load_samples(eval_routing.parse(["text", "--seed", "4", "--split", "validation"]), model, config)
+    assert asked == [("pydocs", "validation")]
     order = torch.randperm(5, generator=rng(4, "samples")).tolist()  # the short last window is no sample
     assert [item[0].tolist() for item in samples.items] == [tokens[24 * i : 24 * i + 25].tolist() for i in order]
     assert evaluate("text", "--out", tmp_path)["samples"] == 5 and "has 5 samples, not 300" in capsys.readouterr().err
