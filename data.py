@@ -10,7 +10,6 @@ train, validation and test never share a problem. Where a published set has no s
 the same on every machine, for every seed, and for a part of the set as for the whole.
 """
 
-import contextlib
 import hashlib
 import json
 import os

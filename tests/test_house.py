@@ -16,11 +16,11 @@ BUDGET = {
     "rais.py": 115,
     "baselines.py": 270,
     "moe.py": 393,  # 190 lines of it are code
-    "data.py": 595,  # tokenizers, readers, splits; the table is 25 lines
+    "data.py": 475,
     "train.py": 485,  # three policies and their metrics came with the sampler of its own precision
     "eval_routing.py": 355,  # ranks, and counterfactual regret
 }
-FOLDERS = {"support": 3010, "results": 1110, "bench": 660, "recipes": 1550}
+FOLDERS = {"support": 3060, "results": 1110, "bench": 660, "recipes": 1550}
 LONGEST = 405  # lines of any other file
 LONGEST_FUNCTION = 60
 PROGRAMS = ("train", "eval_routing")

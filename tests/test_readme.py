@@ -132,7 +132,9 @@ def test_the_names_that_a_loss_may_ask_for_are_listed():
     asked = {n for loss in train.METHODS.values() for n in inspect.signature(loss).parameters}
     flags = {n for options in train.OPTIONS.values() for n in options}
     assert asked - flags <= set(re.findall(r"`(\w+)`", section))
-    assert not [n for n in data.DATASETS if f"`{n}`" not in README and not data.DATASETS[n].test_only]
+    assert not [
+        n for n in data.DATASETS if f"`{n}`" not in README and "train" in (data.DATASETS[n].files or data.SPLITS)
+    ]
 
 
 def slug(heading: str) -> str:
