@@ -213,8 +213,8 @@ def find_sources(spec: DatasetSpec, split: str, data_dir: str | None) -> dict[st
     if spec.text or spec.problems:  # made here
         sources = dict.fromkeys(SPLITS, spec.name)
     if split not in sources:
-        there = f"it is tested on {', '.join(spec.test_sets)}" if spec.test_sets else f"only {', '.join(sources)}"
-        raise UserError(f"{spec.name} has no {split} split{' below --data-dir' * bool(data_dir)}, {there}")
+        why, names = ("is tested on", spec.test_sets) if spec.test_sets else ("has", sources or ["none"])
+        raise UserError(f"{spec.name} has no {split} split: it {why} {', '.join(names)}")
     if spec.name == "wikitext2" and data_dir:  # where a folder holds no raw file, the tokenised ones, another text
         tokenised = {s: file.replace(".raw", ".tokens") for s, file in sources.items()}
         there = [any(Path(data_dir, f).exists() for f in files.values()) for files in (sources, tokenised)]

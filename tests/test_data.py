@@ -224,11 +224,11 @@ def test_small_sets_of_ones_own(tmp_path, monkeypatch):
     two = data._splits("own.jsonl", "train validation")  # no test split: its share is train's
     assert len(load("train", files=two)) == counts["train"] + counts["test"]
     assert len(load("train", problems=five(("0",)))) == 5
-    refused("own has no test split below --data-dir, only train, validation", load, "test", files=two)
+    refused("own has no test split: it has train, validation", load, "test", files=two)
     refused("own is read from files alone: --data-dir DIR reads", load, "train", files=file, data_dir=None)
     refused("own needs the field 'topic'", load, "train", files=file, key="topic")
     refused("records were left out, one because KeyError: 'x'", load, "train", lambda row: row["x"], files=file)
-    refused("own has no train split", load, "train")
+    refused("own has no train split: it has none", load, "train")
     refused("own has no validation example.*add problems", load, "validation", problems=five(("0",)))
     refused("expected a tuple of texts", load, "train", problems=five("0"))  # ("0"), the comma forgotten
 
