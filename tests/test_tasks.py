@@ -1,7 +1,6 @@
 """support/tasks.py: the order of examples, batches and what counts in them, and what a run says of its data."""
 
 import json
-import math
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +12,6 @@ from training import BYTES, MICRO, args_of, summary_of
 
 import data
 import train
-from support.errors import UserError
 from support.tasks import Order, TextBatches, load_task, pad, rng
 
 moderate = settings(deadline=None, max_examples=30)
@@ -25,16 +23,13 @@ def test_each_epoch_visits_all_items_however_the_draws_are_asked_for(count, seed
     total, order, drawn = sum(chunks), Order(count, seed), []
     for n in chunks:
         drawn += order(len(drawn), n)
-    assert drawn == Order(count, seed)(0, total)  # in one go
-    assert drawn[total // 2 :] == Order(count, seed)(total // 2, total - total // 2)  # from the middle on
+    assert drawn == [draw for n in range(total) for draw in Order(count, seed)(n, 1)]  # each by itself
     assert [epoch for epoch, _ in drawn] == [n // count for n in range(total)]
-    for start in range(0, total - count + 1, count):
-        assert sorted(item for _, item in drawn[start : start + count]) == list(range(count))
+    assert all(sorted(i for e, i in drawn if e == epoch) == list(range(count)) for epoch in range(total // count))
 
 
 def test_draws_are_those_of_their_key():
-    first, second = Order(50, 0)(0, 50), Order(50, 0)(50, 50)
-    assert [i for _, i in first] != [i for _, i in second] and first != Order(50, 1)(0, 50)
+    assert Order(50, 0)(0, 50) != Order(50, 1)(0, 50) != [(0, i) for _, i in Order(50, 1)(50, 50)]
     assert Order(7, 3, "prompts")(5, 4) == [(0, 3), (0, 0), (1, 6), (1, 1)]  # what runs of other versions drew
     assert torch.randint(1000, (3,), generator=rng(0, "routes", 5)).tolist() == [898, 249, 234]
 
@@ -46,13 +41,12 @@ def test_training_windows_do_not_overlap_and_targets_are_the_next_tokens(length,
     rows = []
     for step in range(-(-2 * batches.per_epoch // batch_size)):  # two epochs, up to the batch in which they end
         tokens, mask, routed = batches(step)
-        assert tokens.dtype == torch.int64 and tokens.shape == (batch_size, batches.context + 1)
-        assert mask.shape == routed.shape == (batch_size, batches.context) and mask.all() and routed.all()
+        assert tokens.dtype == torch.int64 and mask.all() and routed.all()
+        assert mask.shape == routed.shape == tokens[:, 1:].shape == (batch_size, batches.context)
         rows += tokens
-    for row in rows:
-        assert torch.equal(row, torch.arange(int(row[0]), int(row[0]) + len(row)))  # inputs row[:-1], targets row[1:]
-    for epoch in range(2):
-        part = rows[epoch * batches.per_epoch : (epoch + 1) * batches.per_epoch]
+    assert torch.equal(TextBatches(batches.tokens, context, batch_size, seed)(step).tokens, tokens)  # of step alone
+    assert all(torch.equal(row, torch.arange(int(row[0]), int(row[0]) + len(row))) for row in rows)  # one after another
+    for part in (rows[: batches.per_epoch], rows[batches.per_epoch : 2 * batches.per_epoch]):
         predicted = torch.cat([row[1:] for row in part]).tolist()
         assert len(set(predicted)) == len(predicted) > length - 1 - 2 * batches.context  # little is left out
 
@@ -62,48 +56,45 @@ def test_training_windows_do_not_overlap_and_targets_are_the_next_tokens(length,
 def test_only_the_answer_and_its_end_token_are_learned_and_all_but_padding_is_routed(lengths):
     encoded = [data.Encoded([10 + i] * p + list(range(20, 20 + a)) + [99], p) for i, (p, a) in enumerate(lengths)]
     tokens, mask, routed = pad(encoded, 99)
-    assert len(tokens) == len(lengths) and mask.shape == routed.shape == tokens[:, 1:].shape
     for i, (row, (p, a)) in enumerate(zip(tokens, lengths, strict=True)):
         assert row[1:][mask[i]].tolist() == [*range(20, 20 + a), 99]
         assert row[:-1][routed[i]].tolist() == [10 + i] * p + list(range(20, 20 + a))  # all but the end, which is last
 
 
-def test_what_is_cut_left_out_or_out_of_reach_is_said_once_and_changed_records_change_the_fingerprint(micro, capsys):
-    def load(algo, last="A greets.", new=12):
-        rows = [{"dialogue": "A: hi " * 20, "summary": "They greet."}, {"dialogue": "", "summary": "No prompt."}]  # cut
-        rows += [{"dialogue": "A: hi", "summary": s} for s in ("x" * 60, last)]  # longer than the context, and whole
-        for name in ("train", "val", "test"):
-            Path("data/samsum").mkdir(parents=True, exist_ok=True)
-            Path(f"data/samsum/{name}.jsonl").write_text("\n".join(map(json.dumps, rows)))
-        flags = f"--dataset samsum --tokenizer bytes --data-dir data --max-new-tokens {new}"
-        task = load_task(args_of(f"--algo {algo} {flags}"), MICRO["context"], generative=algo == "grpo")
-        return task, capsys.readouterr().err.splitlines()
+def load(algo="erl", new=12, **last):
+    """Of three equal splits, but for the last summary where it is given: one prompt that is cut, two rows left out."""
+    Path("data/samsum").mkdir(parents=True, exist_ok=True)
+    for name in ("train", "val", "test"):
+        summaries = ("A: hi " * 20, "They greet."), ("", "No."), ("A: hi", "x" * 60), ("A: hi", last.get(name, "Hi."))
+        rows = "\n".join(json.dumps({"dialogue": d, "summary": s}) for d, s in summaries)
+        Path(f"data/samsum/{name}.jsonl").write_text(rows)
+    flags = f"--algo {algo} --dataset samsum --tokenizer bytes --data-dir data --max-new-tokens {new}"
+    return load_task(args_of(flags), MICRO["context"], generative=algo == "grpo")
 
-    task, said = load("erl")
-    assert said == [
-        "samsum: 1 of 4 training examples had their prompt cut from the left (context 32 tokens)",
-        "samsum: 2 of 4 training examples were left out (context 32 tokens)",
-        "samsum: 2 of 6 held-out prompts are cut from the left to 20 tokens",
-        "samsum: 2 held-out records lack a prompt or a right answer and were left out",
-    ]
-    tokens, mask, _ = task.batch(0)
-    assert tokens.shape[1] <= 32 and mask.any(1).all()
+
+def test_what_is_cut_left_out_or_out_of_reach_is_counted_once(micro, capsys):
+    task, counts = load(), ["1 of 4", "2 of 4", "2 of 6", "2 held-out"]
+    said = capsys.readouterr().err.splitlines()
+    assert [line.startswith(f"samsum: {count}") for line, count in zip(said, counts, strict=True)] == [True] * 4, said
+    assert task.batch(0).tokens.shape[1] <= 32 and task.batch(0).mask.any(1).all()
     assert BYTES.decode(data.encode_prompt(task.held_out["test"][0], BYTES, 20)).endswith("\nTL;DR:")  # the cue stays
-    with pytest.raises(UserError, match="--max-new-tokens 32 leaves no room"):
-        load("grpo", new=32)
-    again, said = load("grpo")
+    said = load("grpo") and capsys.readouterr().err
     assert "samsum: 2 of 4 training examples have an answer that does not fit into --max-new-tokens 12" in said
-    assert "samsum: 2 of 4 training examples were left out of the supervised phase (context 32 tokens)" in said
-    assert task.fingerprint == again.fingerprint != load("erl", "A greets!")[0].fingerprint
+    assert "2 of 4 training examples were left out of the supervised phase" in said
+    with pytest.raises(data.UserError, match="--max-new-tokens 32 leaves no room"):
+        load("grpo", new=32)
+
+
+def test_a_changed_record_of_any_split_changes_the_fingerprint_and_nothing_else_does(micro):
+    tasks = load(), load("grpo", new=8), load(train="Ho."), load(val="Ho."), load(test="Ho.")
+    assert tasks[0].fingerprint == tasks[1].fingerprint and len({task.fingerprint for task in tasks}) == 4
+    assert all(map(torch.equal, tasks[0].batch(3), load().batch(3)))  # a batch is a function of the seed and the step
 
 
 def test_epochs_are_passes_over_the_training_data(micro):
     small = "--dataset addition --eval-samples 2 --test-samples 2 --pretrain-steps 1 --max-new-tokens 1 --group-size 2"
-    items = len(data.load_examples("addition", "train"))
     for algo, draws in (("dense", "--batch-size 50"), ("grpo", "--prompts-per-step 50 --minibatches 1")):
-        args = args_of(
-            f"--algo {algo} {small} {draws} --epochs 0.01 --checkpoint-every 99 --eval-every 99 --out {algo}"
-        )
+        args = args_of(f"--algo {algo} {small} {draws} --epochs 0.01 --out {algo}")
         train.run(args)
-        assert args.steps == math.ceil(0.01 * items / 50) == 2
-        assert summary_of(algo)["steps"] == 3  # with the one before the algorithm
+        assert 50 < 0.01 * len(data.load_examples("addition", "train")) < 100
+        assert args.steps == 2 == summary_of(algo)["steps"] - 1  # one step before the algorithm
