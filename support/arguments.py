@@ -1,7 +1,6 @@
 """Command lines: flags with bounds, a loss function's keyword arguments as flags, and the flags of train.py."""
 
 import argparse
-import functools
 import inspect
 import json
 import math
@@ -11,8 +10,6 @@ import sys
 import types
 import typing
 
-import torch
-
 import data
 from moe import GATES, SIZES
 from support.checkpoints import drop_capacity, locate, look_at
@@ -20,7 +17,7 @@ from support.errors import UserError, as_user_error, nearest
 
 
 class Help(argparse.RawDescriptionHelpFormatter):
-    """Short placeholders, one column of names, and a default behind every flag that has one."""
+    """Short placeholders, and a default behind every flag that has one."""
 
     def __init__(self, prog):
         super().__init__(prog, max_help_position=27, width=110)
@@ -53,7 +50,7 @@ def one_of(kind: str, names):
     return check
 
 
-def number(kind, low=None, high=None, above=None):
+def number(kind, low=-math.inf, high=math.inf, above=-math.inf):
     """An argparse type: a finite number within bounds."""
 
     def check(text: str):
@@ -61,20 +58,17 @@ def number(kind, low=None, high=None, above=None):
             value = kind(text)
         except ValueError:
             raise argparse.ArgumentTypeError(f"{text!r} is not {'a whole' if kind is int else 'a'} number") from None
-        inside = (low is None or value >= low) and (high is None or value <= high) and (above is None or value > above)
-        if not inside or kind is float and not math.isfinite(value):
-            bounds = [f"above {above}"] * (above is not None) + [f"at least {low}"] * (low is not None)
-            bounds += [f"at most {high}"] * (high is not None)
-            raise argparse.ArgumentTypeError(f"must be {' and '.join(bounds) or 'finite'}, not {text}")
+        bounds = {"finite": abs(value) < math.inf, f"above {above}": value > above}
+        bounds |= {f"at least {low}": value >= low, f"at most {high}": value <= high}
+        if broken := [bound for bound, kept in bounds.items() if not kept]:
+            raise argparse.ArgumentTypeError(f"must be {broken[0]}, not {text}")
         return value
 
     check.placeholder = "N" if kind is int else "X"
     return check
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# A loss's keyword arguments are its options
-# ---------------------------------------------------------------------------------------------------------------------
+# -------------------------------------------------------------------------- A loss's keyword arguments are its options
 
 
 class Option(typing.NamedTuple):
@@ -93,21 +87,20 @@ def options_of(*functions) -> dict[str, Option]:
     """
     options = {}
     for function in functions:
-        plain = function
-        while isinstance(plain, functools.partial):  # whose own arguments are defaults in its signature
-            plain = plain.func
-        hints = typing.get_type_hints(plain)
-        for name, parameter in inspect.signature(function).parameters.items():
+        documented = getattr(function, "func", function)  # a functools.partial has its function's words
+        for name, parameter in inspect.signature(function, eval_str=True).parameters.items():
             if parameter.kind is not parameter.KEYWORD_ONLY or parameter.default is parameter.empty:
                 continue
-            hint, choices = hints.get(name, type(parameter.default)), ()
+            hint, choices = parameter.annotation, ()
+            if hint is parameter.empty:
+                hint = type(parameter.default)
             if typing.get_origin(hint) in (types.UnionType, typing.Union):
                 hint = next(part for part in hint.__args__ if part is not type(None))
             if typing.get_origin(hint) is typing.Literal:
                 choices = typing.get_args(hint)
                 hint = type(choices[0])
             if hint in (bool, int, float, str):
-                options[name] = Option(name, hint, choices, parameter.default, _help(plain, name))
+                options[name] = Option(name, hint, choices, parameter.default, _help(documented, name))
     return options
 
 
@@ -133,28 +126,22 @@ def add_options(group, options: dict[str, Option], aliases: dict[str, str]):
         try:
             group.add_argument(*flags, **how)
         except argparse.ArgumentError:
-            raise UserError(
-                f"{flags[0]} is a flag of the program: give that option of your loss another name"
-            ) from None
+            taken = f"{flags[0]} is a flag of the program"
+            raise UserError(f"{taken}: give that option of your loss another name") from None
 
 
 def read_config(folder: str) -> dict:
     """config.json of a run folder, as it stands but for the flags of earlier versions."""
-    path = os.path.join(folder, "config.json")
     try:
-        with open(path) as file:
+        with open(os.path.join(folder, "config.json")) as file:
             saved = json.load(file)
     except (OSError, ValueError):
         raise UserError(f"{folder} holds no run (no readable config.json)") from None
-    if not isinstance(saved, dict):
-        raise UserError(f"{path} is not that of a run of this program")
     with as_user_error():
         return drop_capacity(saved)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# train.py
-# ---------------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------- The flags of train.py
 
 TEXT = ("dense", "lm", "erl")  # algorithms that learn from the text, or the reference answers, of the data set
 # --preset paper: what the papers state, for their sizes of model. ERL table 7 (text: batch 4, tasks: 8; alpha and delta
@@ -264,7 +251,11 @@ def parse(argv: list[str], description: str, options: dict[str, dict[str, Option
     p = parser(description, saved.get("algo", seen.algo), options, mismatch)
     args, unknown = p.parse_known_args(argv)
     if unknown:
-        raise UserError(_unknown(unknown[0], args.algo, options))
+        flag = unknown[0].partition("=")[0]
+        owners = [name for name, theirs in options.items() if flag.removeprefix("--").replace("-", "_") in theirs]
+        if owners:
+            raise UserError(f"{flag} is an option of --algo {' or '.join(owners)}, not of {args.algo}: leave it out")
+        raise UserError(f"unknown flag {flag}: see --help")
     for action in p._actions:  # once more without defaults: what the user gave
         action.default = argparse.SUPPRESS
     given = set(vars(p.parse_args(argv)))
@@ -277,15 +268,6 @@ def parse(argv: list[str], description: str, options: dict[str, dict[str, Option
     args.dataset = args.dataset or "pydocs"
     _fill(args, given, generative=args.algo not in TEXT)
     return args
-
-
-def _unknown(flag: str, algo: str | None, options) -> str:
-    name = flag.partition("=")[0].lstrip("-").replace("-", "_")
-    older = {old: new for new, old in ALIASES.items()}
-    owners = [a for a, theirs in options.items() if name in theirs or a != "erl" and older.get(name) in theirs]
-    if owners and flag.startswith("--"):
-        return f"{flag.partition('=')[0]} is an option of --algo {' or '.join(owners)}, not of {algo}: leave it out"
-    return f"unknown flag {flag}: see --help"
 
 
 def _resumed(args, saved: dict, given: set[str]) -> argparse.Namespace:
@@ -304,31 +286,27 @@ def _resumed(args, saved: dict, given: set[str]) -> argparse.Namespace:
 
 def _fill(args, given: set[str], generative: bool):
     """Defaults that depend on the algorithm, the data set and the model that --init names."""
-    spec = data.get_dataset(args.dataset)
-    if args.steps and args.epochs:
-        raise UserError("--steps and --epochs say the same thing: give one of them")
-    size, vocabulary = look_at(args.init)
+    spec, (size, vocabulary) = data.get_dataset(args.dataset), look_at(args.init)
+    text, short, started = spec.kind == "text", spec.problems is not None, size is not None
     if size and "model" in given and args.model != size:
         print(f"--init {args.init} brings its own size: --model {args.model} counts for nothing", file=sys.stderr)
     args.model = size if size in SIZES else args.model
-    text, short, started = spec.kind == "text", spec.problems is not None, size is not None
-    trained_before = size == "gpt2" or locate(args.init)[0] == "gpt2"  # GPT-2's weights, or what was made from them
+    if args.steps and args.epochs:
+        raise UserError("--steps and --epochs say the same thing: give one of them")
+    special = {"alpha": 0.7, "delta": 2.0} if args.algo == "erl" and not text else {}  # ERL table 7: tasks
     if args.preset == "paper":
-        paper = PAPER_ANSWERS if generative else PAPER_TEXT | {"batch_size": 4 if text else 8}
-        kept = given | ({"epochs"} if args.steps else set())
-        vars(args).update({name: v for name, v in paper.items() if hasattr(args, name) and name not in kept})
-    if args.algo == "erl" and not text:  # ERL table 7
-        vars(args).update({name: v for name, v in {"alpha": 0.7, "delta": 2.0}.items() if name not in given})
-    if trained_before:
-        lr = 1e-5  # ERL table 7
-    elif generative:
-        lr = 1e-4
+        special |= PAPER_ANSWERS if generative else PAPER_TEXT | {"batch_size": 4 if text else 8}
+    kept = given | ({"epochs"} if args.steps else set())
+    vars(args).update({name: v for name, v in special.items() if hasattr(args, name) and name not in kept})
+    if size == "gpt2" or locate(args.init)[0] == "gpt2":
+        lr = 1e-5  # GPT-2's weights, or what was made from them [ERL table 7]
     elif args.algo == "dense" and not started:
         lr = 1e-3  # a small model from random weights
     else:
-        lr = 3e-4  # an upcycled small model, which its first phase has trained
+        lr = 1e-4 if generative else 3e-4  # a small model that its first phase has trained
     defaults = {
-        "tokenizer": "gpt2" if vocabulary == 50257 else "bytes" if vocabulary == 257 else spec.tokenizer,
+        "tokenizer": {50257: "gpt2", 257: "bytes"}.get(vocabulary, spec.tokenizer),
+        "steps": None if args.epochs else 400 if generative else 1000,
         "top_k": 2 if generative else 1,
         "pretrain_steps": 0 if started or args.algo == "dense" else 600 if generative else 1000,
         "batch_size": 32 if short else 4 if text and args.model == "gpt2" else 8,
@@ -340,11 +318,7 @@ def _fill(args, given: set[str], generative: bool):
         "test_samples": spec.test_samples,
         "prompts_per_step": 64 if short else 16,
     }
-    for name, value in defaults.items():
-        if getattr(args, name) is None:
-            setattr(args, name, value)
-    if args.steps is None and args.epochs is None:
-        args.steps = 400 if generative else 1000
+    vars(args).update({name: value for name, value in defaults.items() if getattr(args, name) is None})
     _check(args, spec, generative)
 
 
@@ -358,10 +332,7 @@ def _check(args, spec, generative: bool):
     if args.algo == "erl" and args.freeze_router and args.erl_grad == "router":
         raise UserError("--freeze-router and --erl-grad router leave ERL nothing to learn: give --erl-grad all")
     if generative and args.prompts_per_step % args.minibatches:
-        raise UserError(
-            f"--prompts-per-step {args.prompts_per_step} is not divisible by --minibatches {args.minibatches}: a "
-            "group's responses stay together"
-        )
+        raise UserError("--prompts-per-step is not divisible by --minibatches: a group's responses stay together")
     if args.algo == "dppo" and args.mismatch != "none":
         raise UserError("dppo compares with the sampler itself and takes no weight: leave --mismatch out")
 
@@ -378,15 +349,9 @@ def fill_steps(args, task, generative: bool):
 
 def announce(args, step: int, size: int, active: int):
     """What a person wants to know at the start of a run, or where it goes on."""
-    phases = f"{args.pretrain_steps} supervised steps, then " if args.pretrain_steps else ""
-    total = args.pretrain_steps + args.steps
+    total, first = args.pretrain_steps + args.steps, f"{args.pretrain_steps} supervised steps, then "
     if step:
-        print(
-            f"all {total} steps are done" if step == total else f"going on at step {step} of {total}", file=sys.stderr
-        )
-    print(
-        f"{args.algo} on {args.dataset}: {phases}{args.steps} steps at learning rate {args.lr:g}, seed {args.seed}, "
-        f"{torch.get_num_threads()} thread(s)\n{size:,} parameters, {active:,} active a token; every setting in "
-        f"{args.out}/config.json",
-        file=sys.stderr,
-    )
+        print("all" if step == total else f"{step} of", f"{total} steps are done", file=sys.stderr)
+    steps = f"{first if args.pretrain_steps else ''}{args.steps} steps at learning rate {args.lr:g}"
+    print(f"{args.algo} on {args.dataset}: {steps}, seed {args.seed}", file=sys.stderr)
+    print(f"{size:,} parameters, {active:,} active a token; every setting in {args.out}/config.json", file=sys.stderr)
