@@ -39,9 +39,8 @@ def save_checkpoint(path: str, model: GPT, optimizer=None, **metadata):
     except (OSError, RuntimeError, SafetensorError) as error:  # a full disk comes as any of them
         with contextlib.suppress(OSError):
             os.remove(path + ".tmp")
-        raise UserError(
-            f"{path} could not be written ({error}): make room for it; what was saved before stays"
-        ) from error
+        advice = "make room for it; what was saved before stays"
+        raise UserError(f"{path} could not be written ({error}): {advice}") from error
 
 
 def load_checkpoint(path: str) -> tuple[GPT, dict, dict[str, Tensor]]:
@@ -104,9 +103,7 @@ def _empty_model(config: MoEConfig) -> GPT:
         return GPT(config)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# GPT-2's weights
-# ---------------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------- GPT-2's weights
 
 GPT2_NAMES = {  # ours: theirs
     "blocks.": "h.",
@@ -117,9 +114,16 @@ GPT2_NAMES = {  # ours: theirs
     "w_out": "c_proj.weight",
     "b_out": "c_proj.bias",
 }
+GPT2_SETTINGS = {  # what our model computes, and transformers' default where a config.json does not name it
+    "model_type": "gpt2",
+    "activation_function": "gelu_new",
+    "layer_norm_epsilon": 1e-5,
+    "scale_attn_by_inverse_layer_idx": False,
+    "tie_word_embeddings": True,
+}
 
 
-def load_gpt2(source: str = "openai-community/gpt2") -> GPT:
+def load_gpt2(source: str) -> GPT:
     """GPT-2 as the dense model, from the hub or from a folder in transformers' format (config.json, model.safetensors).
 
     ValueError when it cannot be had or is not a GPT-2.
@@ -128,20 +132,17 @@ def load_gpt2(source: str = "openai-community/gpt2") -> GPT:
 
     try:
         folder = source if os.path.isdir(source) else _folder_of_hub(source)
-        with open(os.path.join(folder, "config.json")) as file:
-            theirs = json.load(file)
         weights = load_file(os.path.join(folder, "model.safetensors"))
     except Exception as error:  # the hub's errors have no common base; each means that there are no weights
-        raise ValueError(
-            f"GPT-2's weights could not be had from {source!r} ({type(error).__name__}): give --init a folder with "
-            "config.json and model.safetensors, or a network and HF_ENDPOINT that reach the hub"
-        ) from error
-    model = _empty_model(_gpt2_config(theirs, source))
-    weights, state = {k.removeprefix("transformer."): w for k, w in weights.items()}, {}
+        advice = "give --init a folder with config.json and model.safetensors, or set HF_ENDPOINT to a hub in reach"
+        kind = type(error).__name__
+        raise ValueError(f"GPT-2's weights could not be had from {source!r} ({kind}): {advice}") from error
+    model, state = _empty_model(read_gpt2_config(folder)), {}
+    weights = {name.removeprefix("transformer."): w for name, w in weights.items()}
     for name, parameter in model.named_parameters():
         other = name
-        for ours, replacement in GPT2_NAMES.items():
-            other = other.replace(ours, replacement)
+        for ours, theirs in GPT2_NAMES.items():
+            other = other.replace(ours, theirs)
         w = weights.get(other)
         if w is None or w.numel() != parameter.numel():
             raise ValueError(f"{source!r} lacks {other} of {parameter.numel()} numbers: only GPT-2 can be loaded")
@@ -152,11 +153,13 @@ def load_gpt2(source: str = "openai-community/gpt2") -> GPT:
     return model
 
 
-def _gpt2_config(theirs: dict, source: str) -> MoEConfig:
-    expected = dict(model_type="gpt2", activation_function="gelu_new", layer_norm_epsilon=1e-5)
-    for key, value in (expected | dict(scale_attn_by_inverse_layer_idx=False, tie_word_embeddings=True)).items():
-        if theirs.get(key, value if key != "model_type" else None) != value:
-            raise ValueError(f"{source!r} has {key} {theirs.get(key)!r}, not {value!r}: only GPT-2 can be loaded")
+def read_gpt2_config(folder: str) -> MoEConfig:
+    """The dense configuration of a folder in transformers' format. ValueError for another kind of model."""
+    with open(os.path.join(folder, "config.json")) as file:
+        theirs = json.load(file)
+    for key, value in GPT2_SETTINGS.items():
+        if theirs.get(key, value) != value:
+            raise ValueError(f"{folder!r} has {key} {theirs[key]!r}, not {value!r}: only GPT-2 can be loaded")
     sizes = dict(vocab_size="vocab_size", context="n_positions", n_layer="n_layer", n_head="n_head", n_embd="n_embd")
     return MoEConfig(n_expert=1, **{ours: theirs.get(key) for ours, key in sizes.items()})
 
@@ -175,9 +178,7 @@ def _folder_of_hub(source: str) -> str:
     return os.path.dirname(path)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# The model that a run starts from: new, GPT-2's weights, or a checkpoint of this program
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------ The model that a run starts from
 
 EXPERT_FLAGS = ("n_expert", "top_k", "n_shared_expert", "moe_every", "gate")
 
@@ -190,11 +191,11 @@ def find_checkpoint(out: str, name: str = "checkpoint") -> str | None:
 
 def locate(source: str) -> tuple[str, str]:
     """What --init names: ("scratch" | "gpt2" | "checkpoint", where it is)."""
-    if source in ("scratch", "gpt2"):
-        return source, source
-    if os.path.isfile(source):
-        return "checkpoint", source
-    if path := find_checkpoint(source):
+    if source == "scratch":
+        return "scratch", source
+    if source == "gpt2":
+        return "gpt2", "openai-community/gpt2"
+    if path := source if os.path.isfile(source) else find_checkpoint(source):
         return "checkpoint", path
     if all(os.path.isfile(os.path.join(source, name)) for name in ("config.json", "model.safetensors")):
         return "gpt2", source
@@ -203,8 +204,7 @@ def locate(source: str) -> tuple[str, str]:
 
 def size_of(config: MoEConfig) -> str:
     """The name of a model's size, "custom" if it has none."""
-    sizes = {name: getattr(config, name) for name in SIZES["tiny"]}
-    return next((name for name in SIZES if SIZES[name] == sizes), "custom")
+    return next((name for name, sizes in SIZES.items() if asdict(config).items() >= sizes.items()), "custom")
 
 
 def look_at(source: str) -> tuple[str | None, int | None]:
@@ -212,29 +212,21 @@ def look_at(source: str) -> tuple[str | None, int | None]:
     kind, where = locate(source)
     if kind == "scratch":
         return None, None
-    if where == "gpt2":
+    if source == "gpt2":
         return "gpt2", 50257
     with as_user_error():
-        if kind == "checkpoint":
-            config = read_config(where)
-        else:
-            with open(os.path.join(where, "config.json")) as file:
-                config = _gpt2_config(json.load(file), where)
+        config = read_config(where) if kind == "checkpoint" else read_gpt2_config(where)
     return size_of(config), config.vocab_size
 
 
 def initial_model(args, tokenizer, dense_first: bool) -> tuple[GPT, MoEConfig]:
     """The model that --init names, and the configuration that the algorithm trains."""
     kind, where = locate(args.init)
-    if kind == "scratch":
-        with as_user_error():
-            target = MoEConfig(vocab_size=tokenizer.vocab_size, **SIZES[args.model], **expert_settings(args))
-        return GPT(target.dense() if dense_first else target, rng(args.seed, "weights")), target
     with as_user_error():
-        if kind == "checkpoint":
-            model = load_model(where)[0]
-        else:
-            model = load_gpt2() if where == "gpt2" else load_gpt2(where)
+        if kind == "scratch":
+            target = MoEConfig(vocab_size=tokenizer.vocab_size, **SIZES[args.model], **expert_settings(args))
+            return GPT(target.dense() if dense_first else target, rng(args.seed, "weights")), target
+        model = load_model(where)[0] if kind == "checkpoint" else load_gpt2(where)
     args.model = size_of(model.config)  # its own size, whatever --model says
     if args.pretrain_steps and dense_first and model.config.n_expert > 1:
         raise UserError("--pretrain-steps trains a dense model, and --init names one with experts: set it to 0")
@@ -250,10 +242,8 @@ def check_model(args, tokenizer, model: GPT, source: str) -> MoEConfig:
     if not is_finite(model):
         raise UserError(f"{source} holds weights that are not finite: take another one")
     if model.config.vocab_size != tokenizer.vocab_size:
-        raise UserError(
-            f"{source} has a vocabulary of {model.config.vocab_size}, the tokenizer {tokenizer.name} "
-            f"one of {tokenizer.vocab_size}: choose the tokenizer that it was trained with"
-        )
+        sizes = f"{model.config.vocab_size}, the tokenizer {tokenizer.name} one of {tokenizer.vocab_size}"
+        raise UserError(f"{source} has a vocabulary of {sizes}: choose the tokenizer that it was trained with")
     with as_user_error():
         wanted = replace(model.config, **expert_settings(args))
     if model.config.n_expert == 1 or wanted == model.config:

@@ -7,6 +7,7 @@ best/model.safetensors        the weights with the best validation score since t
 
 import contextlib
 import hashlib
+import itertools
 import json
 import math
 import os
@@ -25,6 +26,7 @@ from support.evaluation import evaluate, mean_scores
 from support.optimizer import make_optimizer, restore
 
 SCORES = "perplexity bits_per_byte rouge1 rouge2 rougeL exact_match f1 accuracy unigram_f1".split()
+SHOWN = "loss", "reward_mean", "tokens_per_second"  # beside the progress bar
 
 
 def write_json(path: str, value):
@@ -72,6 +74,7 @@ class Run:
         """prepare: puts a loaded model where it is to run."""
         self.args, self.out, self.state, self.phases, self.task = args, args.out, state, phases, task
         self.prepare, self.total = prepare, sum(phases.values())
+        self.tests = [name for name in task.held_out if name != "validation"]
         self.begun = time.perf_counter() - state.seconds
         self.stop_asked = self.stop_at_once = False
         self.metrics_path = os.path.join(self.out, "metrics.jsonl")
@@ -109,9 +112,9 @@ class Run:
 
     # ---- evaluation
 
-    def evaluate(self, names) -> dict[str, dict]:
+    def evaluate(self, names, final: bool = False) -> dict[str, dict]:
         """Scores on held-out sets, written down once all of them are there."""
-        results = {name: evaluate(self.model, self.task, name, self.args) for name in names}
+        results = {name: evaluate(self.model, self.task, name, self.args, final) for name in names}
         for name, scores in results.items():
             self.log_row(step=self.state.step, phase="evaluation", split=name, **scores)
         return results
@@ -119,7 +122,7 @@ class Run:
     def evaluate_before(self):
         """Where the algorithm begins: on tasks the test scores too, since the first phase decides most of them."""
         if self.phase != "supervised" and self.state.step == self.first:
-            results = self.evaluate(self.task.held_out if self.task.spec.kind == "task" else ("validation",))
+            results = self.evaluate(["validation", *self.tests] if self.task.spec.kind == "task" else ["validation"])
             results.pop("validation")
             self.state.before = mean_scores(results)
 
@@ -138,24 +141,19 @@ class Run:
     # ---- writing down
 
     def log_row(self, **row):
-        try:
-            with open(self.metrics_path, "a") as file:
-                file.write(json.dumps(row) + "\n")
-        except OSError as error:
-            raise UserError(f"{self.metrics_path} could not be written ({error.strerror}); {self._kept()}") from error
+        with open(self.metrics_path, "a") as file:
+            file.write(json.dumps(row) + "\n")
 
     def log(self, metrics: dict, lr: float):
         """A step's metrics as a line of metrics.jsonl and on the bar."""
         state, seconds = self.state, time.perf_counter() - self.begun
         metrics = {k: v.tolist() if isinstance(v, Tensor) else v for k, v in metrics.items()}
         self.check_finite(metrics)
-        shown = {"loss": f"{metrics['loss']:.3f}", "tok/s": f"{state.tokens / seconds:.0f}"}
-        if "reward_mean" in metrics:
-            shown["reward"] = f"{metrics['reward_mean']:.3f}"
-        self.bar.set_postfix(shown, refresh=False)
+        speed = {"seconds": round(seconds, 2), "tokens_per_second": round(state.tokens / seconds, 1)}
+        shown = metrics | speed
+        self.bar.set_postfix({k: shown[k] for k in SHOWN if k in shown}, refresh=False)
         clipped = float(state.clipped) / max(1, state.updates)
         state.updates = state.clipped = 0
-        speed = {"seconds": round(seconds, 2), "tokens_per_second": round(state.tokens / seconds, 1)}
         self.log_row(step=state.step, phase=self.phase, lr=lr, **metrics, clipped_share=clipped, **speed)
 
     def check_finite(self, metrics: dict):
@@ -164,18 +162,14 @@ class Run:
         if not broken and not is_finite(self.model):
             broken = ["the weights are not finite"]
         if broken:
-            raise UserError(
-                f"{broken[0]} at step {self.state.step}: lower --lr (or --pretrain-lr) in a new run; {self._kept()}"
-            )
-
-    def _kept(self) -> str:
-        return f"{self.out} keeps the last checkpoint" if find_checkpoint(self.out) else "nothing was saved"
+            lower = "lower --lr (or --pretrain-lr) in a new run"
+            raise UserError(f"{broken[0]} at step {self.state.step}: {lower}; what was saved before stays")
 
     def save_if_due(self, metrics: dict, optimizer):
         """The checkpoint of a step that is due, or after which a stop was asked for, which then follows."""
         stopping = self.stop_asked
         if stopping or self.is_due(self.args.checkpoint_every):
-            self.check_finite({k: v.item() for k, v in metrics.items() if isinstance(v, Tensor) and v.numel() == 1})
+            self.check_finite(metrics)
             state = self.state
             state.clipped, state.seconds = int(state.clipped), time.perf_counter() - self.begun
             state.metrics_bytes = os.path.getsize(self.metrics_path)
@@ -187,18 +181,15 @@ class Run:
     def finish(self) -> dict:
         """Final scores of the last and of the best weights -> summary.json."""
         self.stop_at_once, state, args = True, self.state, self.args  # all steps are saved: nothing to wait for
-        seconds, tests = time.perf_counter() - self.begun, [name for name in self.task.held_out if name != "validation"]
-        results = {name: evaluate(self.model, self.task, name, args, final=True) for name in tests}
-        for name, scores in results.items():
-            self.log_row(step=state.step, phase="evaluation", split=name, **scores)
-        summary = dict(mean_scores(results))
+        seconds = time.perf_counter() - self.begun
+        last = best = self.evaluate(self.tests, final=True)
+        if state.best_step < state.step:
+            model = self.prepare(self.load_best())
+            best = {name: evaluate(model, self.task, name, args, final=True) for name in self.tests}
+        summary = dict(mean_scores(last))
         summary["test_samples"] = summary.pop("samples")
         summary |= {f"validation_{k}": v for k, v in state.validation.items()}
         summary |= {f"before_{k}": v for k, v in state.before.items()}
-        best = results
-        if state.best_step < state.step:
-            model = self.prepare(self.load_best())
-            best = {name: evaluate(model, self.task, name, args, final=True) for name in tests}
         summary |= {f"best_{k}": v for k, v in mean_scores(best).items() if k != "samples"}
         parameters, active = self.model.count_parameters()
         summary |= {"best_step": state.best_step, "parameters": parameters, "active_parameters": active}
@@ -207,30 +198,23 @@ class Run:
         return summary | {"steps": self.total, "seconds": round(seconds, 2), "tokens_per_second": speed}
 
     def load_best(self):
-        path = find_checkpoint(self.out, "best")
-        if path:
+        if path := find_checkpoint(self.out, "best"):
             with as_user_error():
                 model, kept = load_model(path)
             if (kept.get("step"), kept.get("run")) == (self.state.best_step, self.id):
                 return model
-        raise UserError(
-            f"{self.out}/best does not hold this run's weights of step {self.state.best_step}: put them back and resume"
-        )
+        wanted = f"this run's weights of step {self.state.best_step}"
+        raise UserError(f"{self.out}/best does not hold {wanted}: put them back and resume")
 
     def result_line(self, summary: dict) -> str:
         """The run's last words: its scores, on what, of how many samples, and what they were before the algorithm."""
-        before = {k: summary[f"before_{k}"] for k in SCORES if f"before_{k}" in summary}
-        scores = [
-            f"{k} {summary[k]:.4g}" + (f" (before: {before[k]:.4g})" if k in before else "")
-            for k in SCORES
-            if k in summary
-        ]
-        tests = " and ".join(name for name in self.task.held_out if name != "validation")
+        scores = []
+        for name in (name for name in SCORES if name in summary):
+            before = f" (before: {summary[f'before_{name}']:.4g})" if f"before_{name}" in summary else ""
+            scores.append(f"{name} {summary[name]:.4g}{before}")
         units = "windows" if self.task.spec.kind == "text" else "examples"
-        return (
-            f"{self.out}: {', '.join(scores)} on {tests} ({self.task.variant}, {summary['test_samples']} {units}) "
-            f"after {self.total} steps"
-        )
+        samples = f"{' and '.join(self.tests)} ({self.task.variant}, {summary['test_samples']} {units})"
+        return f"{self.out}: {', '.join(scores)} on {samples} after {self.total} steps"
 
     # ---- the context in which it runs
 
@@ -241,14 +225,14 @@ class Run:
             lock_file(lock, self.out)
             with open(self.metrics_path, "ab") as file:
                 if file.tell() < self.state.metrics_bytes:
-                    raise UserError(
-                        f"{self.metrics_path} is shorter than it was when the checkpoint was saved: put the run's own "
-                        f"file back, or start a new run with --init {self.out}"
-                    )
+                    again = f"put the run's own file back, or start a new run with --init {self.out}"
+                    raise UserError(f"{self.metrics_path} is shorter than it was at the checkpoint: {again}")
                 file.truncate(self.state.metrics_bytes)  # lines after the checkpoint will be written again
             if self.state.best_step >= 0:
                 self.load_best()  # better to hear now that it is gone than after the last step
-            with self._stops_politely(), self._progress() as self.bar:
+            often = 0.1 if sys.stderr.isatty() else 30  # seconds between two lines in a file
+            bar = tqdm(total=self.total, initial=self.state.step, desc="training", mininterval=often)
+            with self._stops_politely(), bar as self.bar:
                 try:
                     yield
                 except KeyboardInterrupt as stop:
@@ -256,10 +240,6 @@ class Run:
                     again = f"python train.py --resume --out {shlex.quote(self.out)}"
                     print(f"\ninterrupted{stop}; continue with: {again}", file=sys.stderr)
                     raise
-
-    def _progress(self):
-        often = 0.1 if sys.stderr.isatty() else 30  # seconds between two lines in a file
-        return tqdm(total=self.total, initial=self.state.step, desc="training", mininterval=often)
 
     @contextlib.contextmanager
     def _stops_politely(self):
@@ -271,10 +251,9 @@ class Run:
             self.stop_asked = True
             os.write(2, b"\nstopping after this step; Ctrl-C once more stops at once\n")  # print is not for handlers
 
-        try:
+        previous = {}
+        with contextlib.suppress(ValueError):  # only the main thread may catch signals
             previous = {s: signal.signal(s, handler) for s in (signal.SIGINT, signal.SIGTERM)}
-        except ValueError:  # not in the main thread
-            previous = {}
         try:
             yield
         finally:
@@ -298,18 +277,15 @@ def open_folder(args):
     """args.out becomes the run's folder: a new one, or with --resume the one that is there."""
     if args.out and not args.resume and os.path.isdir(args.out) and os.listdir(args.out):
         raise UserError(f"{args.out} is not empty: continue its run with --resume, or name another folder with --out")
-    try:
-        args.out = args.out or _free_folder(os.path.join("runs", f"{args.algo}-{args.dataset}-seed{args.seed}"))
-        os.makedirs(args.out, exist_ok=True)
-        if not args.resume:
-            write_json(os.path.join(args.out, "config.json"), {k: v for k, v in vars(args).items() if k != "resume"})
-    except OSError as error:
-        raise UserError(f"cannot write the run folder {args.out or 'runs'}: {error.strerror}") from error
+    args.out = args.out or _free_folder(os.path.join("runs", f"{args.algo}-{args.dataset}-seed{args.seed}"))
+    os.makedirs(args.out, exist_ok=True)
+    if not args.resume:
+        write_json(os.path.join(args.out, "config.json"), {k: v for k, v in vars(args).items() if k != "resume"})
 
 
 def _free_folder(name: str) -> str:
     """The first of NAME-1, NAME-2, ... that is not there, made at once: two runs that start together get one each."""
-    for i in range(1, 10**9):
+    for i in itertools.count(1):
         with contextlib.suppress(FileExistsError):
             os.makedirs(f"{name}-{i}")
             return f"{name}-{i}"
