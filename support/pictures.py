@@ -42,17 +42,13 @@ def rounded(value: float, digits: int = 4) -> str:
 
 def save(figure, path: str):
     with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="Glyph .* missing")  # a folder's name in another script
+        warnings.filterwarnings("ignore", message="Glyph .* missing")  # the font lacks some scripts
         figure.savefig(path, dpi=150)
 
 
-def plain(text: str) -> str:
-    """Text that a user chose, for matplotlib: between two dollars it would be a formula."""
-    return "".join(c if c.isprintable() else "□" for c in textwrap.shorten(text, 80)).replace("$", r"\$")
-
-
 def name_of(folder: str) -> str:
-    return plain(os.path.basename(os.path.abspath(folder)))
+    """A folder's name for matplotlib: between two dollars it would be a formula."""
+    return textwrap.shorten(os.path.basename(os.path.abspath(folder)), 80).replace("$", r"\$")
 
 
 # --------------------------------------------------------------------------------------------------- Curves of training
@@ -68,7 +64,7 @@ PANELS = (  # name in metrics.jsonl, title, unit; panels without a point are lef
     ("reward_mean", "Reward", "mean over the samples"),
     ("entropy", "Entropy of the answers", "nats a token"),
     ("clip_share", "Clipped", "share of the ratios"),
-    ("load_max", "Busiest expert", "share of a layer's tokens"),
+    ("load_max", "Busiest expert", "share of a layer's tokens (dashed: even)"),
     ("router_entropy", "Entropy of the routers", "nats a token"),
 )
 POINTS = 60  # of a curve
@@ -108,10 +104,11 @@ def draw_curves(groups: dict[str, list], title: str, path: str):
     panels = [panel for panel in PANELS if any(points.get(panel[0]) for _, points in every)]
     rows = max(1, math.ceil(len(panels) / 2))
     figure = new_figure(0.6 + 2.5 * rows)
-    figure.suptitle(title)
+    begins = {steps for config, _ in every if (steps := config.get("pretrain_steps"))}  # of the algorithm itself
+    figure.suptitle(title + "\ndotted: the algorithm begins" * bool(begins))
     axes = figure.subplots(rows, 2, squeeze=False).flatten()
     last = max((step for _, found in every for points in found.values() for step in points), default=1)
-    begins = {steps for config, _ in every if (steps := config.get("pretrain_steps"))}  # of the algorithm itself
+    experts = {config.get("n_expert") for config, _ in every}
     for axis, (name, heading, unit) in zip(axes, panels, strict=False):
         for i, (label, runs) in enumerate(groups.items()):
             steps, mean, low, high = mean_and_range([points.get(name, {}) for _, points in runs])
@@ -123,15 +120,10 @@ def draw_curves(groups: dict[str, list], title: str, path: str):
         if name == "perplexity" and high > 5 * low > 0:  # it falls from hundreds to tens, and from 12 to 11
             axis.set_yscale("log", subs=(2, 5))
             axis.yaxis.set(major_formatter="{x:g}", minor_formatter="{x:g}")
-            axis.set_ylabel(f"{unit} (log scale)")
-        if name == "load_max" and len(experts := {config.get("n_expert") for config, _ in every}) == 1:
-            axis.axhline(1 / (E := experts.pop()), **BY_CHANCE)
-            axis.text(last, 1 / E, f"even: 1/{E}", ha="right", va="bottom", fontsize=8)
+        if name == "load_max" and len(experts) == 1:
+            axis.axhline(1 / max(experts), **BY_CHANCE)
         for step in begins:
             axis.axvline(step, color="0.4", ls=":", lw=1.2)
-    if begins and panels:
-        where = {"va": "top", "fontsize": 8, "transform": axes[0].get_xaxis_transform()}
-        axes[0].text(min(begins), 0.97, " the algorithm begins", **where)
     for axis in axes[len(panels) :]:
         axis.remove()
     if len(groups) > 1:
@@ -181,7 +173,7 @@ def group_runs(folders: list[str]) -> tuple[dict[str, list], str]:
             raise UserError(f"{folder} and {other} are the same settings with the same seed: leave one of them out")
         same = [c for c in configs.values() if c["algo"] == config["algo"]]
         differ = [k for k in sorted(config) if k not in NO_SETTING and len({str(c.get(k)) for c in same}) > 1]
-        label = plain(" ".join([config["algo"], *(f"--{k.replace('_', '-')} {config[k]}" for k in differ)]))
+        label = " ".join([config["algo"], *(f"--{k.replace('_', '-')} {config[k]}" for k in differ)])
         groups[label].append(runs[folder])
     return {f"{k}, {len(v)} seeds" if len(v) > 1 else k: v for k, v in groups.items()}, dataset
 
@@ -192,28 +184,22 @@ def group_runs(folders: list[str]) -> tuple[dict[str, list], str]:
 def draw_routing(result: dict, out: str):
     """routing_ranks.png, _robustness.png, _top1.png and _load.png of a routing.json; _regret.png and, of two runs,
     _consistency.png if it has them."""
-    run, split = name_of(result["run"]), f"{result['dataset']} {result['split']}"
-    score, load = {"rouge2": "ROUGE-2", "f1": "F1"}.get(result["score"], result["score"]), result["expert_load"]
-    better = "lower is better" if score == "perplexity" else "higher is better"
-
-    _draw_ranks(result, f"{run}, {split}, {result['samples']} samples", score, better, f"{out}/routing_ranks.png")
-    _draw_robustness(result, f"{run}, {split}", f"{score} ({better})", f"{out}/routing_robustness.png")
-    _draw_top1(result, f"{run}, {split}", f"{out}/routing_top1.png")
-    entropies = [f"{i}  (entropy {rounded(h, 2)})" for i, h in enumerate(result["relative_router_entropy_by_layer"])]
-    title = f"{run}, {split}: share of a layer's tokens that an expert gets (even: {1 / len(load[0]):.3f})\n"
-    heat_map(
-        load,
-        entropies,
-        f"{title}in brackets: entropy of the layer's router, over log E",
-        None,
-        f"{out}/routing_load.png",
-    )
+    title, load = f"{name_of(result['run'])}, {result['dataset']} {result['split']}", result["expert_load"]
+    score = {"rouge2": "ROUGE-2", "f1": "F1"}.get(result["score"], result["score"])
+    better = f"{'lower' if score == 'perplexity' else 'higher'} is better"
+    _draw_ranks(result, f"{title}, {result['samples']} samples", score, better, f"{out}/routing_ranks.png")
+    _draw_robustness(result, title, f"{score} ({better})", f"{out}/routing_robustness.png")
+    _draw_top1(result, title, f"{out}/routing_top1.png")
+    names = [f"{i}  (entropy {rounded(h, 2)})" for i, h in enumerate(result["relative_router_entropy_by_layer"])]
+    loads = f"share of a layer's tokens that an expert gets (even: {1 / len(load[0]):.3f})"
+    brackets = "in brackets: entropy of the layer's router, over log E"
+    heat_map(load, names, f"{title}: {loads}\n{brackets}", None, f"{out}/routing_load.png")
     if "regret" in result:
-        _draw_regret(result["regret"], f"{run}, {split}", f"{out}/routing_regret.png")
+        _draw_regret(result["regret"], title, f"{out}/routing_regret.png")
     if "expert_consistency" in result:
-        other, rows = name_of(result["compared_with"]), result["expert_consistency"]
-        title = f"{split}: share of an expert's tokens in {run}\nthat stay with it in {other} "
-        title += f"(white: below {result['smallest_cluster']} tokens)"
+        rows, least = result["expert_consistency"], result["smallest_cluster"]
+        stay = f"share of an expert's tokens that stay with it in {name_of(result['compared_with'])}"
+        title = f"{title}\n{stay}\n(white: below {least} tokens)"
         heat_map(rows, list(map(str, range(len(rows)))), title, 1.0, f"{out}/routing_consistency.png")
 
 
@@ -221,11 +207,10 @@ def _draw_ranks(result: dict, title: str, score: str, better: str, path: str):
     """How often the original has which rank; and each sample's original against its perturbed score."""
     routes, shares = result["routes"], result["rank_shares"]
     figure, percent = new_figure(4.6), {k: rounded(100 * result[k], 1) for k in ("top1_above_0.9", "hit1")}
-    beside = (
+    beside = (  # MRR never without what it hides
         f"router entropy {rounded(result['relative_router_entropy'], 2)} of log E, top-1 above 0.9: "
         f"{percent['top1_above_0.9']} %, busiest expert {max(map(max, result['expert_load'])):.1%} of a layer, "
-        f"dead experts {result['dead_experts']},\nmax_vio {rounded(result['max_vio'], 2)} (a layer's largest expert "
-        "load over its mean load, less 1; mean over the layers)"
+        f"dead experts {result['dead_experts']}"
     )
     figure.suptitle(f"{title}\n{beside}", fontsize=9)
     left, right = figure.subplots(1, 2)
@@ -286,9 +271,6 @@ def _draw_regret(regret: dict, title: str, path: str):
         for x, name in enumerate(("regret", "random_expert_cost")):
             error = 1.96 * found[f"{name}_standard_error"]
             right.bar(x + 0.27 * (i - 1), found[name], yerr=error, capsize=3, **style)
-            right.text(
-                x + 0.27 * (i - 1), found[name] + error, rounded(found[name], 3), ha="center", va="bottom", size=7
-            )
     left.axhline(100 / C, label="chance", **BY_CHANCE)
     left.set(xlabel=f"rank of the own expert among {C} (1: best)", ylabel="decisions [%]")
     leave_room(left)
@@ -340,7 +322,7 @@ def compare_runs(argv: list[str]):
     groups, dataset = group_runs(args.runs)
     band = ": mean over the seeds, band from the lowest to the highest" * any(len(r) > 1 for r in groups.values())
     draw_curves(groups, dataset + band, out)
-    print(f"{out}: {'; '.join(groups)}".replace(r"\$", "$"))
+    print(f"{out}: {'; '.join(groups)}")
 
 
 def main(argv: list[str] | None = None) -> int:
