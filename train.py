@@ -24,17 +24,8 @@ if __name__ == "__main__":
 import torch
 from torch import Tensor
 
+import baselines
 import data
-from baselines import (
-    cispo_loss,
-    dppo_loss,
-    gmpo_loss,
-    group_advantages,
-    grpo_loss,
-    gspo_loss,
-    mismatch_weights,
-    sapo_loss,
-)
 from erl import Pass, erl_objective, explore
 from erpo import erpo_loss
 from moe import GPT, MoEConfig, Routes, Routing, router_losses, upcycle
@@ -56,18 +47,18 @@ from support.tasks import Batch, Task, load_task, rng
 # Reinforcement learning on generated answers: a name and its loss. What a loss needs is what its parameters are called
 # (see `loss_inputs`); its keyword arguments are flags of the program. A new method is a line here.
 METHODS = {
-    "grpo": grpo_loss,
-    "gspo": gspo_loss,
-    "gmpo": gmpo_loss,
-    "cispo": cispo_loss,
-    "sapo": sapo_loss,
-    "dppo": dppo_loss,
+    "grpo": baselines.grpo_loss,
+    "gspo": baselines.gspo_loss,
+    "gmpo": baselines.gmpo_loss,
+    "cispo": baselines.cispo_loss,
+    "sapo": baselines.sapo_loss,
+    "dppo": baselines.dppo_loss,
     "erpo": erpo_loss,
     "rais": rais_loss,
 }
-EXPLORE, OBJECTIVE = options_of(explore), options_of(erl_objective)
+EXPLORE, OBJECTIVE, WEIGHTS = map(options_of, (explore, erl_objective, baselines.mismatch_weights))
 OPTIONS = {"erl": EXPLORE | OBJECTIVE} | {name: options_of(loss) for name, loss in METHODS.items()}
-MISMATCH = {"mismatch_" + n: o._replace(name="mismatch_" + n) for n, o in options_of(mismatch_weights).items()}
+MISMATCH = {"mismatch_" + n: o._replace(name="mismatch_" + n) for n, o in WEIGHTS.items()}
 LOG_EVERY = 10  # steps of text between two lines of metrics.jsonl; of generated answers each step has its line
 
 
@@ -76,9 +67,7 @@ def values_of(options, args) -> dict:
     return {name: getattr(args, name) for name in options}
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Next-token prediction: dense, lm, erl, and the first phase of every algorithm
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------- Next-token prediction: dense, lm, erl, and the first phase of every algorithm
 
 
 def train_text(model: GPT, task: Task, args, run: Run, optimizer, peak_lr: float, losses):
@@ -179,9 +168,7 @@ def jitter(model: GPT, batch: Batch, args, step: int) -> list[Tensor] | None:
     return list(1 + args.jitter * (2 * draw.to(model.wte.weight.device) - 1))
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Reinforcement learning on generated answers: METHODS
-# ---------------------------------------------------------------------------------------------------------------------
+# ---------------------------------------------------------------- Reinforcement learning on generated answers: METHODS
 
 
 class Policy(NamedTuple):
@@ -205,7 +192,7 @@ def train_answers(model: GPT, task: Task, args, run: Run, optimizer):
         examples, prompts = task.prompts(step, N, G)  # N * G rows, those of a group next to each other
         rollout = sample(model, prompts, task, args, step)
         rewards = task.rewards(rollout, examples).to(device)  # [N * G]
-        advantages = group_advantages(rewards, G)
+        advantages = baselines.group_advantages(rewards, G)
         old = policy_before(model, rollout, args)
         updates = []
         for rows, share in minibatches(rewards, args):
@@ -280,7 +267,7 @@ def minibatches(rewards: Tensor, args):
 
 
 def zero_variance_groups(rewards: Tensor, group_size: int) -> Tensor:
-    return (group_advantages(rewards, group_size) == 0).view(-1, group_size).all(1)
+    return (baselines.group_advantages(rewards, group_size) == 0).view(-1, group_size).all(1)
 
 
 def policy_forward(model: GPT, rollout: Rollout, args, routes: Tensor | None) -> tuple[Policy, Routing]:
@@ -325,7 +312,7 @@ def loss_inputs(
     if args.mismatch != "none":
         options = {name.removeprefix("mismatch_"): value for name, value in values_of(MISMATCH, args).items()}
         mu, mask = rollout.log_probs, rollout.response_mask
-        given["weights"] = mismatch_weights(old.log_probs, mu, mask, kind=args.mismatch, **options)
+        given["weights"] = baselines.mismatch_weights(old.log_probs, mu, mask, kind=args.mismatch, **options)
     if args.algo == "dppo" and args.rollout_dtype != args.dtype:
         given["old_log_probs"] = rollout.log_probs  # its anchor is the sampler itself
     wanted = inspect.signature(METHODS[args.algo]).parameters
@@ -371,9 +358,7 @@ def mean_metrics(updates: list[dict]) -> dict:
     return {"loss": 0.0} | metrics | {"updates": len(updates)}
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# A run
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------------------- A run
 
 
 def run(args, *, explore=explore, lm_losses=lm_losses, initial_model=initial_model, load_task=load_task) -> dict:

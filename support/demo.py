@@ -61,16 +61,14 @@ def table(rows: dict[str, dict]) -> str:
     for name, row in rows.items():
         lines.append(f"{name:12}" + "".join(f"{row[c]:12.3f}" if c in row else f"{'-':>12}" for c in COLUMNS))
     ours = rows["ERL"]
-    return "\n".join(
-        [
-            *lines,
-            f"{'chance':12}{ours['chance_mrr']:48.3f}{ours['chance_hit1']:12.3f}",
-            "perplexity: of the test split. original, perturbed: perplexity of "
-            f"{ours['samples']} windows of it, along the router's route and along 99 random ones.",
-            "MRR: mean reciprocal rank of the router's route among those 100. It also rises when the random routes get "
-            "worse, or the router sharper (entropy: 1 is even).",
-        ]
-    )
+    lines += [
+        f"{'chance':12}{ours['chance_mrr']:48.3f}{ours['chance_hit1']:12.3f}",
+        f"perplexity: of the test split. original, perturbed: of {ours['samples']} windows of it, along the router's "
+        "route and along 99 random ones.",
+        "MRR: mean reciprocal rank of the router's route among those 100. It also rises when the random routes get "
+        "worse, or the router sharper (entropy: 1 is even).",
+    ]
+    return "\n".join(lines)
 
 
 def verdict(rows: dict[str, dict]) -> str:
@@ -78,12 +76,9 @@ def verdict(rows: dict[str, dict]) -> str:
     ours, control = rows["ERL"], rows["ERL-random"]
     gap = ours["mrr"] - control["mrr"]
     noise = 1.96 * math.hypot(ours["mrr_standard_error"], control["mrr_standard_error"])
+    said = f"{'above' if gap > 0 else 'below'} those of the control by more than the noise of the windows"
     if abs(gap) <= noise:
-        said = "ERL's ranks are within the noise of the control, which credits experts at random"
-    else:
-        side = "above" if gap > 0 else "below"
-        said = f"ERL's ranks are {side} those of the control by more than the noise of the windows"
-    return (
-        f"Verdict: {said} (MRR {ours['mrr']:.3f} against {control['mrr']:.3f}, difference {gap:+.3f} +- {noise:.3f}; "
-        f"MoE {rows['MoE']['mrr']:.3f}). One start decides nothing: see docs/findings.md."
-    )
+        said = "within the noise of the control, which credits experts at random"
+    figures = f"MRR {ours['mrr']:.3f} against {control['mrr']:.3f}, difference {gap:+.3f} +- {noise:.3f}"
+    moe = f"MoE {rows['MoE']['mrr']:.3f}"
+    return f"Verdict: ERL's ranks are {said} ({figures}; {moe}). One start decides nothing: see docs/findings.md."

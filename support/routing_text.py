@@ -3,7 +3,6 @@
 import colorsys
 import itertools
 import os
-import unicodedata
 from collections import Counter
 
 import torch
@@ -44,19 +43,15 @@ def warnings_of(result: dict, vocab_size: int) -> list[str]:
     K, E, found = result["top_k"], len(result["expert_load"][0]), []
     if result["collapsed_layers"]:
         layers = ", ".join(map(str, result["collapsed_layers"]))
-        found.append(
-            f"collapsed: in MoE layer {layers} more than {COLLAPSED:.0%} of the load is on {K} of {E} experts; the "
-            "layer is all but dense, and MRR shows the harm of experts that it never uses"
-        )
+        load = f"more than {COLLAPSED:.0%} of the load is on {K} of {E} experts"
+        found.append(f"collapsed: in MoE layer {layers} {load}; MRR shows the harm of experts that it never uses")
     if result["step"] == 0:
         found.append("untrained: this checkpoint is that of step 0")
     elif result["score"] == "perplexity" and result["original_score"] > vocab_size / 2:
         found.append(f"untrained: the perplexity is above half of the vocabulary's {vocab_size} tokens")
     if (tied := tied_share(result)) > TIED:
-        found.append(
-            f"{tied:.2%} of the routes are tied with the original (experts that are copies of one another, or a task "
-            "that is never solved): MRR and Hit@1 are chance by construction"
-        )
+        why = "(experts that are copies of one another, or a task that is never solved)"
+        found.append(f"{tied:.2%} of the routes are tied with the original {why}: MRR and Hit@1 are chance")
     return found
 
 
@@ -79,31 +74,25 @@ def describe(result: dict) -> str:
         ("best of 99", result["best_of_99_score"], "along each sample's best perturbed route"),
         ("tied", tied_share(result), "of the perturbed routes score as the original does"),
         ("load", max(map(max, load)), f"of a layer's slots at its busiest expert (even: {even:.4f})"),
-        (
-            "max_vio",
-            result["max_vio"],
-            "a layer's largest expert load over its mean load, less 1; mean over the layers",
-        ),
+        ("max_vio", result["max_vio"], "largest expert load of a layer over its mean, less 1; mean over the layers"),
         ("dead experts", result["dead_experts"], f"of {sum(map(len, load))}"),
         ("entropy", result["relative_router_entropy"], f"of log E, the routers' softmax; by layer {by_layer}"),
         ("top-1 > 0.9", result["top1_above_0.9"], "of the routing decisions"),
     ]
     if regret := result.get("regret"):
+        found, C = regret["all"], regret["candidates"]
         what = "nats that the best expert, chosen by the answer, would have gained (an upper bound)"
-        rows.append(("regret", regret["all"]["regret"], f"+- {rounded(regret['all']['regret_standard_error'])} {what}"))
-        for part in ("confident", "fragile"):
-            if part in regret:
-                rows.append((f"  {part}", regret[part]["regret"], f"of {regret[part]['decisions']} {part} predictions"))
-        rows.append(("random expert", regret["all"]["random_expert_cost"], "nats that it costs in the own one's place"))
-        chance = f"of {regret['candidates']} experts, the own one's mean (chance {regret['chance_rank']:.2f})"
-        rows.append(("rank", regret["all"]["own_rank"], chance))
-        rows.append(
-            ("own is best", regret["all"]["own_best"], f"of the decisions (chance {regret['chance_best']:.4f})")
-        )
+        rows.append(("regret", found["regret"], f"+- {rounded(found['regret_standard_error'])} {what}"))
+        for part in (part for part in ("confident", "fragile") if part in regret):
+            rows.append((f"  {part}", regret[part]["regret"], f"of {regret[part]['decisions']} {part} predictions"))
+        rows += [
+            ("random expert", found["random_expert_cost"], "nats that it costs in the own one's place"),
+            ("rank", found["own_rank"], f"of {C} experts, the own one's mean (chance {regret['chance_rank']:.2f})"),
+            ("own is best", found["own_best"], f"of the decisions (chance {regret['chance_best']:.4f})"),
+        ]
     lines = [f"{result['samples']} samples of {result['dataset']} {result['split']}, score: {score}"]
-    lines += [
-        f"{name:14}{rounded(value) if isinstance(value, float) else value:>10} {what}" for name, value, what in rows
-    ]
+    for name, value, what in rows:
+        lines.append(f"{name:14}{rounded(value) if isinstance(value, float) else value:>10} {what}")
     return "\n".join([*lines, *(f"warning: {text}" for text in result["warnings"]), CAUTION])
 
 
@@ -135,23 +124,18 @@ def token_lines(samples: list[list[str]], experts: Tensor, num_experts: int, sho
 def visible(token: str) -> str:
     """Every character takes room: line ends and tabs as signs, what cannot be printed as a box."""
     signs = {"\n": "↵", "\t": "→", "\r": "↵"}
-    token = "".join(signs.get(c, c if c.isprintable() else "□") for c in token) or "□"
-    return token if columns(token) <= WIDTH else token[: WIDTH // 2 - 1] + "…"
-
-
-def columns(text: str) -> int:
-    return sum(2 if unicodedata.east_asian_width(c) in "WF" else 0 if unicodedata.combining(c) else 1 for c in text)
+    return "".join(signs.get(c, c if c.isprintable() else "□") for c in token[:WIDTH]) or "□"
 
 
 def wrap(words: list[str], experts: list[int], ends) -> list[list]:
     """Lines of (word, expert), none wider than WIDTH; a gap without an expert behind the first n words, n in `ends`."""
     lines, room = [], 0
     for n, (word, expert) in enumerate(zip(words, experts, strict=True), start=1):
-        if columns(word) > room:
+        if len(word) > room:
             lines.append([])
             room = WIDTH
         lines[-1].append((word, expert))
-        room -= columns(word)
+        room -= len(word)
         if n in ends and room:
             lines[-1].append((" ", None))
             room -= 1
@@ -177,21 +161,17 @@ def coloured(lines: list, num_experts: int) -> str:
 
 def draw_tokens(lines: list, num_experts: int, path: str):
     """The same as a PNG, a cell of a monospaced font for each character."""
-    cell, height, size = 0.602 / 8, 1.45 / 8, 9  # inches; points: an eighth of an inch
+    cell, height = 0.602 / 8, 1.45 / 8  # inches, for letters of 9 points, an eighth of an inch
     figure = new_figure((len(lines) + 1) * height, (WIDTH + 2) * cell)
-    from matplotlib import font_manager, patches  # after new_figure, which chooses the backend
-
     figure.set_layout_engine("none")
     axis = figure.add_axes((0, 0, 1, 1))
     axis.set(xlim=(-1, WIDTH + 1), ylim=(len(lines) + 0.5, -0.5))
     axis.axis("off")
-    font = font_manager.get_font(font_manager.findfont("DejaVu Sans Mono"))
     for y, line in enumerate(lines):
         x = 0
         for text, expert in line:
             if expert is not None:
-                axis.add_patch(patches.Rectangle((x, y), columns(text), 1, color=colour(expert, num_experts), lw=0))
-            drawn = "".join(c if font.get_char_index(ord(c)) else "□" * columns(c) for c in text)
-            axis.text(x, y + 0.5, drawn, family="DejaVu Sans Mono", size=size, va="center", parse_math=False)
-            x += columns(text)
+                axis.barh(y + 0.5, len(text), height=1, left=x, color=colour(expert, num_experts))
+            axis.text(x, y + 0.5, text, family="DejaVu Sans Mono", size=9, va="center", parse_math=False)
+            x += len(text)
     save(figure, path)
