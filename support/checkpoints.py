@@ -128,10 +128,12 @@ def load_gpt2(source: str) -> GPT:
 
     ValueError when it cannot be had or is not a GPT-2.
     """
+    from huggingface_hub import snapshot_download
     from safetensors.torch import load_file
 
     try:
-        folder = source if os.path.isdir(source) else _folder_of_hub(source)
+        files = ["config.json", "model.safetensors"]
+        folder = source if os.path.isdir(source) else snapshot_download(source, allow_patterns=files)
         weights = load_file(os.path.join(folder, "model.safetensors"))
     except Exception as error:  # the hub's errors have no common base; each means that there are no weights
         advice = "give --init a folder with config.json and model.safetensors, or set HF_ENDPOINT to a hub in reach"
@@ -162,20 +164,6 @@ def read_gpt2_config(folder: str) -> MoEConfig:
             raise ValueError(f"{folder!r} has {key} {theirs[key]!r}, not {value!r}: only GPT-2 can be loaded")
     sizes = dict(vocab_size="vocab_size", context="n_positions", n_layer="n_layer", n_head="n_head", n_embd="n_embd")
     return MoEConfig(n_expert=1, **{ours: theirs.get(key) for ours, key in sizes.items()})
-
-
-def _folder_of_hub(source: str) -> str:
-    """Where the hub's copy of config.json and model.safetensors lies on this machine."""
-    from huggingface_hub import get_hf_file_metadata, hf_hub_download, hf_hub_url
-    from huggingface_hub.errors import LocalEntryNotFoundError
-
-    for file in ("config.json", "model.safetensors"):
-        try:
-            path = hf_hub_download(source, file, local_files_only=True)  # the cache needs no network
-        except LocalEntryNotFoundError:
-            get_hf_file_metadata(hf_hub_url(source, file))  # fails at once; a download tries for half a minute
-            path = hf_hub_download(source, file)
-    return os.path.dirname(path)
 
 
 # ------------------------------------------------------------------------------------ The model that a run starts from
@@ -209,11 +197,9 @@ def size_of(config: MoEConfig) -> str:
 
 def look_at(source: str) -> tuple[str | None, int | None]:
     """Size and vocabulary of the model that --init names, without reading its weights; None where it names none."""
+    if source in ("scratch", "gpt2"):
+        return ("gpt2", 50257) if source == "gpt2" else (None, None)
     kind, where = locate(source)
-    if kind == "scratch":
-        return None, None
-    if source == "gpt2":
-        return "gpt2", 50257
     with as_user_error():
         config = read_config(where) if kind == "checkpoint" else read_gpt2_config(where)
     return size_of(config), config.vocab_size
