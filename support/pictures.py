@@ -64,7 +64,7 @@ PANELS = (  # name in metrics.jsonl, title, unit; panels without a point are lef
     ("reward_mean", "Reward", "mean over the samples"),
     ("entropy", "Entropy of the answers", "nats a token"),
     ("clip_share", "Clipped", "share of the ratios"),
-    ("load_max", "Busiest expert", "share of a layer's tokens (dashed: even)"),
+    ("load_max", "Busiest expert", "share of tokens (dashed: even)"),
     ("router_entropy", "Entropy of the routers", "nats a token"),
 )
 POINTS = 60  # of a curve
