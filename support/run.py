@@ -169,7 +169,7 @@ class Run:
         """The checkpoint of a step that is due, or after which a stop was asked for, which then follows."""
         stopping = self.stop_asked
         if stopping or self.is_due(self.args.checkpoint_every):
-            self.check_finite(metrics)
+            self.check_finite({k: v.item() for k, v in metrics.items() if isinstance(v, Tensor) and v.numel() == 1})
             state = self.state
             state.clipped, state.seconds = int(state.clipped), time.perf_counter() - self.begun
             state.metrics_bytes = os.path.getsize(self.metrics_path)
