@@ -33,7 +33,7 @@ def as_text(value) -> str | None:
     if isinstance(value, list | tuple):
         items = [as_text(v) for v in value]
         return None if None in items else ",".join(items)
-    is_number = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    is_number = type(value) is int or isinstance(value, float) and math.isfinite(value)  # a bool is no number
     return value.strip() if isinstance(value, str) else str(value) if is_number else None
 
 
