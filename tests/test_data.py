@@ -198,7 +198,7 @@ def test_records_become_examples(tmp_path):
     write(tmp_path, "math500", "test", *rows, MATH | {"answer_variants": ["2", 3]}, MATH | {"answer_variants": None})
     found = {e.references for e in data.load_examples("math500", "test", data_dir=tmp_path)}
     assert found == {("204",), ("0.5",), ("1,3",), (f"1{'0' * 400}",), ("1", "2", "3"), ("1",)}
-    write(tmp_path, "squad", "test", SQUAD | {"answers": ["", " x "]})  # an empty answer is none
+    write(tmp_path, "squad", "test", b"\xef\xbb\xbf", SQUAD | {"answers": ["", " x "]})  # an empty answer is none
     assert data.load_examples("squad", "test", data_dir=tmp_path)[0].references == ("x",)
     write(tmp_path, "samsum", "test", SAMSUM)
     [example] = data.load_examples("samsum", "test", data_dir=tmp_path)  # lines end in a line feed
