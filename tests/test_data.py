@@ -203,9 +203,9 @@ def test_records_become_examples(tmp_path):
     write(tmp_path, "samsum", "test", SAMSUM)
     [example] = data.load_examples("samsum", "test", data_dir=tmp_path)  # lines end in a line feed
     assert (example.prompt, example.answer) == ("A: hi\nB: ho\nC\nTL;DR:", " They\ngreet.")
-    write(tmp_path, "gsm8k", "test", *(GSM8K | {"answer": a} for a in ("2", "2 ####", "<<1+1=2>>2 #### 2")))
+    write(tmp_path, "gsm8k", "test", *(GSM8K | {"answer": a} for a in ("2", "2 ####", "<<1+1=2>>1 #### 2 #### 3")))
     examples = data.load_examples("gsm8k", "test", data_dir=tmp_path)
-    assert [e.answer for e in examples] == [" 2\n#### 2"] and examples.skipped == 2
+    assert [e.answer for e in examples] == [" 1 #### 2\n#### 3"] and examples.skipped == 2
 
 
 def test_small_sets_of_ones_own(tmp_path, monkeypatch):

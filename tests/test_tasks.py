@@ -32,6 +32,7 @@ def test_draws_are_those_of_their_key():
     assert Order(50, 0)(0, 50) != Order(50, 1)(0, 50) != [(0, i) for _, i in Order(50, 1)(50, 50)]
     assert Order(7, 3, "prompts")(5, 4) == [(0, 3), (0, 0), (1, 6), (1, 1)]  # what runs of other versions drew
     assert torch.randint(1000, (3,), generator=rng(0, "routes", 5)).tolist() == [898, 249, 234]
+    assert TextBatches(np.arange(99, dtype=np.uint16), 10, 6, 0)(1).tokens[:, 0].tolist() == [81, 51, 57, 17, 87, 27]
 
 
 @moderate
