@@ -209,6 +209,8 @@ def find_sources(spec: DatasetSpec, split: str, data_dir: str | None) -> dict[st
     if spec.files and not spec.hub and not data_dir:
         file = next(iter(spec.files.values()))
         raise UserError(f"{spec.name} is read from files alone: --data-dir DIR reads DIR/{file}")
+    if spec.hub and not spec.files and data_dir:
+        raise UserError(f"{spec.name} comes from the hub alone: leave --data-dir out")
     sources = spec.files if data_dir else spec.hub.splits if spec.hub else {}
     if spec.text or spec.problems:  # made here
         sources = dict.fromkeys(SPLITS, spec.name)
