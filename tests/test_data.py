@@ -226,7 +226,7 @@ def test_small_sets_of_ones_own(tmp_path, monkeypatch):
     assert len(load("train", problems=five(("0",)))) == 5
     refused("own has no test split: it has train, validation", load, "test", files=two)
     refused("own is read from files alone: --data-dir DIR reads", load, "train", files=file, data_dir=None)
-    refused("own comes from the hub alone: leave --data-dir out", load, "train", hub=data.Hub("a/b", {"train": "train"}))
+    refused("own comes from the hub alone", load, "train", hub=data.Hub("a/b", {"train": "train"}))
     refused("own needs the field 'topic'", load, "train", files=file, key="topic")
     refused("records were left out, one because KeyError: 'x'", load, "train", lambda row: row["x"], files=file)
     refused("own has no train split: it has none", load, "train")
