@@ -209,6 +209,8 @@ def find_sources(spec: DatasetSpec, split: str, data_dir: str | None) -> dict[st
     if spec.files and not spec.hub and not data_dir:
         file = next(iter(spec.files.values()))
         raise UserError(f"{spec.name} is read from files alone: --data-dir DIR reads DIR/{file}")
+    if spec.hub and not spec.files and data_dir:
+        raise UserError(f"{spec.name} comes from the hub alone: leave --data-dir out")
     sources = spec.files if data_dir else spec.hub.splits if spec.hub else {}
     if spec.text or spec.problems:  # made here
         sources = dict.fromkeys(SPLITS, spec.name)
@@ -267,11 +269,13 @@ def _read_hub(spec: DatasetSpec, split: str):
             f"{', '.join(f'DIR/{file}' for file in dict.fromkeys(spec.files.values()))}, HF_HUB_OFFLINE=1 what was "
             "downloaded before; HF_ENDPOINT names a mirror, --dataset pydocs needs nothing"
         ) from error
-    theirs = {name: spec.hub.columns.get(name, name) for name in spec.fields}
-    for column in theirs.values():
+    names = [*dict.fromkeys(name for name in (*spec.fields, spec.key, *spec.hub.columns) if name)]
+    theirs = {spec.hub.columns.get(name, name): name for name in names}
+    for column in theirs:
         if column not in rows.column_names:
             raise UserError(f"{spec.hub.id} has no column {column!r}, only {', '.join(rows.column_names)}")
-    return rows.select_columns([*theirs.values()]).rename_columns({c: n for n, c in theirs.items() if c != n})
+    rows = rows.select_columns([*theirs]) if spec.fields else rows  # a row that names none gets all of them
+    return rows.rename_columns({c: name for c, name in theirs.items() if c != name})
 
 
 class Examples(list):
@@ -295,7 +299,7 @@ def load_examples(
     sources = find_sources(spec, split, data_dir)
     if spec.problems:
         with as_user_error():  # a user's own function may hand a text over where a tuple of texts belongs
-            rows = [example for key, example in spec.problems() if split_of(key) == split]
+            rows = [example for key, example in spec.problems() if split_of(str(key)) == split]
     else:
         rows = _read_jsonl(spec, sources[split], data_dir) if data_dir else _read_hub(spec, sources[split])
     carved = not spec.problems and list(sources.values()).count(sources[split]) > 1
@@ -372,19 +376,19 @@ def load_text(
     made_of = f"{CACHE_VERSION} {tokenizer.name} {tokenizer.vocab_size} {hashlib.sha256(raw).hexdigest()}"
     key = hashlib.sha256(made_of.encode()).hexdigest()[:16]
     path = Path(cache_dir, f"{name}-{split}-{tokenizer.name}-{key}.npy")
-    if not path.exists():
-        dtype = np.uint16 if tokenizer.vocab_size <= 2**16 else np.uint32
-        aside = path.with_name(f"{path.name}.{os.getpid()}.tmp")  # a killed run leaves no half a cache behind
-        try:
+    aside = path.with_name(f"{path.name}.{os.getpid()}.tmp")  # a killed run leaves no half a cache behind
+    try:
+        if not os.path.exists(path):  # not path.exists(), which raises where the folder may not be looked into
             path.parent.mkdir(parents=True, exist_ok=True)
+            dtype = np.uint16 if tokenizer.vocab_size <= 2**16 else np.uint32
             with open(aside, "wb") as file:
                 np.save(file, np.array([tokenizer.end, *tokenizer.encode(text)], dtype=dtype))
             os.replace(aside, path)
-        except OSError as error:
-            if aside.exists():
-                aside.unlink()
-            raise UserError(f"the token cache {path} cannot be written: {error.strerror}") from None
-    return TextSplit(np.load(path, mmap_mode="r"), len(raw), variant)
+        return TextSplit(np.load(path, mmap_mode="r"), len(raw), variant)
+    except OSError as error:
+        if os.path.exists(aside):
+            os.unlink(aside)
+        raise UserError(f"the token cache {path} cannot be written or read: {error.strerror}") from None
 
 
 def continuation_examples(

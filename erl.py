@@ -77,8 +77,8 @@ def erl_loss(router_log_probs, old_router_log_probs, advantages, perturbed, *, c
     A log ratio above 40 counts as 40, without gradient, because exp would overflow.
     Reduction: sum over S and K, divided by |S| * K; so a long text weighs more than a short one.
     Caution: the experts are drawn uniformly, and eq. 12 divides by the router's probability as if the router had drawn
-    them. An advantage A that says nothing of the expert then moves the logit of expert e along A (1/E - P(e)) (K = 1).
-    Below 0, as A is on average, that sharpens the router. `erl_objective(ratio="uniform")` divides by 1/E instead.
+    them. An advantage A that says nothing of the expert then moves the logit of expert e along A (1/E - P(e)). Where
+    A is below 0 at a position, that sharpens it. `erl_objective(ratio="uniform")` divides by 1/E instead.
     Returns (loss, metrics), metrics as detached 0-d tensors over the perturbed decisions:
       rl_loss                                  the loss
       ratio_mean                               mean of r = P / P_old; 1 as long as the router has not moved

@@ -26,7 +26,7 @@ from baselines import gmpo_loss, grpo_loss, gspo_loss
 BASES = {"gmpo": gmpo_loss, "gspo": gspo_loss, "grpo": grpo_loss}
 
 
-@torch.no_grad()  # A gradient through gamma would reward rows with A < 0 for moving the router: training collapses.
+@torch.no_grad()  # A gradient through gamma would reward rows with A < 0 for moving the router.
 def router_shift(
     router_log_probs, old_router_log_probs, *, floor: float = 0.8, layers: Literal["mean", "sum"] = "mean"
 ):

@@ -20,6 +20,7 @@ import os
 import sys
 
 import torch
+from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, AutoTokenizer, Qwen2MoeConfig, Qwen2MoeForCausalLM
 
 KEPT = """vocab_size hidden_size intermediate_size num_hidden_layers num_attention_heads num_key_value_heads head_dim
@@ -127,11 +128,11 @@ def main(argv=None) -> int:
         dense, tokenizer = load_dense(args.source)
         sizes = dict(num_experts=args.num_experts, top_k=args.top_k, every=args.every, shared=args.shared)
         model = upcycle(dense, **sizes, generator=torch.Generator().manual_seed(args.seed))
-    except (ValueError, OSError) as error:
+        model.save_pretrained(args.out)
+        tokenizer.save_pretrained(args.out)
+    except (ValueError, OSError, SafetensorError) as error:  # the last two on a full disk
         print(f"upcycle_hf: {str(error).splitlines()[0]}", file=sys.stderr)
         return 2
-    model.save_pretrained(args.out)
-    tokenizer.save_pretrained(args.out)
     print(f"{sum(p.numel() for p in model.parameters()):,} parameters in {args.out}; it computes what its parent does")
     print(f"largest difference of a log-probability: {largest_gap(dense, model):.1e}")
     return 0

@@ -2,6 +2,7 @@
 
     python results/headroom.py STARTS --data-dir DIR --setting a-new --check          PLAN.md's checks
     python results/headroom.py STARTS --data-dir DIR --setting a-new --all-rates      its arms
+    python results/headroom.py STARTS --data-dir DIR --setting c                      everything free, on new text
     python results/headroom.py report                                                 tables, verdicts, picture
 
 STARTS/N is a run folder of `train.py --algo lm` with the settings of PLAN.md. A run that has its row is not run again.
@@ -37,7 +38,7 @@ from moe import GPT, SIZES, MoEConfig, Routes, feed_forward, lm_loss, router_los
 from results.bandit import draw_panels
 from results.rows import add_row, heading, interval, line, read_rows, sign_flip_p
 from support.controls import constant, random_expert
-from support.optimizer import learning_rate
+from support.optimizer import learning_rate, make_optimizer, set_learning_rate
 from support.tasks import TextBatches, rng
 
 FOLDER = pathlib.Path(__file__).parent
@@ -56,7 +57,11 @@ LABELS = {  # the arms of PLAN.md
     "erl-again": "ERL once more, other draws",
 }
 ARMS = tuple(LABELS)
-TEXTS = {"a": "wikitext2", "a-new": "pydocs"}  # PLAN.md's settings that ran
+TEXTS = {"a": "wikitext2", "a-new": "pydocs", "c": "pydocs"}  # PLAN.md's settings that ran
+# (c): an arm, and how far its RL loss reaches (ERL's --erl-grad); the rate of all but the routers, theirs on start 0
+FREE_ARMS = ("none", "exact", "erl all", "random-credit all", "erl router", "random-credit router")
+FREE_ARMS += ("ratio-uniform router", "erl-again router")
+FREE_STEPS, FREE_RATE, FREE_RATES = 400, 3e-4, (3e-4, 3e-3, 1e-2)
 
 
 class Decisions(NamedTuple):
@@ -155,6 +160,32 @@ def train_last_router(arm: str, weight: Tensor, decisions: Decisions, rate: floa
         last_router_loss(arm, weight, *part, generator, means).backward()
         optimizer.step()
     return weight.detach()
+
+
+def free_loss(model: GPT, tokens: Tensor, arm: str, gradient: str, generator) -> Tensor:
+    """An arm's loss on one batch [B, T + 1] where everything is trained."""
+    targets, hidden = tokens[:, 1:], model.stem(tokens[:, :-1])
+
+    def forward(routes):
+        if routes is None:
+            features, routing = model.branch(hidden)
+            loss, log_probs = lm_loss(features, model.wte.weight, targets)
+            balance, z, _ = router_losses(routing.logits, routing.experts)
+            loss = loss + 1e-3 * (balance + z).sum()
+            if arm == "exact":
+                logits, worth = model.route_again(routing.inputs)[:, :, -1], last_decisions(model, [tokens]).log_probs
+                loss = loss + exact_credit(logits, worth)
+            return Pass(log_probs, routing.logits.detach().log_softmax(-1), loss)
+        with torch.set_grad_enabled(gradient == "all"):
+            features, routing = model.branch(hidden.repeat(M, 1, 1), routes=Routes(*routes))
+        logits = routing.logits if gradient == "all" else model.route_again(routing.inputs)
+        with torch.no_grad():
+            log_probs = token_log_probs(features, model.wte.weight, targets.repeat(M, 1))
+        return Pass(log_probs, logits.log_softmax(-1), None)
+
+    if arm in ("none", "exact"):
+        return forward(None).loss
+    return erl_arm(arm, forward, torch.ones_like(targets, dtype=torch.bool), generator, [])
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -287,6 +318,42 @@ def run_arms(folder: pathlib.Path, start: int, text: str, data_dir, draw: int, r
                 yield {"draw": draw, "arm": arm, "rate": rate} | score(weight, test, *routes)
 
 
+def run_free(folder: pathlib.Path, start: int, text: str, data_dir, arm: str, rate: float) -> dict:
+    """The row of one arm of (c). `left`: what exact credit would still gain on its last router."""
+    (batch, windows), (more, _) = (load_text(text, data_dir, 4, use, start) for use in ("free", "left"))
+    model, (name, gradient) = load_start(folder), f"{arm} all".split()[:2]
+    optimizer = make_optimizer(model, 0.1, rate / FREE_RATE)
+    for step in range(FREE_STEPS):
+        set_learning_rate(optimizer, step, FREE_STEPS, FREE_RATE)
+        optimizer.zero_grad()
+        generator = rng(start, "again" if name == "erl-again" else "routes", step)
+        free_loss(model, batch(step).tokens, name, gradient, generator).backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+    test, weight = last_decisions(model, windows.split(16)), model.blocks[-1].mlp.router.weight.detach()
+    figures = score(weight, test, *(routes := draw_routes(test.log_probs)))
+    with torch.no_grad():  # the largest load of any layer
+        loads = [layer.flatten().bincount(minlength=E) for layer in model(windows[:64, :-1])[1].experts.unbind(2)]
+    figures["max_load"] = max(load.max().item() / load.sum().item() for load in loads)
+    decisions = last_decisions(model, (more(step).tokens for step in range(100)))
+    left = figures["nats"] - score(train_last_router("exact", weight, decisions, 1e-2), test, *routes)["nats"]
+    return {"arm": arm, "rate": rate} | figures | {"left": left}
+
+
+def free_rate(rows) -> float:
+    """The routers' rate of every arm of (c): ERL's best on start 0, so that no difference is one of rates."""
+    nats = figures_of(rows, "nats", tuning=True)
+    return min(FREE_RATES, key=lambda rate: nats["erl router", rate][0])
+
+
+def run_setting_c(folder: pathlib.Path, start: int, text: str, data_dir):
+    """The arms of (c) in one start; on the tuning start ERL alone, at every rate."""
+    rates = FREE_RATES if start == 0 else [free_rate(read_rows("e1-free"))]
+    for arm, rate in itertools.product(["erl router"] if start == 0 else FREE_ARMS, rates):
+        if (start, arm, rate) not in {(r["start"], r["arm"], r["rate"]) for r in read_rows("e1-free")}:
+            add_row("e1-free", {"start": start} | run_free(folder, start, text, data_dir, arm, rate) | versions())
+
+
 def versions() -> dict:
     commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=FOLDER, capture_output=True, text=True).stdout
     return {"torch": torch.__version__, "cpu": torch.backends.cpu.get_cpu_capability(), "commit": commit.strip()}
@@ -410,6 +477,9 @@ def main():
         return draw_panels(FOLDER / "real-router.png", RATES, "learning rate of the router", titles, panels, level)
     for start in args.starts:
         where = pathlib.Path(args.folder, str(start)), start, TEXTS[args.setting], args.data_dir
+        if args.setting == "c":
+            run_setting_c(*where)
+            continue
         rows = [r for r in read_rows(name) if (r["setting"], r["start"]) == (args.setting, start)]
         found = [] if rows or not args.check else [run_check(*where)]
         chosen = {} if args.check or args.all_rates else chosen_rates(read_rows(name))

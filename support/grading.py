@@ -32,8 +32,8 @@ def as_text(value) -> str | None:
     """The text of an answer in a record: a text, a finite number, or a list of them; None for anything else."""
     if isinstance(value, list | tuple):
         items = [as_text(v) for v in value]
-        return None if None in items else ",".join(items)
-    is_number = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+        return None if None in items else ",".join(filter(None, items))
+    is_number = type(value) is int or isinstance(value, float) and math.isfinite(value)  # a bool is no number
     return value.strip() if isinstance(value, str) else str(value) if is_number else None
 
 

@@ -194,18 +194,18 @@ def test_odd_records_are_left_out_and_counted(tmp_path, good, odd):
 
 
 def test_records_become_examples(tmp_path):
-    rows = [MATH | {"answer": a} for a in (204, 0.5, ["1", 3])]
+    rows = [MATH | {"answer": a} for a in (204, 0.5, ["1", 3], 10**400)]
     write(tmp_path, "math500", "test", *rows, MATH | {"answer_variants": ["2", 3]}, MATH | {"answer_variants": None})
     found = {e.references for e in data.load_examples("math500", "test", data_dir=tmp_path)}
-    assert found == {("204",), ("0.5",), ("1,3",), ("1", "2", "3"), ("1",)}
-    write(tmp_path, "squad", "test", SQUAD | {"answers": ["", " x "]})  # an empty answer is none
+    assert found == {("204",), ("0.5",), ("1,3",), (f"1{'0' * 400}",), ("1", "2", "3"), ("1",)}
+    write(tmp_path, "squad", "test", b"\xef\xbb\xbf", SQUAD | {"answers": ["", " x "]})  # an empty answer is none
     assert data.load_examples("squad", "test", data_dir=tmp_path)[0].references == ("x",)
     write(tmp_path, "samsum", "test", SAMSUM)
     [example] = data.load_examples("samsum", "test", data_dir=tmp_path)  # lines end in a line feed
     assert (example.prompt, example.answer) == ("A: hi\nB: ho\nC\nTL;DR:", " They\ngreet.")
-    write(tmp_path, "gsm8k", "test", *(GSM8K | {"answer": a} for a in ("2", "2 ####", "<<1+1=2>>2 #### 2")))
+    write(tmp_path, "gsm8k", "test", *(GSM8K | {"answer": a} for a in ("2", "2 ####", "<<1+1=2>>1 #### 2 #### 3")))
     examples = data.load_examples("gsm8k", "test", data_dir=tmp_path)
-    assert [e.answer for e in examples] == [" 2\n#### 2"] and examples.skipped == 2
+    assert [e.answer for e in examples] == [" 1 #### 2\n#### 3"] and examples.skipped == 2
 
 
 def test_small_sets_of_ones_own(tmp_path, monkeypatch):
@@ -215,7 +215,7 @@ def test_small_sets_of_ones_own(tmp_path, monkeypatch):
         return data.load_examples("own", split, data_dir=data_dir)
 
     def five(right):
-        return lambda: ((str(i), data.Example(f"{i}=", "0", right)) for i in range(5))
+        return lambda: ((i, data.Example(f"{i}=", "0", right)) for i in range(5))
 
     rows, file = [{"q": f"{i}+1=", "a": str(i + 1)} for i in range(100)], data._splits("own.jsonl")
     Path(tmp_path, "own.jsonl").write_text("\n".join(map(json.dumps, rows)))
@@ -226,11 +226,17 @@ def test_small_sets_of_ones_own(tmp_path, monkeypatch):
     assert len(load("train", problems=five(("0",)))) == 5
     refused("own has no test split: it has train, validation", load, "test", files=two)
     refused("own is read from files alone: --data-dir DIR reads", load, "train", files=file, data_dir=None)
+    refused("own comes from the hub alone", load, "train", hub=data.Hub("a/b", {"train": "train"}))
     refused("own needs the field 'topic'", load, "train", files=file, key="topic")
     refused("records were left out, one because KeyError: 'x'", load, "train", lambda row: row["x"], files=file)
     refused("own has no train split: it has none", load, "train")
     refused("own has no validation example.*add problems", load, "validation", problems=five(("0",)))
     refused("expected a tuple of texts", load, "train", problems=five("0"))  # ("0"), the comma forgotten
+    text = data.DatasetSpec("own", "text", "bytes", 4, **data._UNIGRAMS, files=data._splits("own.txt"))
+    monkeypatch.setitem(data.DATASETS, "own", text)
+    Path(tmp_path, "own.txt").write_text("One paragraph.")
+    for split in {*data.SPLITS} - {data.split_of("One paragraph.")}:
+        refused(f"own has no {split} paragraph", data.load_text, "own", split, BYTES, data_dir=tmp_path)
 
 
 @quick
@@ -281,6 +287,8 @@ def test_every_set_reads_from_the_hub_as_from_files(tmp_path):
                 else:
                     examples = data.load_examples(spec.name, split)
                     out[f"{spec.name} {split}"] = [[e.prompt, e.answer, e.references] for e in examples]
+        object.__setattr__(data.DATASETS["gsm8k"], "fields", ())  # a row that names none gets all
+        assert len(data.load_examples("gsm8k", "validation")) == len(out["gsm8k validation"])
         object.__setattr__(data.DATASETS["samsum"], "fields", ("talk", "summary"))
         out["other columns"] = attempt(data.load_examples, "samsum", "train")
         print(json.dumps(out))

@@ -316,6 +316,7 @@ def test_random_expert_credits_other_experts_for_the_same_decisions():
     assert (found.experts.flatten().bincount(minlength=8) / found.experts.numel() - 1 / 8).abs().max() < 0.02
     assert abs((found.experts == paths.experts).double().mean() - 1 / 8) < 0.02  # drawn anew, whatever was tried
     torch.testing.assert_close(found.old_router_log_probs, toy.log_P(found.experts).detach())
+    assert not found.old_router_log_probs.requires_grad
 
 
 def test_shuffled_moves_the_advantages_that_the_loss_reads_and_no_others():

@@ -35,7 +35,7 @@ def test_references_are_a_tuple_of_texts(references):
 
 
 def test_only_texts_and_numbers_become_answers():
-    assert [as_text(v) for v in (" 23 ", 23, 2.5, [3, "5"], "")] == ["23", "23", "2.5", "3,5", ""]
+    assert [as_text(v) for v in (" 23 ", 23, 2.5, [3, "5"], "", ["", ""])] == ["23", "23", "2.5", "3,5", "", ""]
     for value in ({"a": 1}, None, float("nan"), float("inf"), True, [1, None], [[True]], b"3"):
         assert as_text(value) is None
 
