@@ -10,6 +10,8 @@ import sys
 import types
 import typing
 
+import torch
+
 import data
 from moe import GATES, SIZES
 from support.checkpoints import drop_capacity, locate, look_at
@@ -353,5 +355,6 @@ def announce(args, step: int, size: int, active: int):
     if step:
         print("all" if step == total else f"{step} of", f"{total} steps are done", file=sys.stderr)
     steps = f"{first if args.pretrain_steps else ''}{args.steps} steps at learning rate {args.lr:g}"
-    print(f"{args.algo} on {args.dataset}: {steps}, seed {args.seed}", file=sys.stderr)
+    threads = f"{torch.get_num_threads()} thread(s)"
+    print(f"{args.algo} on {args.dataset}: {steps}, seed {args.seed}, {threads}", file=sys.stderr)
     print(f"{size:,} parameters, {active:,} active a token; every setting in {args.out}/config.json", file=sys.stderr)

@@ -141,8 +141,12 @@ class Run:
     # ---- writing down
 
     def log_row(self, **row):
-        with open(self.metrics_path, "a") as file:
-            file.write(json.dumps(row) + "\n")
+        try:
+            with open(self.metrics_path, "a") as file:
+                file.write(json.dumps(row) + "\n")
+        except OSError as error:
+            why = f"{self.metrics_path} could not be written ({error.strerror})"
+            raise UserError(f"{why}; the last checkpoint stays") from error
 
     def log(self, metrics: dict, lr: float):
         """A step's metrics as a line of metrics.jsonl and on the bar."""
@@ -277,10 +281,13 @@ def open_folder(args):
     """args.out becomes the run's folder: a new one, or with --resume the one that is there."""
     if args.out and not args.resume and os.path.isdir(args.out) and os.listdir(args.out):
         raise UserError(f"{args.out} is not empty: continue its run with --resume, or name another folder with --out")
-    args.out = args.out or _free_folder(os.path.join("runs", f"{args.algo}-{args.dataset}-seed{args.seed}"))
-    os.makedirs(args.out, exist_ok=True)
-    if not args.resume:
-        write_json(os.path.join(args.out, "config.json"), {k: v for k, v in vars(args).items() if k != "resume"})
+    try:
+        args.out = args.out or _free_folder(os.path.join("runs", f"{args.algo}-{args.dataset}-seed{args.seed}"))
+        os.makedirs(args.out, exist_ok=True)
+        if not args.resume:
+            write_json(os.path.join(args.out, "config.json"), {k: v for k, v in vars(args).items() if k != "resume"})
+    except OSError as error:
+        raise UserError(f"cannot write the run folder {args.out or 'runs'}: {error.strerror}") from error
 
 
 def _free_folder(name: str) -> str:
