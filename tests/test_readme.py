@@ -29,10 +29,10 @@ MICRO_ANSWERS = "--pretrain-steps 2 --steps 2 --prompts-per-step 4 --eval-sample
 def commands_of(page: Path) -> list[str]:
     """Every command of a page that begins with python, in blocks, tables and text; RUN stands for a run folder.
 
-    "`python train.py --algo erl ...`, `--algo lm`" are two: the second is the first with that flag.
+    "`python train.py --algo erl ...`; `--algo lm`" are two: the second is the first with that flag.
     """
     text, found = page.read_text(encoding="utf-8"), []
-    for command, other in re.findall(r"`(python [^`]+)`(?:, `(--algo \w+)`)?", BLOCK.sub("", text)):
+    for command, other in re.findall(r"`(python [^`]+)`(?:; `(--algo \w+)`)?", BLOCK.sub("", text)):
         found += [command, re.sub(r"--algo \w+", other, command)] if other else [command]
     found += [line for _, body in BLOCK.findall(text) for line in body.splitlines() if line.startswith("python ")]
     return [" ".join(command.split(" #")[0].split()) for command in found]
@@ -110,8 +110,8 @@ def test_the_example_to_copy_runs_and_its_number_is_looked_at():
 
 
 def added() -> tuple[dict, list]:
-    """What README tells one to add: its functions by name, and the rows of DATASETS."""
-    section = README.split("## Add a method")[1].split("\n## ")[0]
+    """What README and docs/data-sets.md tell one to add: their functions by name, and the rows of DATASETS."""
+    section = README.split("## Add a method")[1].split("\n## ")[0] + (ROOT / "docs" / "data-sets.md").read_text()
     rows, names = [], vars(data) | {"problems": SimpleNamespace(), "Example": data.Example}
     for statement in ast.parse("\n".join(body for _, body in BLOCK.findall(section))).body:
         if isinstance(statement, ast.Expr):
@@ -122,7 +122,7 @@ def added() -> tuple[dict, list]:
     return names, rows
 
 
-def test_a_method_and_two_data_sets_as_the_readme_adds_them(micro, monkeypatch):
+def test_a_method_and_two_data_sets_as_the_pages_add_them(micro, monkeypatch):
     names, rows = added()
     monkeypatch.setitem(train.METHODS, "reinforce", names["reinforce_loss"])
     monkeypatch.setitem(train.OPTIONS, "reinforce", options_of(names["reinforce_loss"]))
