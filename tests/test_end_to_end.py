@@ -235,7 +235,7 @@ def test_the_demo(here, monkeypatch, capsys):
     demo.demo(train.run, train.parse)
     out = capsys.readouterr().out
     assert len(seen) == 2 and Path("runs/demo/demo.png").stat().st_size > 10_000
-    rows = {arm: summary_of(f"runs/demo/{arm}") for arm in ("dense", "MoE", "ERL", "ERL-random")}
+    rows = {arm: summary_of(f"runs/demo/{arm}") for arm in ("dense", "MoE", "ERL", "control")}
     assert all(f"{row['perplexity']:.3f}" in out for row in rows.values()) and "Verdict: ERL's ranks are" in out
 
 
@@ -244,7 +244,7 @@ def test_the_verdict_of_the_demo_is_computed():
 
     def rows(ours, control):
         return {
-            n: {"mrr": m, "mrr_standard_error": 0.03} for n, m in (("MoE", 0.1), ("ERL", ours), ("ERL-random", control))
+            n: {"mrr": m, "mrr_standard_error": 0.03} for n, m in (("MoE", 0.1), ("ERL", ours), ("control", control))
         }
 
     assert "within the noise of the control" in verdict(rows(0.5, 0.45))  # .05 < 1.96 * .03 * sqrt(2) = .083
