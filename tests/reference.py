@@ -112,7 +112,7 @@ def router_shift(new, old, floor=0.8, layers="mean"):
             shift = 0.0
             for layer in range(L):
                 shift += sum(abs(new[b, t, layer, k] - old[b, t, layer, k]) for k in range(K)) / K
-            gamma[b, t] = max(math.exp(-shift / L if layers == "mean" else -shift), floor)
+            gamma[b, t] = max(math.exp(-shift / max(L, 1) if layers == "mean" else -shift), floor)
     return gamma
 
 

@@ -132,7 +132,8 @@ def evaluate(loss, tensors, options, dtype):
     new = inputs[0].requires_grad_()
     value, metrics = loss(*inputs, **options)
     (gradient,) = torch.autograd.grad(value, new)
-    assert value.shape == () and gradient.dtype == dtype and not any(m.requires_grad for m in metrics.values())
+    assert value.shape == () and value.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
+    assert gradient.dtype == dtype and all(m.shape == () and not m.requires_grad for m in metrics.values())
     return value.detach().double(), gradient.double(), metrics
 
 
