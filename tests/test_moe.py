@@ -151,19 +151,15 @@ def test_forward_by_the_book(variant):
     """Along its own routes, along explored ones and along replayed ones."""
     model = make(1, torch.float64, **variant)
     tokens = words(model, 2)
-    imposed = (
-        [random_routes(model, 2, 9, uniform=uniform) for uniform in (True, False)] if model.config.moe_blocks else []
-    )
-    for routes in (None, *imposed):
+    drawn = [random_routes(model, 2, 9, uniform=uniform) for uniform in (True, False)]
+    for routes in (None, *drawn) if model.config.moe_blocks else (None,):
         out = run(model, tokens, routes=routes)
         logits, router, used = book_forward(model, tokens, routes)
         np.testing.assert_allclose(out.logits.detach(), logits, atol=1e-10)
-        if imposed:
+        if model.config.moe_blocks:
             np.testing.assert_allclose(out.routing.logits.detach(), router, atol=1e-10)
             assert (out.routing.experts.numpy() == used).all()
-            assert torch.equal(
-                out.routing.forced, torch.zeros(used.shape[:3], dtype=torch.bool) if routes is None else routes.forced
-            )
+            assert torch.equal(out.routing.forced, torch.zeros(used.shape[:3]) > 0 if routes is None else routes.forced)
             P = np.take_along_axis(np.exp(router) / np.exp(router).sum(-1, keepdims=True), used, -1)
             np.testing.assert_allclose(out.routing.expert_log_probs().detach(), np.log(P), atol=1e-9)
 
@@ -237,47 +233,18 @@ def test_bfloat16_dispatch_is_as_exact_as_bfloat16():
         assert (a - b).norm() < 0.01 * b.norm()
 
 
-def test_renorm_gate_survives_experts_of_probability_zero():
-    logits = torch.tensor([[[0.0, -200.0, -201.0, -300.0]]])
-    experts, forced = torch.tensor([[[1, 2]]]), torch.tensor([[True]])
-    for gate in ("renorm", "straight"):
-        config = MoEConfig(**SMALL | dict(gate=gate))
-        weights = choose_experts(logits, config, Routes(experts, forced, uniform=False))[1]
-        torch.testing.assert_close(weights[0, 0], torch.tensor([0.0, -1.0]).softmax(-1))
-
-
-@moderate
-@given(st.integers(1, 4), seeds)
-def test_the_gates_in_value_and_gradient(top_k, seed):
-    """One softmax. `straight` has renorm's value to the bit, and the gradient of P_i / (sum_topK P).detach()."""
-    logits = (3 * torch.randn(2, 5, 4, generator=rng(seed), dtype=torch.float64)).requires_grad_()
-    P = logits.softmax(-1)
-    to = torch.randn(2, 5, top_k, generator=rng(seed + 1), dtype=torch.float64)
-    found = {}
-    for gate in ("renorm", "prob", "straight"):
-        experts, weights = choose_experts(logits, MoEConfig(**SMALL | dict(top_k=top_k, gate=gate)))
-        assert torch.equal(experts, P.argsort(-1, descending=True)[..., :top_k])
-        chosen = P.gather(-1, experts)
-        total = chosen.sum(-1, keepdim=True)
-        expected = {"renorm": chosen / total, "prob": chosen, "straight": chosen / total.detach()}[gate]
-        torch.testing.assert_close(weights, expected)
-        found[gate] = weights
-        ours, book = (torch.autograd.grad((w * to).sum(), logits, retain_graph=True)[0] for w in (weights, expected))
-        torch.testing.assert_close(ours, book)
-        assert (ours != 0).all() if gate != "renorm" else top_k > 1 or not ours.any()
-    assert torch.equal(found["straight"], found["renorm"])
+@pytest.mark.parametrize("gate", ["renorm", "straight"])
+def test_renormalised_gates(gate):
+    """They survive experts of probability zero; `straight` has the value of `renorm` to the bit."""
+    logits, experts = torch.tensor([[[0.0, -200.0, -201.0, -300.0]]]), torch.tensor([[[1, 2]]])
+    config, routes = MoEConfig(**SMALL | dict(gate=gate)), Routes(experts, torch.tensor([[True]]), uniform=False)
+    torch.testing.assert_close(choose_experts(logits, config, routes)[1][0, 0], torch.tensor([0.0, -1.0]).softmax(-1))
+    logits = 3 * torch.randn(2, 50, 4, generator=rng())
+    expected = choose_experts(logits, MoEConfig(**SMALL | dict(gate="renorm")))[1]
+    assert torch.equal(choose_experts(logits, config)[1], expected)
 
 
 # -------------------------------------------------------------------------------------------------------- router losses
-
-
-@pytest.mark.parametrize("top_k", [1, 2, 3])
-def test_balance_is_1_at_perfect_balance_for_every_k(top_k):
-    E, T = 6, 12
-    experts = torch.stack([(torch.arange(T) + k) % E for k in range(top_k)], -1)[None, :, None]
-    balance, _, load = router_losses(torch.zeros(1, T, 1, E), experts)
-    torch.testing.assert_close(balance, torch.ones(1))
-    torch.testing.assert_close(load, torch.full((1, E), 1 / E))
 
 
 @moderate
@@ -332,56 +299,14 @@ def test_replaying_its_own_routes_changes_no_bit(variant):
 
 
 @moderate
-@given(st.sampled_from(VARIANTS), st.integers(1, 8), seeds)
-def test_a_later_token_changes_nothing_earlier(variant, t, seed):
-    """With forced routes too. Earlier tokens may stand on other rows of an expert's product, so values are equal to a
-    rounding; their gradient with respect to what comes later is exactly 0."""
-    model = make(seed, torch.float64, **variant)
-    tokens = words(model, seed=seed)
-    other = tokens.clone()
-    other[:, t:] = (other[:, t:] + 1) % 23
-    routes = random_routes(model, *tokens.shape, seed)
-    a, b = run(model, tokens, routes=routes), run(model, other, routes=routes)
-    torch.testing.assert_close(a.logits[:, :t], b.logits[:, :t], atol=1e-13, rtol=0)
-    assert torch.equal(a.routing.experts[:, :t], b.routing.experts[:, :t])
-    assert not torch.equal(a.logits[:, t:], b.logits[:, t:])
-    hidden = model.stem(tokens).detach().requires_grad_()
-    features, routing = model.branch(hidden, routes=routes)
-    (grad,) = gradients(features[:, :t].square().sum() + routing.logits[:, :t].square().sum(), [hidden])
-    assert not grad[:, t:].any() and grad[:, :t].any()
-
-
-@moderate
 @given(st.sampled_from(VARIANTS), seeds)
-def test_companions_and_padding_change_nothing(variant, seed):
+def test_companions_and_later_tokens_change_nothing(variant, seed):
     model = make(seed, **variant)
     tokens = words(model, seed=seed)
     together = run(model, tokens)
     alone = run(model, tokens[1:2, :6])
     torch.testing.assert_close(together.logits[1:2, :6], alone.logits, atol=1e-5, rtol=1e-5)
     assert torch.equal(together.routing.experts[1:2, :6], alone.routing.experts)
-
-
-@moderate
-@given(st.sampled_from(VARIANTS[1:]), seeds)
-def test_relabelled_experts_compute_the_same(variant, seed):
-    model = make(seed, **variant)
-    twin = copy.deepcopy(model)
-    order = torch.randperm(4, generator=rng(seed))  # expert order[i] of the model is expert i of its twin
-    with torch.no_grad():
-        for i in model.config.moe_blocks:
-            for name, p in model.blocks[i].mlp.named_parameters():
-                if not name.startswith("shared"):
-                    twin.blocks[i].mlp.get_parameter(name).copy_(p[order])
-    tokens = words(model, seed=seed)
-    ours, theirs = run(model, tokens), run(twin, tokens)
-    torch.testing.assert_close(ours.logits, theirs.logits, atol=1e-5, rtol=1e-5)
-    assert torch.equal(order[theirs.routing.experts], ours.routing.experts)
-    (balance, _, load), (other, _, permuted) = (
-        router_losses(x.routing.logits, x.routing.experts) for x in (ours, theirs)
-    )
-    torch.testing.assert_close(load[:, order], permuted)
-    torch.testing.assert_close(balance, other)
 
 
 @pytest.mark.parametrize("variant", VARIANTS[1:], ids=name_of)
@@ -399,8 +324,7 @@ def test_stem_and_branch_are_the_forward_for_several_routes_at_once(variant):
     torch.testing.assert_close(routing.logits, torch.cat([r.logits for _, r in separate]), atol=1e-5, rtol=1e-5)
     ours = gradients((features * to).sum(), parameters)
     plain = gradients((torch.cat([f for f, _ in separate]) * to).sum(), parameters)
-    for a, b in zip(ours, plain, strict=True):
-        torch.testing.assert_close(a, b, atol=1e-3, rtol=1e-3)
+    torch.testing.assert_close(ours, plain, atol=1e-3, rtol=1e-3)
 
 
 def test_route_again_reaches_the_routers_alone():
@@ -480,24 +404,19 @@ def plain_log_probs(features, weight, targets, temperature=1.0):
     return (features @ weight.T / temperature).log_softmax(-1).gather(-1, targets[..., None]).squeeze(-1)
 
 
-def assert_same_gradients(loss, expected, parameters, **tolerance):
-    for a, b in zip(gradients(loss, parameters), gradients(expected, parameters), strict=True):
-        torch.testing.assert_close(a, b, **tolerance)
-
-
 @pytest.mark.parametrize("masked", ["all", "some", "none"])
 def test_the_head_equals_log_softmax(masked):
     features, weight, targets, mask = head_case(0)
     keep = {"all": mask | True, "some": mask, "none": mask & False}[masked]
     loss, log_probs = lm_loss(features, weight, targets, None if masked == "all" else keep)
     book = plain_log_probs(features, weight, targets)
-    expected = -book[keep].sum() / max(int(keep.sum()), 1)
-    torch.testing.assert_close(loss, expected)
     torch.testing.assert_close(log_probs, book.detach())
-    assert_same_gradients(3 * loss, 3 * expected, (features, weight), atol=1e-5, rtol=1e-4)
-    ours, book = (f(features, weight, targets, 0.6) for f in (token_log_probs, plain_log_probs))
-    torch.testing.assert_close(ours, book)
-    assert_same_gradients((ours * keep).sum(), (book * keep).sum(), (features, weight))
+    ours, warm = (f(features, weight, targets, 0.6) for f in (token_log_probs, plain_log_probs))
+    torch.testing.assert_close(ours, warm)
+    for a, b in ((loss, -book[keep].sum() / max(int(keep.sum()), 1)), ((ours * keep).sum(), (warm * keep).sum())):
+        torch.testing.assert_close(a, b)
+        slopes = (gradients(3 * x, (features, weight)) for x in (a, b))
+        torch.testing.assert_close(*slopes, atol=1e-5, rtol=1e-4)
 
 
 def test_temperatures_near_zero_are_the_coldest():
@@ -566,15 +485,9 @@ def test_upcycling_takes_a_dense_model_of_the_same_sizes_and_its_dtype():
         upcycle(make(), MoEConfig(**SMALL))
 
 
-def test_impossible_configurations_are_refused():
-    changes = (
-        dict(top_k=5),
-        dict(n_head=3),
-        dict(gate="softmax"),
-        dict(n_expert=0),
-        dict(n_embd=16.0),
-        dict(moe_every=4),
-    )
-    for change in changes:
-        with pytest.raises(ValueError, match=[*change][0]):
-            MoEConfig(**SMALL | change)
+@pytest.mark.parametrize(
+    "name, value", dict(top_k=5, n_head=3, gate="softmax", n_expert=0, n_embd=16.0, moe_every=4).items()
+)
+def test_impossible_configurations_are_refused(name, value):
+    with pytest.raises(ValueError, match=name):
+        MoEConfig(**SMALL | {name: value})
