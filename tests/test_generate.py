@@ -11,7 +11,7 @@ from test_moe import random_routes, rng
 from moe import MIN_TEMPERATURE, Routes
 from support.generation import Cache, beam_search, generate, sample_tokens, sampler_of
 
-VARIANTS = [dict(n_expert=1), dict(top_k=1), dict(top_k=2, n_shared_expert=1, gate="prob", moe_every=1)]
+VARIANTS = [dict(n_expert=1), dict(top_k=2), dict(top_k=1, n_shared_expert=1, gate="prob", moe_every=1)]
 PROMPTS = [[3, 1, 2], [4], [2, 2, 2, 2, 2, 1], [4], [1, 4]]  # of different lengths, one of them twice
 END = 0
 variants = pytest.mark.parametrize("variant", VARIANTS, ids=str)
@@ -68,11 +68,16 @@ def test_a_word_of_probability_zero_is_never_drawn(u, monkeypatch):
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
 @variants
 def test_recorded_while_generating_equals_a_teacher_forced_forward(variant, temperature):
+    """Along its own routes, along explored ones and along replayed ones."""
     ends = set()
-    for seed in range(4):
+    for seed, uniform in enumerate((None, None, True, False)):
         model, how = make(seed, **variant), dict(temperature=temperature, top_p=0.95, generator=rng(seed))
-        rollout = generate(model, PROMPTS, max_new_tokens=9, end_token=END, **how)
-        log_probs, picked, routing = teacher_forced(model, rollout.tokens, None, temperature)
+        routed = uniform is not None and model.config.moe_blocks
+        routes = random_routes(model, len(PROMPTS), 14, seed, uniform=uniform) if routed else None
+        rollout = generate(model, PROMPTS, max_new_tokens=9, end_token=END, routes=routes, **how)
+        T = rollout.tokens.shape[1] - 1
+        routes = routes and Routes(routes.experts[:, :T], routes.forced[:, :T], uniform)
+        log_probs, picked, routing = teacher_forced(model, rollout.tokens, routes, temperature)
         expected = torch.zeros_like(rollout.response_mask)
         for b, start, end in rows_of(rollout):
             assert rollout.tokens[b, :start].tolist() == PROMPTS[b] and (rollout.tokens[b, end:] == END).all()
@@ -87,20 +92,6 @@ def test_recorded_while_generating_equals_a_teacher_forced_forward(variant, temp
         entropies = -(log_probs.exp() * log_probs).sum(-1)
         torch.testing.assert_close(rollout.entropies, entropies * expected, atol=1e-5, rtol=0)
     assert len(ends) > 3 and 9 in ends  # some ended, so the longer ones went on beside finished rows
-
-
-@pytest.mark.parametrize("uniform", [True, False])
-@pytest.mark.parametrize("variant", [VARIANTS[1], dict(top_k=2, moe_every=1)], ids=str)
-def test_imposed_routes_are_used_while_generating(variant, uniform):
-    model = make(5, **variant)
-    routes = random_routes(model, len(PROMPTS), 14, uniform=uniform)
-    rollout = generate(model, PROMPTS, max_new_tokens=9, end_token=END, generator=rng(), routes=routes)
-    T = rollout.tokens.shape[1] - 1
-    imposed = Routes(routes.experts[:, :T], routes.forced[:, :T], uniform)
-    _, picked, routing = teacher_forced(model, rollout.tokens, imposed)
-    torch.testing.assert_close(rollout.log_probs, picked * rollout.response_mask, atol=1e-5, rtol=0)
-    for b, _, end in rows_of(rollout):
-        assert torch.equal(rollout.experts[b, : end - 1], routing.experts[b, : end - 1])
 
 
 def test_the_generator_decides_and_nothing_else_moves():

@@ -12,18 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import moe
-from moe import (
-    GPT,
-    MIN_TEMPERATURE,
-    MoE,
-    MoEConfig,
-    Routes,
-    choose_experts,
-    lm_loss,
-    router_losses,
-    token_log_probs,
-    upcycle,
-)
+from moe import GPT, MoE, MoEConfig, Routes, choose_experts, lm_loss, router_losses, token_log_probs, upcycle
 
 SMALL = dict(vocab_size=23, context=12, n_layer=3, n_head=2, n_embd=16, n_expert=4, top_k=2, moe_every=2)
 seeds = st.integers(0, 10_000)
@@ -422,7 +411,7 @@ def test_the_head_equals_log_softmax(masked):
 def test_temperatures_near_zero_are_the_coldest():
     """And not 0/0 or infinity."""
     features, weight, targets, _ = head_case(1)
-    expected = token_log_probs(features, weight, targets, MIN_TEMPERATURE)
+    expected = token_log_probs(features, weight, targets, moe.MIN_TEMPERATURE)
     for temperature in (1e-38, 1e-45, 0.0):
         assert torch.equal(token_log_probs(features, weight, targets, temperature), expected)
     assert expected.isfinite().all()

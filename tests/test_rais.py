@@ -153,15 +153,6 @@ def test_metrics_by_hand():
     assert rais_loss(new, old, A, mask, old_router, old_router, floor=1)[1]["floor_share"] == 0  # at it is not below
 
 
-@bases
-def test_no_floor_and_a_router_that_left(base):
-    """A probability that fell to 0: gamma is 0, the token has no weight, nothing is NaN."""
-    new, old, A, mask, router, old_router = make(11)
-    new.requires_grad_()
-    loss, metrics = rais_loss(new, old, A.abs(), mask, router - math.inf, old_router, base=base, floor=0)
-    assert metrics["gamma_mean"] == 0 and loss == 0 and not torch.autograd.grad(loss, new)[0].any()
-
-
 NAMES = [*inspect.signature(rais_loss).parameters]
 BAD = [
     ("log_probs", torch.zeros(5), "^log_probs"),
