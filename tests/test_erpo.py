@@ -49,11 +49,11 @@ def make(seed, P=2, G=2, T=6, L=2, K=2, E=4, spread=0.5, changed=0.4, shortest=1
 NAMES = "log_probs old_log_probs rewards response_mask experts old_experts expert_probs old_expert_probs".split()
 
 
-def by_the_book(inputs, weights=None, **options):
+def by_the_book(inputs, weights=None, alpha=0.2, clips=(0.2, 0.28), kind="relative"):
     arrays = (inputs[n].detach() for n in NAMES)
     arrays = (x.double().numpy() if x.is_floating_point() else x.numpy() for x in arrays)
     weights = None if weights is None else weights.numpy()
-    return reference.erpo(*arrays, inputs["num_experts"], inputs["group_size"], weights=weights, **options)
+    return reference.erpo(*arrays, inputs["num_experts"], inputs["group_size"], alpha, *clips, kind, weights)
 
 
 def with_gradient(inputs, **options):
@@ -85,9 +85,9 @@ def test_value_and_gradient_equal_the_reference(seed, P, G, T, L, K, E, alpha, k
     inputs = make(seed, P, G, T, L, K, E, shortest=0)
     weights = 2 * torch.rand(P * G, T, generator=torch.Generator().manual_seed(seed)).double()
     for w, clips in ((None, (0.2, 0.28)), (weights, (0.05, 0.4))):
-        options = dict(alpha=alpha, entropy_reward=kind)
-        expected, expected_gradient, counts = by_the_book(inputs, w, low=clips[0], high=clips[1], **options)
-        loss, gradient, metrics = with_gradient(inputs, weights=w, clip_low=clips[0], clip_high=clips[1], **options)
+        expected, expected_gradient, counts = by_the_book(inputs, w, alpha, clips, kind)
+        options = dict(alpha=alpha, clip_low=clips[0], clip_high=clips[1], entropy_reward=kind)
+        loss, gradient, metrics = with_gradient(inputs, weights=w, **options)
         assert loss == pytest.approx(expected, abs=1e-9)
         np.testing.assert_allclose(gradient, expected_gradient, atol=1e-9)
         e, H, R_ent = (np.array([*counts.pop(name).values()] or [0.0]) for name in ("e", "H", "R_ent"))

@@ -6,6 +6,7 @@ import math
 import numpy as np
 import pytest
 import reference
+import test_baselines
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -20,14 +21,10 @@ seeds = st.integers(0, 10_000)
 
 def make(seed, B=3, T=5, L=2, K=2, spread=0.3, drift=0.15):
     """log_probs, old [B, T], advantages [B], mask [B, T], router log-probs, old [B, T, L, K]."""
-    g = torch.Generator().manual_seed(seed)
-    old = -3 * torch.rand(B, T, generator=g, dtype=torch.float64)
-    new = old + spread * torch.randn(B, T, generator=g, dtype=torch.float64)
-    advantages = torch.randn(B, generator=g, dtype=torch.float64)
-    mask = torch.arange(T) < torch.randint(0, T + 1, (B, 1), generator=g)
+    g = torch.Generator().manual_seed(seed + 1)
     old_router = torch.log_softmax(torch.randn(B, T, L, 6, generator=g, dtype=torch.float64), -1)[..., :K]
     router = old_router + drift * torch.randn(B, T, L, K, generator=g, dtype=torch.float64)
-    return new, old, advantages, mask, router, old_router
+    return *test_baselines.make(seed, B, T, spread), router, old_router
 
 
 # ------------------------------------------------------------------------------------------------------- router_shift
