@@ -170,3 +170,11 @@ def test_every_link_leads_somewhere(page):
         if anchor:
             headings = re.findall(r"^#+ (.*)$", BLOCK.sub("", there.read_text("utf-8")), re.M)
             assert anchor in {slug(h) for h in headings}, target
+
+
+def test_every_test_that_a_page_names_exists():
+    named = [
+        pair for page in PAGES for pair in re.findall(r"`(?:tests/)?(test_\w+\.py)::(\w+)`", page.read_text("utf-8"))
+    ]
+    gone = [f"{file}::{name}" for file, name in named if f"def {name}(" not in (ROOT / "tests" / file).read_text()]
+    assert named and not gone
