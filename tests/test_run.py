@@ -8,11 +8,22 @@ from pathlib import Path
 
 import pytest
 import torch
-from training import args_of, assert_same_run, drive, metrics_of, summary_of, weights_of, without_clock
+import torch.nn.functional as F
+from training import (
+    args_of,
+    assert_same_run,
+    assert_same_weights,
+    drive,
+    metrics_of,
+    summary_of,
+    update_by_the_book,
+    weights_of,
+    without_clock,
+)
 
 import moe
 import train
-from moe import GPT, MoEConfig, upcycle
+from moe import GPT, MoEConfig, router_losses, upcycle
 from support import checkpoints
 from support import run as runs
 from support.checkpoints import load_checkpoint, load_model, save_checkpoint
@@ -32,37 +43,17 @@ def book_rate(step, steps, peak):
     return peak * (step + 1) / warmup if step < warmup else peak * (steps - step) / (steps - warmup)
 
 
-def book_phase(model, task, steps, peak, decay=0.1, limit=1.0):
-    """Adam's recursion (0.9, 0.999), decoupled decay of matrices alone, gradients clipped to the norm 1."""
-    moments = {n: (torch.zeros_like(p), torch.zeros_like(p)) for n, p in model.named_parameters()}
-    touched, norms = dict.fromkeys(moments, 0), []
+def book_phase(model, task, steps, peak):
+    """Batches in their order, the LM loss with balance and z losses, the schedule and AdamW. -> the gradients' norms"""
+    norms, moments = [], {}
     for step in range(steps):
         batch = task.batch(step)
         features, routing = model(batch.tokens[:, :-1])
-        log_probs = model.head(features).log_softmax(-1).gather(-1, batch.tokens[:, 1:, None])
-        loss = -log_probs.mean()
+        loss = F.cross_entropy(model.head(features).flatten(0, 1), batch.tokens[:, 1:].flatten())
         if routing.logits.shape[2]:
-            P, E = routing.logits.softmax(-1), model.config.n_expert
-            for layer in range(P.shape[2]):
-                f = torch.stack([(routing.experts[:, :, layer] == e).float().mean() for e in range(E)])
-                loss = loss + 1e-3 * E * (f * P[:, :, layer].mean((0, 1))).sum()
-                loss = loss + 1e-3 * routing.logits[:, :, layer].logsumexp(-1).square().mean()
-        names, parameters = zip(*model.named_parameters(), strict=True)
-        grads = dict(zip(names, torch.autograd.grad(loss, parameters, allow_unused=True), strict=True))
-        norm = torch.stack([g.norm() for g in grads.values() if g is not None]).norm()
-        norms.append(norm.item())
-        rate = book_rate(step, steps, peak)
-        with torch.no_grad():
-            for name, p in model.named_parameters():
-                if grads[name] is None:
-                    continue
-                g, (m, v) = grads[name] * min(1.0, limit / (norm.item() + 1e-6)), moments[name]
-                touched[name] += 1
-                m.mul_(0.9).add_(0.1 * g), v.mul_(0.999).add_(0.001 * g * g)
-                matrix = name.endswith(("weight", "w_in", "w_out")) and "ln_" not in name
-                p.mul_(1 - rate * decay * matrix)
-                corrected = (v / (1 - 0.999 ** touched[name])).sqrt() + 1e-8
-                p.sub_(rate * m / (1 - 0.9 ** touched[name]) / corrected)
+            balance, z, _ = router_losses(routing.logits, routing.experts)
+            loss = loss + 1e-3 * balance.sum() + 1e-3 * z.sum()
+        norms.append(update_by_the_book(model, loss, book_rate(step, steps, peak), moments))
     return norms
 
 
@@ -73,17 +64,14 @@ def test_a_run_of_two_phases_by_the_book(micro):
     task = load_task(args, 32, generative=False)
     target = MoEConfig(vocab_size=257, **moe.SIZES["tiny"])
     model = GPT(target.dense(), rng(0, "weights"))
-    book_phase(model, task, 3, 1e-3)
+    norms = book_phase(model, task, 3, 1e-3)
     model = upcycle(model, target, rng(0, "routers"))
-    norms = book_phase(model, task, 4, 2e-3)
-    ours = weights_of("r")
-    for name, w in model.state_dict().items():
-        torch.testing.assert_close(ours[name], w, atol=2e-5, rtol=1e-3, msg=lambda text, name=name: f"{name}: {text}")
+    norms += book_phase(model, task, 4, 2e-3)
+    assert_same_weights(weights_of("r"), model.state_dict())
     last = next(r for r in metrics_of() if r["step"] == 7 and r["phase"] == "lm")
-    assert last["lr"] == pytest.approx(book_rate(3, 4, 2e-3)) and last["grad_norm"] == pytest.approx(
-        norms[-1], rel=0.01
-    )
-    assert last["clipped_share"] == pytest.approx(sum(n > 1 for n in norms) / 7, abs=3 / 7 + 1e-9)
+    assert last["lr"] == pytest.approx(book_rate(3, 4, 2e-3))
+    assert last["grad_norm"] == pytest.approx(norms[-1], rel=0.01)
+    assert last["clipped_share"] == pytest.approx(sum(n > 1 for n in norms) / 7)
     assert load_checkpoint("r/checkpoint/model.safetensors")[1]["tokens"] == 7 * 2 * 32
 
 
