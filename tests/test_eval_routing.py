@@ -12,14 +12,13 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
 from matplotlib.image import imread
 
 import data
 import eval_routing
-from moe import GPT, MoEConfig, Routes, feed_forward, upcycle
+from moe import GPT, MoEConfig, Routes, choose_experts, feed_forward, upcycle
 from support.checkpoints import save_checkpoint
 from support.routing_text import warnings_of
 from support.samples import Samples, expert_consistency, load_run, load_samples
@@ -183,28 +182,16 @@ def test_task_scores_follow_the_routes_of_prompt_end_and_answer():
         assert torch.equal(other.values, scored.values)
 
 
-def forward_by_hand(model, tokens, layer, expert):
-    """log p [V] after the last of `tokens`, token by token; `expert` takes the first one's place there in `layer`."""
-    c = model.config
-    x = model.wte(tokens) + model.wpe.weight[: len(tokens)]
-    for i, block in enumerate(model.blocks):
-        x = x + block.attn(block.ln_1(x)[None])[0]
-        h, out = block.ln_2(x), []
-        for t, token in enumerate(h):
-            if i not in c.moe_blocks:
-                out.append(block.mlp(token)[0])
-                continue
-            moe = block.mlp
-            p = moe.router(token).softmax(-1)
-            own = p.argsort(descending=True)[: c.top_k].tolist()
-            weights = p[own] if c.gate == "prob" else p[own] / p[own].sum()
-            if expert is not None and c.moe_blocks[layer] == i and t == len(h) - 1:
-                own[0] = expert
-            networks = [[w[e] for w in moe.experts.parameters()] for e in own]
-            y = sum(w * feed_forward(token, *network) for w, network in zip(weights, networks, strict=True))
-            out.append(y + sum(shared(token)[0] for shared in moe.shared))
-        x = x + torch.stack(out)
-    return F.linear(model.ln_f(x[-1]), model.wte.weight).log_softmax(-1)
+def forward_with(model, tokens, layer, expert):
+    """log p [V] after the last of `tokens`; `expert` takes the first one's place and weight there in `layer`."""
+
+    def exchange(moe, args, output):
+        x, experts, weights = args[0][0, -1], *choose_experts(output[1].logits[0, -1], model.config)
+        new, own = (feed_forward(x, *(w[e] for w in moe.experts.parameters())) for e in (expert, experts[0]))
+        output[0][0, -1] += weights[0] * (new - own)
+
+    with model.blocks[model.config.moe_blocks[layer]].mlp.register_forward_hook(exchange):
+        return log_probs_of(model, tokens)[0][-1]
 
 
 FORCED = [{"top_k": 2}, {"top_k": 2, "gate": "prob", "n_shared_expert": 1}]
@@ -219,12 +206,12 @@ def test_a_forced_expert_takes_the_place_and_the_weight_of_the_own_one(sizes):
         found = eval_routing.score_decision(model, tokens[: length + 1].tolist(), layer)
         prefix, target = tokens[:length], tokens[length]
         with torch.no_grad():
-            own = forward_by_hand(model, prefix, layer, None)
-            chosen = log_probs_of(model, prefix)[1].experts[0, -1, layer].tolist()
+            log_probs, routing = log_probs_of(model, prefix)
+            chosen, own = routing.experts[0, -1, layer].tolist(), log_probs[-1]
             seen.add(chosen[0])
-            others = [e for e in range(4) if e not in chosen]
-            expected = [own[target], *(forward_by_hand(model, prefix, layer, e)[target] for e in others)]
-        torch.testing.assert_close(found.values.float(), torch.stack(expected), rtol=1e-5, atol=1e-5)
+            others = [forward_with(model, prefix, layer, e) for e in range(4) if e not in chosen]
+        expected = torch.stack([own[target], *(p[target] for p in others)])
+        torch.testing.assert_close(found.values, expected, rtol=1e-5, atol=1e-5)
         assert found.values.std() > 1e-3
         assert found.entropy == pytest.approx(-(own.exp() * own).sum().item(), rel=1e-5)
     assert len(seen) > 1
