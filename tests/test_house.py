@@ -67,13 +67,9 @@ def test_arrows_go_one_way():
 
 
 @pytest.mark.parametrize("name", ["moe", *LOSSES])
-def test_the_papers_files_need_torch_alone(name):
+def test_the_papers_files_need_torch_alone_and_import_in_an_empty_folder(name, tmp_path):
     foreign = {m.split(".")[0] for m in imports_of(OURS[name])} - {"torch"} - STANDARD
     assert foreign <= {"moe": {"dataclasses"}, "rais": {"baselines"}}.get(name, set())
-
-
-@pytest.mark.parametrize("name", ["moe", *LOSSES])
-def test_the_papers_files_import_alone_in_an_empty_folder(name, tmp_path):
     for needed in {name, *GRAPH[name]}:
         (tmp_path / f"{needed}.py").write_text(OURS[needed].read_text())
     code = f"import {name}, sys; assert not any(m in sys.modules for m in ('support', 'data'))"
