@@ -10,6 +10,8 @@ import sys
 import types
 import typing
 
+import torch
+
 import data
 from moe import GATES, SIZES
 from support.checkpoints import drop_capacity, locate, look_at
@@ -52,16 +54,16 @@ def one_of(kind: str, names):
 
 def number(kind, low=-math.inf, high=math.inf, above=-math.inf):
     """An argparse type: a finite number within bounds."""
+    told = {f"above {above}": above, f"at least {low}": low, f"at most {high}": high}
+    bounds = " and ".join(bound for bound, value in told.items() if abs(value) < math.inf) or "finite"
 
     def check(text: str):
         try:
             value = kind(text)
         except ValueError:
             raise argparse.ArgumentTypeError(f"{text!r} is not {'a whole' if kind is int else 'a'} number") from None
-        bounds = {"finite": abs(value) < math.inf, f"above {above}": value > above}
-        bounds |= {f"at least {low}": value >= low, f"at most {high}": value <= high}
-        if broken := [bound for bound, kept in bounds.items() if not kept]:
-            raise argparse.ArgumentTypeError(f"must be {broken[0]}, not {text}")
+        if not low <= value <= high or value <= above or abs(value) == math.inf:
+            raise argparse.ArgumentTypeError(f"must be {bounds}, not {text}")
         return value
 
     check.placeholder = "N" if kind is int else "X"
@@ -252,8 +254,9 @@ def parse(argv: list[str], description: str, options: dict[str, dict[str, Option
     args, unknown = p.parse_known_args(argv)
     if unknown:
         flag = unknown[0].partition("=")[0]
-        owners = [name for name, theirs in options.items() if flag.removeprefix("--").replace("-", "_") in theirs]
-        if owners:
+        name = flag.removeprefix("--").replace("-", "_")
+        older = {old: new for new, old in ALIASES.items()}.get(name)
+        if owners := [a for a, theirs in options.items() if name in theirs or a != "erl" and older in theirs]:
             raise UserError(f"{flag} is an option of --algo {' or '.join(owners)}, not of {args.algo}: leave it out")
         raise UserError(f"unknown flag {flag}: see --help")
     for action in p._actions:  # once more without defaults: what the user gave
@@ -332,7 +335,8 @@ def _check(args, spec, generative: bool):
     if args.algo == "erl" and args.freeze_router and args.erl_grad == "router":
         raise UserError("--freeze-router and --erl-grad router leave ERL nothing to learn: give --erl-grad all")
     if generative and args.prompts_per_step % args.minibatches:
-        raise UserError("--prompts-per-step is not divisible by --minibatches: a group's responses stay together")
+        numbers = f"--prompts-per-step {args.prompts_per_step} is not divisible by --minibatches {args.minibatches}"
+        raise UserError(f"{numbers}: a group's responses stay together")
     if args.algo == "dppo" and args.mismatch != "none":
         raise UserError("dppo compares with the sampler itself and takes no weight: leave --mismatch out")
 
@@ -351,7 +355,9 @@ def announce(args, step: int, size: int, active: int):
     """What a person wants to know at the start of a run, or where it goes on."""
     total, first = args.pretrain_steps + args.steps, f"{args.pretrain_steps} supervised steps, then "
     if step:
-        print("all" if step == total else f"{step} of", f"{total} steps are done", file=sys.stderr)
-    steps = f"{first if args.pretrain_steps else ''}{args.steps} steps at learning rate {args.lr:g}"
-    print(f"{args.algo} on {args.dataset}: {steps}, seed {args.seed}", file=sys.stderr)
+        print(
+            f"all {total} steps are done" if step == total else f"going on at step {step} of {total}", file=sys.stderr
+        )
+    steps = f"{first if args.pretrain_steps else ''}{args.steps} steps at learning rate {args.lr:g}, seed {args.seed}"
+    print(f"{args.algo} on {args.dataset}: {steps}, {torch.get_num_threads()} thread(s)", file=sys.stderr)
     print(f"{size:,} parameters, {active:,} active a token; every setting in {args.out}/config.json", file=sys.stderr)

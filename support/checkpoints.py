@@ -136,9 +136,9 @@ def load_gpt2(source: str) -> GPT:
         folder = source if os.path.isdir(source) else snapshot_download(source, allow_patterns=files)
         weights = load_file(os.path.join(folder, "model.safetensors"))
     except Exception as error:  # the hub's errors have no common base; each means that there are no weights
-        advice = "give --init a folder with config.json and model.safetensors, or set HF_ENDPOINT to a hub in reach"
-        kind = type(error).__name__
-        raise ValueError(f"GPT-2's weights could not be had from {source!r} ({kind}): {advice}") from error
+        lacks = f"GPT-2's weights could not be had from {source!r} ({type(error).__name__})"
+        advice = "or a network and HF_ENDPOINT that reach the hub"
+        raise ValueError(f"{lacks}: give --init a folder with config.json and model.safetensors, {advice}") from error
     model, state = _empty_model(read_gpt2_config(folder)), {}
     weights = {name.removeprefix("transformer."): w for name, w in weights.items()}
     for name, parameter in model.named_parameters():
@@ -160,8 +160,8 @@ def read_gpt2_config(folder: str) -> MoEConfig:
     with open(os.path.join(folder, "config.json")) as file:
         theirs = json.load(file)
     for key, value in GPT2_SETTINGS.items():
-        if theirs.get(key, value) != value:
-            raise ValueError(f"{folder!r} has {key} {theirs[key]!r}, not {value!r}: only GPT-2 can be loaded")
+        if theirs.get(key, value if key != "model_type" else None) != value:
+            raise ValueError(f"{folder!r} has {key} {theirs.get(key)!r}, not {value!r}: only GPT-2 can be loaded")
     sizes = dict(vocab_size="vocab_size", context="n_positions", n_layer="n_layer", n_head="n_head", n_embd="n_embd")
     return MoEConfig(n_expert=1, **{ours: theirs.get(key) for ours, key in sizes.items()})
 

@@ -63,8 +63,8 @@ def table(rows: dict[str, dict]) -> str:
     ours = rows["ERL"]
     lines += [
         f"{'chance':12}{ours['chance_mrr']:48.3f}{ours['chance_hit1']:12.3f}",
-        f"perplexity: of the test split. original, perturbed: of {ours['samples']} windows of it, along the router's "
-        "route and along 99 random ones.",
+        f"perplexity: of the test split. original, perturbed: perplexity of {ours['samples']} windows of it, along the "
+        "router's route and along 99 random ones.",
         "MRR: mean reciprocal rank of the router's route among those 100. It also rises when the random routes get "
         "worse, or the router sharper (entropy: 1 is even).",
     ]

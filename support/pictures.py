@@ -210,7 +210,8 @@ def _draw_ranks(result: dict, title: str, score: str, better: str, path: str):
     beside = (  # MRR never without what it hides
         f"router entropy {rounded(result['relative_router_entropy'], 2)} of log E, top-1 above 0.9: "
         f"{percent['top1_above_0.9']} %, busiest expert {max(map(max, result['expert_load'])):.1%} of a layer, "
-        f"dead experts {result['dead_experts']}"
+        f"dead experts {result['dead_experts']},\nmax_vio {rounded(result['max_vio'], 2)} (a layer's largest expert "
+        "load over its mean load, less 1; mean over the layers)"
     )
     figure.suptitle(f"{title}\n{beside}", fontsize=9)
     left, right = figure.subplots(1, 2)

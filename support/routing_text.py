@@ -3,6 +3,7 @@
 import colorsys
 import itertools
 import os
+import unicodedata
 from collections import Counter
 
 import torch
@@ -43,15 +44,18 @@ def warnings_of(result: dict, vocab_size: int) -> list[str]:
     K, E, found = result["top_k"], len(result["expert_load"][0]), []
     if result["collapsed_layers"]:
         layers = ", ".join(map(str, result["collapsed_layers"]))
-        load = f"more than {COLLAPSED:.0%} of the load is on {K} of {E} experts"
-        found.append(f"collapsed: in MoE layer {layers} {load}; MRR shows the harm of experts that it never uses")
+        load = f"in MoE layer {layers} more than {COLLAPSED:.0%} of the load is on {K} of {E} experts"
+        harm = "the layer is all but dense, and MRR shows the harm of experts that it never uses"
+        found.append(f"collapsed: {load}; {harm}")
     if result["step"] == 0:
         found.append("untrained: this checkpoint is that of step 0")
     elif result["score"] == "perplexity" and result["original_score"] > vocab_size / 2:
         found.append(f"untrained: the perplexity is above half of the vocabulary's {vocab_size} tokens")
     if (tied := tied_share(result)) > TIED:
         why = "(experts that are copies of one another, or a task that is never solved)"
-        found.append(f"{tied:.2%} of the routes are tied with the original {why}: MRR and Hit@1 are chance")
+        found.append(
+            f"{tied:.2%} of the routes are tied with the original {why}: MRR and Hit@1 are chance by construction"
+        )
     return found
 
 
@@ -64,6 +68,7 @@ def describe(result: dict) -> str:
     """The figures as lines for a terminal; MRR never without what it hides."""
     load, score, even = result["expert_load"], result["score"], 1 / len(result["expert_load"][0])
     by_layer = " ".join(rounded(h, 2) for h in result["relative_router_entropy_by_layer"])
+    vio = "a layer's largest expert load over its mean load, less 1; mean over the layers"
     rows = []  # a name, a figure, what it is
     for name in ("mrr", "hit1"):
         error, chance = result[f"{name}_standard_error"], result[f"chance_{name}"]
@@ -74,7 +79,7 @@ def describe(result: dict) -> str:
         ("best of 99", result["best_of_99_score"], "along each sample's best perturbed route"),
         ("tied", tied_share(result), "of the perturbed routes score as the original does"),
         ("load", max(map(max, load)), f"of a layer's slots at its busiest expert (even: {even:.4f})"),
-        ("max_vio", result["max_vio"], "largest expert load of a layer over its mean, less 1; mean over the layers"),
+        ("max_vio", result["max_vio"], vio),
         ("dead experts", result["dead_experts"], f"of {sum(map(len, load))}"),
         ("entropy", result["relative_router_entropy"], f"of log E, the routers' softmax; by layer {by_layer}"),
         ("top-1 > 0.9", result["top1_above_0.9"], "of the routing decisions"),
@@ -124,18 +129,23 @@ def token_lines(samples: list[list[str]], experts: Tensor, num_experts: int, sho
 def visible(token: str) -> str:
     """Every character takes room: line ends and tabs as signs, what cannot be printed as a box."""
     signs = {"\n": "↵", "\t": "→", "\r": "↵"}
-    return "".join(signs.get(c, c if c.isprintable() else "□") for c in token[:WIDTH]) or "□"
+    token = "".join(signs.get(c, c if c.isprintable() else "□") for c in token) or "□"
+    return token if columns(token) <= WIDTH else token[: WIDTH // 2 - 1] + "…"
+
+
+def columns(text: str) -> int:
+    return sum(2 if unicodedata.east_asian_width(c) in "WF" else 0 if unicodedata.combining(c) else 1 for c in text)
 
 
 def wrap(words: list[str], experts: list[int], ends) -> list[list]:
     """Lines of (word, expert), none wider than WIDTH; a gap without an expert behind the first n words, n in `ends`."""
     lines, room = [], 0
     for n, (word, expert) in enumerate(zip(words, experts, strict=True), start=1):
-        if len(word) > room:
+        if columns(word) > room:
             lines.append([])
             room = WIDTH
         lines[-1].append((word, expert))
-        room -= len(word)
+        room -= columns(word)
         if n in ends and room:
             lines[-1].append((" ", None))
             room -= 1
@@ -171,7 +181,8 @@ def draw_tokens(lines: list, num_experts: int, path: str):
         x = 0
         for text, expert in line:
             if expert is not None:
-                axis.barh(y + 0.5, len(text), height=1, left=x, color=colour(expert, num_experts))
+                axis.barh(y + 0.5, columns(text), height=1, left=x, color=colour(expert, num_experts))
+            text = "".join(c.ljust(columns(c)) for c in text)  # the font has one cell for a wide character, or a box
             axis.text(x, y + 0.5, text, family="DejaVu Sans Mono", size=9, va="center", parse_math=False)
-            x += len(text)
+            x += columns(text)
     save(figure, path)

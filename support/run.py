@@ -26,7 +26,6 @@ from support.evaluation import evaluate, mean_scores
 from support.optimizer import make_optimizer, restore
 
 SCORES = "perplexity bits_per_byte rouge1 rouge2 rougeL exact_match f1 accuracy unigram_f1".split()
-SHOWN = "loss", "reward_mean", "tokens_per_second"  # beside the progress bar
 
 
 def write_json(path: str, value):
@@ -122,7 +121,7 @@ class Run:
     def evaluate_before(self):
         """Where the algorithm begins: on tasks the test scores too, since the first phase decides most of them."""
         if self.phase != "supervised" and self.state.step == self.first:
-            results = self.evaluate(["validation", *self.tests] if self.task.spec.kind == "task" else ["validation"])
+            results = self.evaluate(self.task.held_out if self.task.spec.kind == "task" else ["validation"])
             results.pop("validation")
             self.state.before = mean_scores(results)
 
@@ -141,8 +140,11 @@ class Run:
     # ---- writing down
 
     def log_row(self, **row):
-        with open(self.metrics_path, "a") as file:
-            file.write(json.dumps(row) + "\n")
+        try:
+            with open(self.metrics_path, "a") as file:
+                file.write(json.dumps(row) + "\n")
+        except OSError as error:
+            raise UserError(f"{self.metrics_path} could not be written ({error.strerror}); {self._kept()}") from error
 
     def log(self, metrics: dict, lr: float):
         """A step's metrics as a line of metrics.jsonl and on the bar."""
@@ -150,8 +152,10 @@ class Run:
         metrics = {k: v.tolist() if isinstance(v, Tensor) else v for k, v in metrics.items()}
         self.check_finite(metrics)
         speed = {"seconds": round(seconds, 2), "tokens_per_second": round(state.tokens / seconds, 1)}
-        shown = metrics | speed
-        self.bar.set_postfix({k: shown[k] for k in SHOWN if k in shown}, refresh=False)
+        shown = {"loss": f"{metrics['loss']:.3f}", "tok/s": f"{state.tokens / seconds:.0f}"}
+        if "reward_mean" in metrics:
+            shown["reward"] = f"{metrics['reward_mean']:.3f}"
+        self.bar.set_postfix(shown, refresh=False)
         clipped = float(state.clipped) / max(1, state.updates)
         state.updates = state.clipped = 0
         self.log_row(step=state.step, phase=self.phase, lr=lr, **metrics, clipped_share=clipped, **speed)
@@ -163,7 +167,10 @@ class Run:
             broken = ["the weights are not finite"]
         if broken:
             lower = "lower --lr (or --pretrain-lr) in a new run"
-            raise UserError(f"{broken[0]} at step {self.state.step}: {lower}; what was saved before stays")
+            raise UserError(f"{broken[0]} at step {self.state.step}: {lower}; {self._kept()}")
+
+    def _kept(self) -> str:
+        return f"{self.out} keeps the last checkpoint" if find_checkpoint(self.out) else "nothing was saved"
 
     def save_if_due(self, metrics: dict, optimizer):
         """The checkpoint of a step that is due, or after which a stop was asked for, which then follows."""
@@ -226,7 +233,9 @@ class Run:
             with open(self.metrics_path, "ab") as file:
                 if file.tell() < self.state.metrics_bytes:
                     again = f"put the run's own file back, or start a new run with --init {self.out}"
-                    raise UserError(f"{self.metrics_path} is shorter than it was at the checkpoint: {again}")
+                    raise UserError(
+                        f"{self.metrics_path} is shorter than it was when the checkpoint was saved: {again}"
+                    )
                 file.truncate(self.state.metrics_bytes)  # lines after the checkpoint will be written again
             if self.state.best_step >= 0:
                 self.load_best()  # better to hear now that it is gone than after the last step
@@ -277,10 +286,13 @@ def open_folder(args):
     """args.out becomes the run's folder: a new one, or with --resume the one that is there."""
     if args.out and not args.resume and os.path.isdir(args.out) and os.listdir(args.out):
         raise UserError(f"{args.out} is not empty: continue its run with --resume, or name another folder with --out")
-    args.out = args.out or _free_folder(os.path.join("runs", f"{args.algo}-{args.dataset}-seed{args.seed}"))
-    os.makedirs(args.out, exist_ok=True)
-    if not args.resume:
-        write_json(os.path.join(args.out, "config.json"), {k: v for k, v in vars(args).items() if k != "resume"})
+    try:
+        args.out = args.out or _free_folder(os.path.join("runs", f"{args.algo}-{args.dataset}-seed{args.seed}"))
+        os.makedirs(args.out, exist_ok=True)
+        if not args.resume:
+            write_json(os.path.join(args.out, "config.json"), {k: v for k, v in vars(args).items() if k != "resume"})
+    except OSError as error:
+        raise UserError(f"cannot write the run folder {args.out or 'runs'}: {error.strerror}") from error
 
 
 def _free_folder(name: str) -> str:

@@ -53,7 +53,7 @@ def load_samples(args, model: GPT, config: dict) -> Samples:
     data_dir = args.data_dir or config["data_dir"]
     spec, tokenizer = data.get_dataset(name), data.load_tokenizer(config["tokenizer"], data_dir)
     if tokenizer.vocab_size != model.config.vocab_size:
-        sizes = f"a vocabulary of {model.config.vocab_size}, its tokenizer one of {tokenizer.vocab_size}"
+        sizes = f"a vocabulary of {model.config.vocab_size}, its config.json's tokenizer one of {tokenizer.vocab_size}"
         raise UserError(f"{args.run} is not one run: its model has {sizes}")
     if spec.kind == "text":
         windows = list(text_windows(data.load_text(name, args.split, tokenizer, data_dir=data_dir).tokens, context))
