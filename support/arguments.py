@@ -81,28 +81,25 @@ class Option(typing.NamedTuple):
     help: str
 
 
-def options_of(*functions) -> dict[str, Option]:
-    """The keyword-only arguments of loss functions that have a default and a plain type, by name.
+def options_of(function) -> dict[str, Option]:
+    """The keyword-only arguments of a loss that have a default and a plain type, by name.
 
     The type is the annotation's (Literal gives choices, `float | None` a float) or that of the default; the help is
     what the docstring says behind the name: "clip_low, clip_high   at least 0".
     """
-    options = {}
-    for function in functions:
-        documented = getattr(function, "func", function)  # a functools.partial has its function's words
-        for name, parameter in inspect.signature(function, eval_str=True).parameters.items():
-            if parameter.kind is not parameter.KEYWORD_ONLY or parameter.default is parameter.empty:
-                continue
-            hint, choices = parameter.annotation, ()
-            if hint is parameter.empty:
-                hint = type(parameter.default)
-            if typing.get_origin(hint) in (types.UnionType, typing.Union):
-                hint = next(part for part in hint.__args__ if part is not type(None))
-            if typing.get_origin(hint) is typing.Literal:
-                choices = typing.get_args(hint)
-                hint = type(choices[0])
-            if hint in (bool, int, float, str):
-                options[name] = Option(name, hint, choices, parameter.default, _help(documented, name))
+    options, documented = {}, getattr(function, "func", function)  # a functools.partial has its function's words
+    for name, parameter in inspect.signature(function, eval_str=True).parameters.items():
+        if parameter.kind is not parameter.KEYWORD_ONLY or parameter.default is parameter.empty:
+            continue
+        hint, choices = parameter.annotation, ()
+        hint = type(parameter.default) if hint is parameter.empty else hint
+        if typing.get_origin(hint) in (types.UnionType, typing.Union):
+            hint = next(part for part in hint.__args__ if part is not type(None))
+        if typing.get_origin(hint) is typing.Literal:
+            choices = typing.get_args(hint)
+            hint = type(choices[0])
+        if hint in (bool, int, float, str):
+            options[name] = Option(name, hint, choices, parameter.default, _help(documented, name))
     return options
 
 
@@ -128,8 +125,8 @@ def add_options(group, options: dict[str, Option], aliases: dict[str, str]):
         try:
             group.add_argument(*flags, **how)
         except argparse.ArgumentError:
-            taken = f"{flags[0]} is a flag of the program"
-            raise UserError(f"{taken}: give that option of your loss another name") from None
+            advice = "give that option of your loss another name"
+            raise UserError(f"{flags[0]} is a flag of the program: {advice}") from None
 
 
 def read_config(folder: str) -> dict:
@@ -244,9 +241,9 @@ def parser(description: str, algo: str | None, options: dict[str, dict[str, Opti
 
 def parse(argv: list[str], description: str, options: dict[str, dict[str, Option]], mismatch) -> argparse.Namespace:
     """Arguments with every default filled in. UserError for what does not fit together."""
-    first = Parser(add_help=False, allow_abbrev=False)
-    for name in ("--algo", "--out"):
-        first.add_argument(name)
+    first = Parser(add_help=False, allow_abbrev=False)  # what decides which flags there are
+    first.add_argument("--algo")
+    first.add_argument("--out")
     first.add_argument("--resume", action="store_true")
     seen, _ = first.parse_known_args(argv)
     saved = read_config(seen.out) if seen.resume and seen.out else {}
@@ -262,9 +259,9 @@ def parse(argv: list[str], description: str, options: dict[str, dict[str, Option
     for action in p._actions:  # once more without defaults: what the user gave
         action.default = argparse.SUPPRESS
     given = set(vars(p.parse_args(argv)))
+    if args.resume and not args.out:
+        raise UserError("--resume needs --out RUN: which run should go on?")
     if args.resume:
-        if not args.out:
-            raise UserError("--resume needs --out RUN: which run should go on?")
         return _resumed(args, saved, given)
     if args.algo is None:
         raise UserError("--algo is missing: " + ", ".join(TEXT + tuple(n for n in options if n not in TEXT)))
@@ -291,7 +288,7 @@ def _fill(args, given: set[str], generative: bool):
     """Defaults that depend on the algorithm, the data set and the model that --init names."""
     spec, (size, vocabulary) = data.get_dataset(args.dataset), look_at(args.init)
     text, short, started = spec.kind == "text", spec.problems is not None, size is not None
-    if size and "model" in given and args.model != size:
+    if started and "model" in given and args.model != size:
         print(f"--init {args.init} brings its own size: --model {args.model} counts for nothing", file=sys.stderr)
     args.model = size if size in SIZES else args.model
     if args.steps and args.epochs:

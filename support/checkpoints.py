@@ -59,7 +59,7 @@ def load_checkpoint(path: str) -> tuple[GPT, dict, dict[str, Tensor]]:
 
 
 def load_model(path: str) -> tuple[GPT, dict]:
-    """The model of a checkpoint and its metadata. ValueError for a file that is none of ours."""
+    """`load_checkpoint` without the optimizer."""
     return load_checkpoint(path)[:2]
 
 
@@ -105,22 +105,11 @@ def _empty_model(config: MoEConfig) -> GPT:
 
 # ----------------------------------------------------------------------------------------------------- GPT-2's weights
 
-GPT2_NAMES = {  # ours: theirs
-    "blocks.": "h.",
-    "attn.qkv": "attn.c_attn",
-    "attn.proj": "attn.c_proj",
-    "w_in": "c_fc.weight",
-    "b_in": "c_fc.bias",
-    "w_out": "c_proj.weight",
-    "b_out": "c_proj.bias",
-}
-GPT2_SETTINGS = {  # what our model computes, and transformers' default where a config.json does not name it
-    "model_type": "gpt2",
-    "activation_function": "gelu_new",
-    "layer_norm_epsilon": 1e-5,
-    "scale_attn_by_inverse_layer_idx": False,
-    "tie_word_embeddings": True,
-}
+GPT2_NAMES = {"blocks.": "h.", "attn.qkv": "attn.c_attn", "attn.proj": "attn.c_proj"}  # ours: theirs
+GPT2_NAMES |= {"w_in": "c_fc.weight", "b_in": "c_fc.bias", "w_out": "c_proj.weight", "b_out": "c_proj.bias"}
+# What our model computes, and transformers' default where a config.json does not name it.
+GPT2_SETTINGS = {"activation_function": "gelu_new", "layer_norm_epsilon": 1e-5}
+GPT2_SETTINGS |= {"scale_attn_by_inverse_layer_idx": False, "tie_word_embeddings": True}
 
 
 def load_gpt2(source: str) -> GPT:
@@ -159,11 +148,12 @@ def read_gpt2_config(folder: str) -> MoEConfig:
     """The dense configuration of a folder in transformers' format. ValueError for another kind of model."""
     with open(os.path.join(folder, "config.json")) as file:
         theirs = json.load(file)
-    for key, value in GPT2_SETTINGS.items():
-        if theirs.get(key, value if key != "model_type" else None) != value:
-            raise ValueError(f"{folder!r} has {key} {theirs.get(key)!r}, not {value!r}: only GPT-2 can be loaded")
-    sizes = dict(vocab_size="vocab_size", context="n_positions", n_layer="n_layer", n_head="n_head", n_embd="n_embd")
-    return MoEConfig(n_expert=1, **{ours: theirs.get(key) for ours, key in sizes.items()})
+    theirs = GPT2_SETTINGS | {"model_type": None} | theirs
+    for key, value in (GPT2_SETTINGS | {"model_type": "gpt2"}).items():
+        if theirs[key] != value:
+            raise ValueError(f"{folder!r} has {key} {theirs[key]!r}, not {value!r}: only GPT-2 can be loaded")
+    sizes = {name: theirs.get(name) for name in ("vocab_size", "n_layer", "n_head", "n_embd")}
+    return MoEConfig(n_expert=1, context=theirs.get("n_positions"), **sizes)
 
 
 # ------------------------------------------------------------------------------------ The model that a run starts from

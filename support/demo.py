@@ -1,5 +1,6 @@
 """`python train.py` without flags: MoE, ERL and the control that matters, on an embedded text, in three minutes."""
 
+import itertools
 import math
 import os
 import sys
@@ -8,15 +9,9 @@ import erl
 from support.controls import random_expert
 from support.pictures import plot_demo
 
-COLUMNS = {  # of the table: figure, heading
-    "perplexity": "perplexity",
-    "original_score": "original",
-    "perturbed_score": "perturbed",
-    "mrr": "MRR",
-    "hit1": "Hit@1",
-    "relative_router_entropy": "entropy",
-    "top1_above_0.9": "top-1>0.9",
-}
+# Of the table: figure, heading.
+COLUMNS = {"perplexity": "perplexity", "original_score": "original", "perturbed_score": "perturbed", "mrr": "MRR"}
+COLUMNS |= {"hit1": "Hit@1", "relative_router_entropy": "entropy", "top1_above_0.9": "top-1>0.9"}
 
 
 def random_credit(*args, generator=None, **options):
@@ -28,9 +23,8 @@ def demo(run, parse):
     """A dense model learns the text, is upcycled and trained on in three ways. run, parse: those of train.py."""
     import eval_routing
 
-    out = "runs/demo"
-    if os.path.exists(out):
-        out = next(p for i in range(2, 10**6) if not os.path.exists(p := f"runs/demo-{i}"))
+    names = itertools.chain(["runs/demo"], (f"runs/demo-{i}" for i in itertools.count(2)))
+    out = next(name for name in names if not os.path.exists(name))
     common = ["--dataset", "pydocs", "--batch-size", "4", "--eval-every", "1000"]
     start = ["--init", f"{out}/dense", "--steps", "80"]
     ours = ["--algo", "erl", "--erl-grad", "all", *start]
@@ -57,10 +51,9 @@ def demo(run, parse):
 
 
 def table(rows: dict[str, dict]) -> str:
-    lines = ["", " " * 12 + "".join(f"{heading:>12}" for heading in COLUMNS.values())]
+    ours, lines = rows["ERL"], ["", " " * 12 + "".join(f"{heading:>12}" for heading in COLUMNS.values())]
     for name, row in rows.items():
         lines.append(f"{name:12}" + "".join(f"{row[c]:12.3f}" if c in row else f"{'-':>12}" for c in COLUMNS))
-    ours = rows["ERL"]
     lines += [
         f"{'chance':12}{ours['chance_mrr']:48.3f}{ours['chance_hit1']:12.3f}",
         f"perplexity: of the test split. original, perturbed: perplexity of {ours['samples']} windows of it, along the "

@@ -100,10 +100,6 @@ def compare(args, model: GPT, config: dict, samples: Samples) -> dict:
         count += len(rows[-1])
     share, tokens = expert_consistency(model, second.to(model.wte.weight.device), rows)
     shown = share.masked_fill(tokens < SMALLEST_CLUSTER, math.nan).tolist()
-    return {
-        "compared_with": args.compare,
-        "compared_tokens": count,
-        "smallest_cluster": SMALLEST_CLUSTER,
-        "expert_consistency": [[None if math.isnan(x) else x for x in row] for row in shown],
-        "expert_consistency_tokens": tokens.tolist(),
-    }
+    result = {"compared_with": args.compare, "compared_tokens": count, "smallest_cluster": SMALLEST_CLUSTER}
+    result["expert_consistency"] = [[None if math.isnan(x) else x for x in row] for row in shown]
+    return result | {"expert_consistency_tokens": tokens.tolist()}
