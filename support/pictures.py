@@ -265,7 +265,7 @@ def _draw_regret(regret: dict, title: str, path: str):
     figure, C = new_figure(4.2), regret["candidates"]
     figure.suptitle(f"{title}: each expert in turn at {regret['all']['decisions']} decisions", fontsize=10)
     left, right = figure.subplots(1, 2)
-    for i, part in enumerate(p for p in ("all", "confident", "fragile") if p in regret):
+    for i, part in enumerate(("all", "confident", "fragile")):
         found, style = regret[part], {"width": 0.25, "color": f"C{i}"}
         for rank, share in enumerate(found["rank_shares"], start=1):
             left.bar(rank + 0.27 * (i - 1), 100 * share, label=part if rank == 1 else None, **style)

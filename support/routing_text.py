@@ -21,10 +21,9 @@ CAUTION = (
     "raise the regret; a collapse, after which the other experts are useless, can lower it."
 )
 WIDTH = 100  # characters in a line of coloured text
-EXPLAINED = (
-    "Each token in the colour of the expert it goes to. Below, of each expert: its share of the layer's",
-    "tokens, and its most frequent ones (12/40: 12 of the 40 times that the token stands in the text).",
-)
+EXPLAINED = """Each token in the colour of the expert it goes to. Below, of each expert: its share of the layer's
+tokens, and its most frequent ones (12/40: 12 of the 40 times that the token stands in the text).
+"""
 
 
 def write_results(result: dict, scored: list, tokenizer, out: str) -> str:
@@ -42,8 +41,7 @@ def write_results(result: dict, scored: list, tokenizer, out: str) -> str:
 def warnings_of(result: dict, vocab_size: int) -> list[str]:
     """Why the ranks of this run say little, if they do: sentences for a person."""
     K, E, found = result["top_k"], len(result["expert_load"][0]), []
-    if result["collapsed_layers"]:
-        layers = ", ".join(map(str, result["collapsed_layers"]))
+    if layers := ", ".join(map(str, result["collapsed_layers"])):
         load = f"in MoE layer {layers} more than {COLLAPSED:.0%} of the load is on {K} of {E} experts"
         harm = "the layer is all but dense, and MRR shows the harm of experts that it never uses"
         found.append(f"collapsed: {load}; {harm}")
@@ -60,7 +58,6 @@ def warnings_of(result: dict, vocab_size: int) -> list[str]:
 
 
 def tied_share(result: dict) -> float:
-    """Of the perturbed routes, those that score as the original does."""
     return sum(result["tied_routes"]) / ((result["routes"] - 1) * result["samples"])
 
 
@@ -69,11 +66,9 @@ def describe(result: dict) -> str:
     load, score, even = result["expert_load"], result["score"], 1 / len(result["expert_load"][0])
     by_layer = " ".join(rounded(h, 2) for h in result["relative_router_entropy_by_layer"])
     vio = "a layer's largest expert load over its mean load, less 1; mean over the layers"
-    rows = []  # a name, a figure, what it is
-    for name in ("mrr", "hit1"):
-        error, chance = result[f"{name}_standard_error"], result[f"chance_{name}"]
-        rows.append((name, result[name], f"+- {rounded(error)} (chance {chance:.4f})"))
-    rows += [
+    errors = {name: rounded(result[f"{name}_standard_error"]) for name in ("mrr", "hit1")}
+    rows = [  # a name, a figure, what it is
+        *((name, result[name], f"+- {errors[name]} (chance {result[f'chance_{name}']:.4f})") for name in errors),
         ("original", result["original_score"], f"{score} along the router's own routes"),
         ("perturbed", result["perturbed_score"], f"along {result['routes'] - 1} perturbed routes a sample"),
         ("best of 99", result["best_of_99_score"], "along each sample's best perturbed route"),
@@ -88,7 +83,7 @@ def describe(result: dict) -> str:
         found, C = regret["all"], regret["candidates"]
         what = "nats that the best expert, chosen by the answer, would have gained (an upper bound)"
         rows.append(("regret", found["regret"], f"+- {rounded(found['regret_standard_error'])} {what}"))
-        for part in (part for part in ("confident", "fragile") if part in regret):
+        for part in ("confident", "fragile"):
             rows.append((f"  {part}", regret[part]["regret"], f"of {regret[part]['decisions']} {part} predictions"))
         rows += [
             ("random expert", found["random_expert_cost"], "nats that it costs in the own one's place"),
@@ -110,7 +105,7 @@ def token_lines(samples: list[list[str]], experts: Tensor, num_experts: int, sho
     """
     words = [visible(token) for tokens in samples for token in tokens]
     ends = set(itertools.accumulate(map(len, samples)))  # a sample ends before these
-    total, lines = Counter(words), [[(text, None)] for text in (*EXPLAINED, "")]
+    total, lines = Counter(words), [[(text, None)] for text in EXPLAINED.split("\n")]
     for layer, chosen in enumerate(experts.transpose(0, 1).tolist()):  # [N][K]
         lines += [[(f"layer {layer}", None)], *wrap(words[:shown], [used[0] for used in chosen[:shown]], ends), []]
         counts = [Counter() for _ in range(num_experts)]
@@ -164,7 +159,8 @@ def coloured(lines: list, num_experts: int) -> str:
     def painted(text, expert):
         if expert is None:
             return text
-        return "\x1b[30;48;2;{};{};{}m{}\x1b[0m".format(*(round(255 * x) for x in colour(expert, num_experts)), text)
+        rgb = ";".join(str(round(255 * x)) for x in colour(expert, num_experts))
+        return f"\x1b[30;48;2;{rgb}m{text}\x1b[0m"
 
     return "\n".join("".join(painted(*part) for part in line) for line in lines)
 
