@@ -11,7 +11,6 @@ support/arguments.py, the run's folder in support/run.py. One process: for more 
 """
 
 import inspect
-import os
 import sys
 from functools import partial
 from typing import NamedTuple
@@ -41,7 +40,7 @@ from support.head import masked_lm_loss, masked_log_probs
 from support.optimizer import clip_gradients, set_learning_rate
 from support.pictures import plot_curves
 from support.routing_report import ratio_report, routing_report
-from support.run import Run, State, load_state, open_folder, write_json
+from support.run import Run, State, load_state, open_folder
 from support.tasks import Batch, Task, load_task, rng
 
 # Reinforcement learning on generated answers: a name and its loss. What a loss needs is what its parameters are called
@@ -404,14 +403,12 @@ def run(args, *, explore=explore, lm_losses=lm_losses, initial_model=initial_mod
             losses = partial(erl_losses, explore=explore) if args.algo == "erl" else lm_losses
             train_text(model, task, args, process, optimizer, args.lr, losses)
         summary = process.finish()
-    write_json(os.path.join(args.out, "summary.json"), summary)
     plot_curves(args.out)
     print(process.result_line(summary))
     return summary
 
 
 def parse(argv: list[str]):
-    """Arguments with every default filled in. UserError for what does not fit together."""
     return arguments.parse(argv, __doc__.split("\n\n")[0], OPTIONS, MISMATCH)
 
 

@@ -323,7 +323,6 @@ def _fill(args, given: set[str], generative: bool):
 
 
 def _check(args, spec, generative: bool):
-    """Flags that do not fit together."""
     if spec.files and "train" not in spec.files:
         trained = [s.name for s in data.DATASETS.values() if args.dataset in s.test_sets]
         raise UserError(f"{args.dataset} is a test set" + f": train on {' or '.join(trained)}" * bool(trained))

@@ -48,12 +48,12 @@ def load_checkpoint(path: str) -> tuple[GPT, dict, dict[str, Tensor]]:
 
     ValueError for a file that is none of ours.
     """
-    with _open(path) as file:
-        config, metadata = _header(file)
+    with _open(path) as (file, config, metadata):
         # Copies, for their alignment: CPU products of tensors that lie in the mapped file round otherwise.
         tensors = {name: file.get_tensor(name).float().clone() for name in file.keys()}
         optimizer = {n.removeprefix(OPTIMIZER): tensors.pop(n) for n in list(tensors) if n.startswith(OPTIMIZER)}
-        model = _empty_model(config)
+        with torch.device("meta"):  # no weights are drawn, so no random generator moves
+            model = GPT(config)
         model.load_state_dict(tensors, assign=True)
     return model, metadata, optimizer
 
@@ -65,29 +65,26 @@ def load_model(path: str) -> tuple[GPT, dict]:
 
 def read_config(path: str) -> MoEConfig:
     """The configuration of a checkpoint, without its weights. ValueError for a file that is none of ours."""
-    with _open(path) as file:
-        return _header(file)[0]
+    with _open(path) as (_, config, _):
+        return config
 
 
 @contextlib.contextmanager
 def _open(path: str):
+    """-> the open file, the configuration and the metadata in its header"""
     from safetensors import SafetensorError, safe_open
 
     try:
         with safe_open(path, "pt") as file:
-            yield file
+            header = file.metadata() or {}
+            if "config" not in header:
+                raise ValueError("there are weights in it, but no configuration")
+            config = json.loads(header["config"])
+            metadata = config.pop("metadata", {})
+            yield file, MoEConfig(**drop_capacity(config)), metadata
     except (SafetensorError, OSError, TypeError, RuntimeError, ValueError) as error:
         reason = (str(error) or type(error).__name__).splitlines()[0]
         raise ValueError(f"{path} is not a readable checkpoint of this program: {reason}") from error
-
-
-def _header(file) -> tuple[MoEConfig, dict]:
-    header = file.metadata() or {}
-    if "config" not in header:
-        raise ValueError("there are weights in it, but no configuration")
-    config = json.loads(header["config"])
-    metadata = config.pop("metadata", {})
-    return MoEConfig(**drop_capacity(config)), metadata
 
 
 def drop_capacity(settings: dict) -> dict:
@@ -95,12 +92,6 @@ def drop_capacity(settings: dict) -> dict:
     if settings.get("expert_capacity", 0) != 0:
         raise ValueError(f"expert_capacity {settings['expert_capacity']} is no longer there: every token is served")
     return {name: value for name, value in settings.items() if name != "expert_capacity"}
-
-
-def _empty_model(config: MoEConfig) -> GPT:
-    """A model to put weights into. None are drawn, so no random generator moves."""
-    with torch.device("meta"):
-        return GPT(config)
 
 
 # ----------------------------------------------------------------------------------------------------- GPT-2's weights
@@ -128,8 +119,9 @@ def load_gpt2(source: str) -> GPT:
         lacks = f"GPT-2's weights could not be had from {source!r} ({type(error).__name__})"
         advice = "or a network and HF_ENDPOINT that reach the hub"
         raise ValueError(f"{lacks}: give --init a folder with config.json and model.safetensors, {advice}") from error
-    model, state = _empty_model(read_gpt2_config(folder)), {}
-    weights = {name.removeprefix("transformer."): w for name, w in weights.items()}
+    with torch.device("meta"):
+        model = GPT(read_gpt2_config(folder))
+    weights, state = {name.removeprefix("transformer."): w for name, w in weights.items()}, {}
     for name, parameter in model.named_parameters():
         other = name
         for ours, theirs in GPT2_NAMES.items():

@@ -276,14 +276,14 @@ def _draw_regret(regret: dict, title: str, path: str):
     left.set(xlabel=f"rank of the own expert among {C} (1: best)", ylabel="decisions [%]")
     leave_room(left)
     right.axhline(0, color="black", lw=0.8)
-    right.set(ylabel="nats of the next token's log p (95 %)", xticks=(0, 1))
-    right.set_xticklabels(["regret: the best expert,\nchosen by the answer", "cost of a\nrandom expert"])
+    names = "regret: the best expert,\nchosen by the answer", "cost of a\nrandom expert"
+    right.set(ylabel="nats of the next token's log p (95 %)", xticks=(0, 1), xticklabels=names)
     right.set_title("fragile: entropy of the prediction above its median", fontsize=9)
     save(figure, path)
 
 
 def leave_room(axis):
-    """A legend above bars of per cents."""
+    """For a legend above bars."""
     axis.set_ylim(0, 1.25 * axis.get_ylim()[1])
     axis.legend(loc="upper right", fontsize=9)
 

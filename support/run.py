@@ -74,8 +74,7 @@ class Run:
         self.args, self.out, self.state, self.phases, self.task = args, args.out, state, phases, task
         self.prepare, self.total = prepare, sum(phases.values())
         self.tests = [name for name in task.held_out if name != "validation"]
-        self.begun = time.perf_counter() - state.seconds
-        self.stop_asked = self.stop_at_once = False
+        self.begun, self.stop_asked, self.stop_at_once = time.perf_counter() - state.seconds, False, False
         self.metrics_path = os.path.join(self.out, "metrics.jsonl")
         with open(os.path.join(self.out, "config.json"), "rb") as file:
             self.id = hashlib.sha256(file.read()).hexdigest()[:16]
@@ -153,8 +152,7 @@ class Run:
         self.check_finite(metrics)
         speed = {"seconds": round(seconds, 2), "tokens_per_second": round(state.tokens / seconds, 1)}
         shown = {"loss": f"{metrics['loss']:.3f}", "tok/s": f"{state.tokens / seconds:.0f}"}
-        if "reward_mean" in metrics:
-            shown["reward"] = f"{metrics['reward_mean']:.3f}"
+        shown |= {"reward": f"{metrics['reward_mean']:.3f}"} if "reward_mean" in metrics else {}
         self.bar.set_postfix(shown, refresh=False)
         clipped = float(state.clipped) / max(1, state.updates)
         state.updates = state.clipped = 0
@@ -163,9 +161,7 @@ class Run:
     def check_finite(self, metrics: dict):
         """Broken numbers end a run before they are saved."""
         broken = [f"{k} is {metrics[k]}" for k in ("loss", "grad_norm") if not math.isfinite(metrics.get(k, 0))]
-        if not broken and not is_finite(self.model):
-            broken = ["the weights are not finite"]
-        if broken:
+        if broken := broken or ["the weights are not finite"] * (not is_finite(self.model)):
             lower = "lower --lr (or --pretrain-lr) in a new run"
             raise UserError(f"{broken[0]} at step {self.state.step}: {lower}; {self._kept()}")
 
@@ -202,7 +198,9 @@ class Run:
         summary |= {"best_step": state.best_step, "parameters": parameters, "active_parameters": active}
         summary |= {"algo": args.algo, "dataset": args.dataset, "data_variant": self.task.variant, "seed": args.seed}
         speed = round(state.tokens / seconds, 1)
-        return summary | {"steps": self.total, "seconds": round(seconds, 2), "tokens_per_second": speed}
+        summary |= {"steps": self.total, "seconds": round(seconds, 2), "tokens_per_second": speed}
+        write_json(os.path.join(self.out, "summary.json"), summary)
+        return summary
 
     def load_best(self):
         if path := find_checkpoint(self.out, "best"):
@@ -232,10 +230,9 @@ class Run:
             lock_file(lock, self.out)
             with open(self.metrics_path, "ab") as file:
                 if file.tell() < self.state.metrics_bytes:
-                    again = f"put the run's own file back, or start a new run with --init {self.out}"
-                    raise UserError(
-                        f"{self.metrics_path} is shorter than it was when the checkpoint was saved: {again}"
-                    )
+                    shorter = f"{self.metrics_path} is shorter than it was when the checkpoint was saved"
+                    advice = f"put the run's own file back, or start a new run with --init {self.out}"
+                    raise UserError(f"{shorter}: {advice}")
                 file.truncate(self.state.metrics_bytes)  # lines after the checkpoint will be written again
             if self.state.best_step >= 0:
                 self.load_best()  # better to hear now that it is gone than after the last step

@@ -53,8 +53,6 @@ class Batch(NamedTuple):
 
 
 class TextBatches:
-    """Windows of a text."""
-
     def __init__(self, tokens, context: int, batch_size: int, seed: int):
         if len(tokens) < 3:
             raise UserError("the training text is empty")
@@ -76,8 +74,6 @@ class TextBatches:
 
 
 class TaskBatches:
-    """Prompt + answer rows."""
-
     def __init__(self, encoded, batch_size: int, seed: int, end: int):
         self.encoded, self.batch_size, self.end, self.per_epoch = encoded, batch_size, end, len(encoded)
         self.order = Order(len(encoded), seed, "task")
@@ -140,11 +136,11 @@ def load_task(args, context: int, generative: bool) -> Task:
             examples = data.continuation_examples(splits["train"], tokenizer, seed=args.seed, **lengths)
         held_out, variant = {s: splits[s] for s in ("validation", "test")}, splits["test"].variant
     else:
-        read, variant = partial(data.load_examples, data_dir=args.data_dir), spec.name
-        examples = read(args.dataset, "train")
-        held_out = {"validation": read(spec.name, "validation", limit=args.eval_samples or None)}
+        load, variant = partial(data.load_examples, data_dir=args.data_dir), spec.name
+        examples = load(args.dataset, "train")
+        held_out = {"validation": load(spec.name, "validation", limit=args.eval_samples or None)}
         for name in spec.test_sets or (spec.name,):
-            held_out["test" if name == spec.name else name] = read(name, "test", limit=args.test_samples or None)
+            held_out["test" if name == spec.name else name] = load(name, "test", limit=args.test_samples or None)
         new = args.max_new_tokens if generative else 0
         encoded, counts = data.encode_examples(examples, tokenizer, context, max_new_tokens=new)
         _report_counts(spec, counts, context, held_out, tokenizer, room, new)
@@ -152,16 +148,10 @@ def load_task(args, context: int, generative: bool) -> Task:
             raise UserError(f"no training example of {args.dataset} fits into {context} tokens")
         batch = TaskBatches(encoded, args.batch_size, args.seed, tokenizer.end)
     order = Order(max(1, len(examples)), args.seed, "prompts")
-    mark = fingerprint([splits["train"] if spec.kind == "text" else examples, *held_out.values()])
-    return Task(spec, tokenizer, batch, examples, order, room, held_out, variant, mark)
-
-
-def fingerprint(sets) -> str:
-    """A hash of text splits (their tokens) and lists of Example, in their order."""
-    digest = hashlib.sha256()
-    for records in sets:
-        digest.update(repr(records).encode() if isinstance(records, list) else records.tokens.tobytes())
-    return digest.hexdigest()[:16]
+    read = hashlib.sha256()
+    for records in (splits["train"] if spec.kind == "text" else examples, *held_out.values()):
+        read.update(repr(records).encode() if isinstance(records, list) else records.tokens.tobytes())
+    return Task(spec, tokenizer, batch, examples, order, room, held_out, variant, read.hexdigest()[:16])
 
 
 def _report_counts(spec, counts: dict, context: int, held_out: dict, tokenizer, room: int, new: int):
