@@ -169,6 +169,9 @@ def draw_tokens(lines: list, num_experts: int, path: str):
     """The same as a PNG, a cell of a monospaced font for each character."""
     cell, height = 0.602 / 8, 1.45 / 8  # inches, for letters of 9 points, an eighth of an inch
     figure = new_figure((len(lines) + 1) * height, (WIDTH + 2) * cell)
+    from matplotlib.font_manager import findfont, get_font  # after new_figure, which chooses the backend
+
+    font = get_font(findfont("DejaVu Sans Mono"))
     figure.set_layout_engine("none")
     axis = figure.add_axes((0, 0, 1, 1))
     axis.set(xlim=(-1, WIDTH + 1), ylim=(len(lines) + 0.5, -0.5))
@@ -178,7 +181,7 @@ def draw_tokens(lines: list, num_experts: int, path: str):
         for text, expert in line:
             if expert is not None:
                 axis.barh(y + 0.5, columns(text), height=1, left=x, color=colour(expert, num_experts))
-            text = "".join(c.ljust(columns(c)) for c in text)  # the font has one cell for a wide character, or a box
-            axis.text(x, y + 0.5, text, family="DejaVu Sans Mono", size=9, va="center", parse_math=False)
+            drawn = "".join(c if font.get_char_index(ord(c)) else "□" * columns(c) for c in text)
+            axis.text(x, y + 0.5, drawn, family="DejaVu Sans Mono", size=9, va="center", parse_math=False)
             x += columns(text)
     save(figure, path)
