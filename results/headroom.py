@@ -1,9 +1,9 @@
 """E1 of PLAN.md: how much could routing bring, what of it can be learnt, and does ERL learn it?
 
-    python results/headroom.py STARTS --data-dir DIR --setting a-new --check          PLAN.md's checks
-    python results/headroom.py STARTS --data-dir DIR --setting a-new --all-rates      its arms
-    python results/headroom.py STARTS --data-dir DIR --setting c                      everything free, on new text
-    python results/headroom.py report                                                 tables, verdicts, picture
+    python results/headroom.py STARTS --data-dir DIR --setting a-new --check        PLAN.md's checks
+    python results/headroom.py STARTS --data-dir DIR --setting a-new --all-rates    its arms
+    python results/headroom.py STARTS --data-dir DIR --setting c                    all weights learn a new text
+    python results/headroom.py report                                               tables, verdicts, picture
 
 STARTS/N is a run folder of `train.py --algo lm` with the settings of PLAN.md. A run that has its row is not run again.
 
@@ -408,8 +408,34 @@ def show(values: dict) -> str:
     return text + (f" (two humps, p {sign_flip_p(ordered):.3f})" if two_humps and len(ordered) > 4 else "")
 
 
-def report(rows: list[dict], checks: list[dict]) -> str:
-    """All of results/e1.md: the checks, the arms of (a-new), verdicts, shares by rate."""
+def free_lines(rows: list[dict], headroom: float) -> list[str]:
+    """The section of (c): nats against no router learning and against random credit, and the verdicts."""
+    of = {figure: {arm: x for (arm, _), x in figures_of(rows, figure).items()} for figure in (*SHOWN, "left")}
+    starts = set.intersection(*(set(of["nats"].get(arm, ())) for arm in FREE_ARMS))  # with every arm
+    of = {f: {arm: {s: x[s] for s in sorted(starts)} for arm, x in arms.items()} for f, arms in of.items()}
+    nats, verdicts = of["nats"], []
+    lines = [
+        "## (c)",
+        "",
+        f"New text, all weights learn, in {len(starts)} starts; routers' rate {free_rate(rows):g}.",
+        "",
+    ]
+    lines += heading("arm", "gain over `none`", "gain over random credit", *(f"`{figure}`" for figure in of))
+    for arm in FREE_ARMS:
+        name, gradient = f"{arm} -".split()[:2]
+        gains = [less(nats[c], nats[arm]) for c in ("none", f"random-credit {gradient}") if c in nats and c != arm]
+        cells = [show(gain) for gain in gains] + ["-"] * (2 - len(gains))
+        lines.append(line(f"`{arm}`", *cells, *(f"{statistics.fmean(x[arm].values()):.3f}" for x in of.values())))
+        if name == "erl":
+            holds = min(ends(gain)[1] for gain in gains) > 0 and max(of["max_load"][arm].values()) <= 0.9
+            said = "holds" if holds else "is refuted" if ends(gains[0])[2] < headroom / 10 else "is not decided"
+            verdicts.append(f"- `{arm}`: ERL's claim **{said}** by the plan's rule.")
+    again = less(nats["erl router"], nats["erl-again router"])
+    return [*lines, "", *verdicts, f"- `erl-again router` over `erl router`, the noise of a run: {show(again)} nats."]
+
+
+def report(rows: list[dict], checks: list[dict], free: list[dict]) -> str:
+    """All of results/e1.md: the checks, the arms of (a-new), verdicts, shares by rate; then (c)."""
     rates, of = chosen_rates(rows), {figure: figures_of(rows, figure) for figure in SHOWN}
     share, headroom = shares(rows)
     lines = ["# E1", "", "Made by `python results/headroom.py report` from `checks.csv` and `e1.csv`; see PLAN.md.", ""]
@@ -449,7 +475,7 @@ def report(rows: list[dict], checks: list[dict]) -> str:
     for arm in ARMS:
         cells = (share.get((arm, rate), {}) for rate in RATES)
         lines.append(line(f"`{arm}`", *(f"{show(x)}, {len(x)} starts" if len(x) > 1 else "-" for x in cells)))
-    return "\n".join(lines) + "\n"
+    return "\n".join([*lines, "", *free_lines(free, statistics.fmean(headroom.values()))]) + "\n"
 
 
 def main():
@@ -465,7 +491,7 @@ def main():
     name = "checks" if args.check else "e1"
     if args.folder == "report":
         rows = read_rows("e1")
-        (FOLDER / "e1.md").write_text(report(rows, read_rows("checks")))
+        (FOLDER / "e1.md").write_text(report(rows, read_rows("checks"), read_rows("e1-free")))
         panels = [
             {LABELS[a]: [ends(x[a, r]) for r in RATES] for a in DRAWN}
             for x in (shares(rows)[0], figures_of(rows, "entropy"))

@@ -241,7 +241,7 @@ FOUR = {"lm": "black", "erl": "tab:red", "erl-constant": "tab:orange", "erl-leve
 
 
 def draw_mrr(rows: list[dict], labels: dict[str, str], path):
-    """MRR against the perplexity relative to MoE's: a small dot is a start, a large one the mean."""
+    """MRR against the perplexity relative to MoE's of the same start."""
     figure, base = Figure(figsize=(7.5, 4.8), layout="constrained"), by_start(rows, "lm", "perplexity")
     axis = figure.subplots()
     for arm, colour in FOUR.items():
@@ -250,9 +250,9 @@ def draw_mrr(rows: list[dict], labels: dict[str, str], path):
         axis.scatter(*zip(*dots, strict=True), color=colour, alpha=0.35, s=18)
         axis.scatter(*map(statistics.fmean, zip(*dots, strict=True)), color=colour, s=150, label=labels[arm], zorder=3)
     axis.axhline(0.052, color="gray", ls=":", label="MRR of chance")
-    axis.set(xlabel="perplexity against MoE of the same start [%]; lower is better", ylabel="MRR of the own route")
-    axis.set_title("A high MRR needs no credit: an advantage that says nothing has the highest", fontsize=12)
-    axis.legend(loc="lower right", fontsize=9)
+    axis.set(xlabel="perplexity above that of the MoE with the same seed [%]", ylabel="MRR of the own route")
+    axis.set_title("A constant advantage, which knows no expert, has the highest MRR", fontsize=12)
+    axis.legend(loc="lower right", fontsize=9, title="small: one run; large: mean of ten", title_fontsize=9)
     figure.savefig(path, dpi=110)
 
 

@@ -149,10 +149,10 @@ def plot_demo(rows: dict[str, dict], path: str):
     left, right = figure.subplots(1, 2)
     left.errorbar(list(ranked), of("mrr"), [1.96 * e for e in of("mrr_standard_error")], fmt="o", capsize=4)
     left.axhline(of("chance_mrr")[0], label="chance", **BY_CHANCE)
-    left.set(title="MRR of the router's route (95 %)", ylim=(0, None))
+    left.set(title="MRR of the router's route (95 % over windows)", ylim=(0, None))
     right.plot(list(ranked), of("original_score"), "o", label="the router's route")
-    right.plot(list(ranked), of("perturbed_score"), "x", label="99 random routes")
-    right.set(title=of("score")[0])
+    right.plot(list(ranked), of("perturbed_score"), "x", label="99 partly random routes")
+    right.set(title=f"{of('score')[0]} (one run)")
     for axis in (left, right):
         axis.margins(x=0.2)
         axis.legend(fontsize=8)

@@ -1,7 +1,7 @@
-"""A hub on loopback: as much of the Hugging Face API as `datasets.load_dataset` asks for, over Parquet files in memory.
+"""A hub on loopback: as much of the Hugging Face API as `datasets.load_dataset` and a model's download ask for.
 
 FakeHub({"owner/name": {"train": [row, ...], "test": [...]}}).url is what HF_ENDPOINT should name; RECORDS has a few
-rows of every published set.
+rows of every published set. models: {"owner/name": folder} of files.
 """
 
 import hashlib
@@ -50,8 +50,11 @@ def parquet(rows: list[dict]) -> bytes:
 
 
 class FakeHub:
-    def __init__(self, repositories: dict[str, dict[str, list[dict]]]):
+    def __init__(self, repositories: dict[str, dict[str, list[dict]]], models=()):
         """Keys "owner/name", "owner/name:config" (then the files lie in a folder of that name)."""
+        self.models = {
+            name: {p.name: p.read_bytes() for p in folder.iterdir()} for name, folder in dict(models).items()
+        }
         self.files: dict[str, dict[str, bytes]] = {}
         for name, splits in repositories.items():
             repository, _, config = name.partition(":")
@@ -86,17 +89,17 @@ class FakeHub:
     def _answer(self, request) -> None:
         body = request.rfile.read(int(request.headers.get("content-length") or 0))
         path = urllib.parse.unquote(urllib.parse.urlsplit(request.path).path)
-        for repository, files in self.files.items():
-            if path.startswith(f"/datasets/{repository}/resolve/"):
+        sets = {f"datasets/{repository}": files for repository, files in self.files.items()}
+        for repository, files in (sets | {f"models/{name}": files for name, files in self.models.items()}).items():
+            if path.startswith(f"/{repository.removeprefix('models/')}/resolve/"):
                 if name := next((f for f in files if path.endswith("/" + f)), None):
                     return self._send(request, files[name], name)
-            elif path == f"/api/datasets/{repository}" or path.startswith(f"/api/datasets/{repository}/revision/"):
+            elif path == f"/api/{repository}" or path.startswith(f"/api/{repository}/revision/"):
                 info = {"id": repository, "sha": COMMIT, "private": False, "disabled": False, "gated": False}
                 info |= {"tags": [], "downloads": 0, "likes": 0}
-                return self._json(
-                    request, info | {"siblings": [{"rfilename": f, "size": len(files[f])} for f in files]}
-                )
-            elif match := re.fullmatch(rf"/api/datasets/{repository}/(tree|paths-info)/(.*)", path):
+                info |= {"siblings": [{"rfilename": f, "size": len(files[f])} for f in files]}
+                return self._send(request, json.dumps(info).encode(), "")
+            elif match := re.fullmatch(rf"/api/{repository}/(tree|paths-info)/(.*)", path):
                 oids = {f: hashlib.sha1(b).hexdigest() for f, b in files.items()}
                 entries = [{"type": "file", "path": f, "size": len(files[f]), "oid": oids[f]} for f in files]
                 folders = sorted({f.rpartition("/")[0] for f in files} - {""})
@@ -108,14 +111,11 @@ class FakeHub:
                 else:  # tree/<revision>[/<folder>]: an entry of that folder, or of those below it
                     folder = next((f for f in folders if match[2].endswith("/" + f)), "")
                     entries = [e for e in entries if e["path"].startswith(folder + "/" if folder else "")]
-                return self._json(request, entries)
+                return self._send(request, json.dumps(entries).encode(), "")
         request.send_response(404)
         request.send_header("X-Error-Code", "EntryNotFound" if "/resolve/" in path else "RepoNotFound")
         request.send_header("Content-Length", "0")
         request.end_headers()
-
-    def _json(self, request, value) -> None:
-        self._send(request, json.dumps(value).encode(), "")
 
     def _send(self, request, content: bytes, name: str) -> None:
         start, end = 0, len(content)
@@ -136,7 +136,8 @@ class FakeHub:
 
 def in_a_new_python(code, home, **env):
     """Runs code that prints JSON: HF_ENDPOINT and the like are read once, when the libraries are imported."""
-    env = {k: v for k, v in os.environ.items() if not k.startswith("HF_") and "proxy" not in k.lower()} | env
+    kept = {k: v for k, v in os.environ.items() if not k.startswith("HF_") and "proxy" not in k.lower()}
+    env = kept | {"HF_HOME": str(home), "OMP_NUM_THREADS": "1"} | env
     code = f"""
 import json, os, sys, data
 def attempt(function, *arguments):
@@ -147,9 +148,7 @@ def attempt(function, *arguments):
 {textwrap.dedent(code)}
 sys.stdout.flush()
 os._exit(0)  # the libraries' threads can abort an interpreter that is shutting down"""
-    how = dict(
-        cwd=Path(__file__).parents[1], text=True, capture_output=True, env=env | {"HF_HOME": str(home)}, timeout=900
-    )
-    run = subprocess.run([sys.executable, "-c", code], **how)
+    how = dict(cwd=Path(__file__).parents[1], text=True, capture_output=True, timeout=900)
+    run = subprocess.run([sys.executable, "-c", code], env=env, **how)
     assert run.returncode == 0, run.stderr
     return json.loads(run.stdout.splitlines()[-1]), run.stderr

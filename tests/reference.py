@@ -112,35 +112,18 @@ def router_shift(new, old, floor=0.8, layers="mean"):
             shift = 0.0
             for layer in range(L):
                 shift += sum(abs(new[b, t, layer, k] - old[b, t, layer, k]) for k in range(K)) / K
-            gamma[b, t] = max(math.exp(-shift / L if layers == "mean" else -shift), floor)
+            gamma[b, t] = max(math.exp(-shift / max(L, 1) if layers == "mean" else -shift), floor)
     return gamma
 
 
 # --------------------------------------------------------------------------------------------------------------- ERPO
 
 
-def erpo(
-    new,
-    old,
-    rewards,
-    mask,
-    experts,
-    old_experts,
-    probs,
-    old_probs,
-    num_experts,
-    group_size,
-    alpha=0.2,
-    low=0.2,
-    high=0.28,
-    entropy_reward="relative",
-    weights=None,
-):
+def erpo(new, old, rewards, mask, experts, old_experts, probs, old_probs, E, G, alpha, low, high, kind, weights=None):
     """(loss, d loss / d new [B, T] by eq. 12 with the clip, counts) from clusters kept as lists of positions."""
     B, T, L, K = experts.shape
-    if entropy_reward == "none":
-        alpha = 0.0
-    pairs = [(layer, j) for layer in range(L) for j in range(num_experts)]
+    alpha = 0.0 if kind == "none" else alpha
+    pairs = [(layer, j) for layer in range(L) for j in range(E)]
 
     def cluster(assignment, b, layer, j):
         """The (t, k) at which row b uses expert j of a layer: X_j^i."""
@@ -163,19 +146,19 @@ def erpo(
 
     R, R_ent, now_H = {}, {}, {}
     for b, layer, j in e:
-        group = [rewards[i] for i in range(B) if i // group_size == b // group_size]
+        group = [rewards[i] for i in range(B) if i // G == b // G]
         deviation = rewards[b] - sum(group) / len(group)
         sigma = 0 if abs(deviation) < 1e-9 else -1 if deviation > 0 else 1  # eq. 9
         H, H_old = entropy(experts, probs, b, layer, j), entropy(old_experts, old_probs, b, layer, j)
         now_H[b, layer, j] = H
-        R_ent[b, layer, j] = sigma * (H if entropy_reward == "absolute" else H - H_old)  # eq. 9
+        R_ent[b, layer, j] = sigma * (H if kind == "absolute" else H - H_old)  # eq. 9
         R[b, layer, j] = (1 - alpha) * rewards[b] + alpha * R_ent[b, layer, j]  # eq. 10
 
     loss, gradient, acts = 0.0, np.zeros((B, T)), 0
     for b in range(B):
         active = [pair for pair in pairs if (b, *pair) in e]  # E^i
         for pair in active:
-            rows = [i for i in range(B) if i // group_size == b // group_size and (i, *pair) in e]
+            rows = [i for i in range(B) if i // G == b // G and (i, *pair) in e]
             values = [R[(i, *pair)] for i in rows]
             A = 0.0
             if len(rows) > 1 and max(values) > min(values):

@@ -1,19 +1,17 @@
 """Command lines: a loss's options as flags, a method of one's own, and defaults that follow data and model."""
 
+import argparse
 import functools
-import math
 from typing import Literal
 
 import pytest
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
 from training import MICRO, args_of
 
 import train
 from baselines import grpo_loss
 from moe import GPT, MoEConfig
-from support.arguments import Parser, add_options, number, one_of, options_of
+from support.arguments import Parser, add_options, number, options_of
 from support.checkpoints import save_checkpoint
 from support.errors import UserError
 from support.tasks import rng
@@ -48,14 +46,6 @@ def test_options_are_read_from_the_signature_and_become_flags():
     assert "100 %" in p.format_help()
 
 
-@pytest.mark.parametrize("algo", ["erl", *train.METHODS])
-def test_every_option_of_a_loss_is_a_flag_with_the_default_of_its_signature(algo, micro):
-    args = args_of(f"--algo {algo} --dataset pydocs")
-    for name, option in train.OPTIONS[algo].items():
-        assert getattr(args, name) == option.default, name
-    train.check_options(args)
-
-
 def a_method(monkeypatch, loss):
     monkeypatch.setitem(train.METHODS, "new", loss)
     monkeypatch.setitem(train.OPTIONS, "new", options_of(loss))
@@ -86,13 +76,6 @@ def test_a_method_of_ones_own_runs_and_is_resumed(loss, micro, monkeypatch):
     train.run(args)
 
 
-def returns(what):
-    def loss(log_probs, advantages):
-        return what(log_probs)
-
-    return loss
-
-
 def asks_for_more(log_probs, advantages, something):
     return log_probs.sum(), {}
 
@@ -104,9 +87,9 @@ def option_is_a_flag(log_probs, *, seed: int = 0):
 @pytest.mark.parametrize(
     ("loss", "says"),
     [
-        (returns(lambda x: x.sum()), "must return (loss, metrics): a 0-d tensor with gradient, and a dict"),
-        (returns(lambda x: (x.sum(1), {})), "must return (loss, metrics)"),
-        (returns(lambda x: (x.detach().sum(), {})), "must return (loss, metrics)"),
+        (lambda log_probs: log_probs.sum(), "must return (loss, metrics): a 0-d tensor with gradient, and a dict"),
+        (lambda log_probs: (log_probs.sum(1), {}), "must return (loss, metrics)"),
+        (lambda log_probs: (log_probs.detach().sum(), {}), "must return (loss, metrics)"),
         (asks_for_more, "something"),
         (option_is_a_flag, "--seed is a flag of the program"),
     ],
@@ -122,22 +105,18 @@ def test_a_method_that_does_not_fit_is_refused_before_any_work(loss, says, micro
     ("flags", "says"),
     [
         ("--algo gmpo --mismatch icepop", "weights must be above 0"),
-        ("--algo rais --mismatch icepop", "weights must be above 0"),
         ("--algo dppo --mismatch tis", "dppo compares with the sampler itself"),
         ("--algo erl --ratio uniform --clip-eps 0.2", 'ratio "uniform"'),
-        ("--algo erl --ratio uniform --draw router", 'ratio "uniform"'),
-        ("--algo erl --ratio uniform --inner-epochs 2", 'ratio "uniform"'),
         ("--algo erl --draw router --top-k 2", 'top_k 1, "router"'),
-        ("--algo erl --clip-eps -1", "clip_eps"),
         ("--algo grpo --clip-low -1", "clip_low"),
         ("--algo lm --alpha 0.3", "is an option of --algo erl or erpo"),
-        ("--algo erpo --draw router", "is an option of --algo erl"),
         ("--algo lm --steps 1 --epochs 1", "say the same thing"),
         ("--algo lm --n-expert 1", "leaves nothing to route"),
         ("--algo grpo --prompts-per-step 6", "not divisible by --minibatches"),
         ("--algo erl --freeze-router", "leave ERL nothing to learn"),
         ("--algo lm --dataset math500", "is a test set"),
         ("--algo lm --dataset wikitext", "did you mean wikitext2?"),
+        ("--algo erppo", "did you mean erpo?"),
         ("--algo lm --steps 0", "at least 1"),
         ("--algo lm --out .", "is not empty"),
         ("--dataset pydocs", "--algo is missing"),
@@ -172,26 +151,24 @@ def test_a_model_that_goes_on_brings_its_size_and_needs_no_first_phase(micro):
     assert args_of("--algo lm --init m.safetensors --pretrain-steps 3").pretrain_steps == 3
 
 
-@given(st.floats(allow_nan=True, allow_infinity=True))
-def test_a_number_is_finite_within_its_bounds_or_refused(value):
+@pytest.mark.parametrize("text", ["0", "2", "0.5", "-0.1", "2.1", "nan", "inf", "x"])
+def test_a_number_is_finite_within_its_bounds_or_refused(text):
     check = number(float, low=0, high=2)
-    if math.isfinite(value) and 0 <= value <= 2:
-        assert check(repr(value)) == value
+    if text in ("0", "2", "0.5"):
+        assert check(text) == float(text)
     else:
-        with pytest.raises(Exception, match="must be|not a number"):
-            check(repr(value))
-
-
-def test_a_name_that_does_not_exist_has_a_nearest_one():
-    with pytest.raises(Exception, match="did you mean erpo"):
-        one_of("algorithm", ALGORITHMS)("erppo")
+        with pytest.raises(argparse.ArgumentTypeError, match="must be|not a number"):
+            check(text)
 
 
 @pytest.mark.parametrize("algo", ALGORITHMS)
-def test_help_names_every_flag(algo, capsys):
-    with pytest.raises(SystemExit):
+def test_options_of_a_loss_have_their_signatures_defaults_and_help_names_every_flag(algo, capsys):
+    args = args_of(f"--algo {algo}")
+    for name, option in train.OPTIONS.get(algo, {}).items():
+        assert getattr(args, name) == option.default, name
+    train.check_options(args)
+    with pytest.raises(SystemExit, match="^0$"):
         train.parse(["--algo", algo, "--help"])
     text = capsys.readouterr().out
-    for name in vars(args_of(f"--algo {algo}")):
-        assert "--" + name.replace("_", "-") in text
+    assert not [name for name in vars(args) if "--" + name.replace("_", "-") not in text]
     assert torch.is_grad_enabled()

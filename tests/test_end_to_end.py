@@ -19,6 +19,7 @@ from training import metrics_of, summary_of, weights_of
 import data
 import train
 from moe import GPT, SIZES, MoEConfig
+from support import demo
 from support.checkpoints import load_model, save_checkpoint
 from support.tasks import rng
 
@@ -92,10 +93,22 @@ def test_every_algorithm(algo, here):
         assert last["ratio_mean"] == 1.0 and last["clip_share"] == 0.0 and last["perturbed_share"] > 0
 
 
-def test_the_command_of_a_sampler_that_is_not_the_trainer(here):
-    run("--algo rais --dataset countdown --rollout-dtype bfloat16 --replay r3 --mismatch tis --mismatch-threshold 3")
-    last = check_folder("rais", "countdown")
-    assert {"engine_gap", "engine_kl", "engine_moved_tokens", "engine_moved_decisions"} <= set(last)
+@pytest.mark.parametrize(
+    ("algo", "dataset", "flags"),
+    [
+        ("erl", "pydocs", "--wpl --advantage log --erl-grad all --inner-epochs 2 --jitter 0.01 --n-shared-expert 1"),
+        ("erl", "pydocs", "--ratio uniform --gate prob --dtype bfloat16"),
+        ("erl", "pydocs", "--draw router --gate straight --freeze-router --erl-grad all"),
+        ("erpo", "addition", "--dtype bfloat16 --replay r2 --answer-balance-coef 0.1 --top-p 0.9"),
+        ("grpo", "pydocs", "--rollout-dtype bfloat16 --mismatch icepop"),
+        ("rais", "countdown", "--rollout-dtype bfloat16 --replay r3 --mismatch tis --mismatch-threshold 3"),
+    ],
+)
+def test_variants(algo, dataset, flags, here):
+    run(f"--algo {algo} --dataset {dataset} {flags}")
+    last = check_folder(algo, dataset)
+    engine = {"engine_gap", "engine_kl", "engine_moved_tokens", "engine_moved_decisions"}
+    assert engine & set(last) == (engine if "bfloat16" in flags and algo != "erl" else set())
 
 
 @pytest.fixture(scope="session")
@@ -122,20 +135,6 @@ def test_real_data(dataset, algo, slices, here, monkeypatch):
     monkeypatch.setitem(SIZES, "tiny", MICRO | {"context": 256})
     run(f"--algo {algo} --dataset {dataset} --data-dir {slices} --beams 2")
     check_folder(algo, dataset)
-
-
-@pytest.mark.parametrize(
-    "flags",
-    [
-        "--algo erl --wpl --advantage log --erl-grad all --inner-epochs 2 --jitter 0.01 --n-shared-expert 1",
-        "--algo erl --ratio uniform --gate prob --dtype bfloat16",
-        "--algo erl --draw router --gate straight --freeze-router --erl-grad all",
-        "--algo erpo --dataset addition --dtype bfloat16 --replay r2 --answer-balance-coef 0.1 --top-p 0.9",
-        "--algo grpo --dataset pydocs --rollout-dtype bfloat16 --mismatch icepop",
-    ],
-)
-def test_variants(flags, here):
-    run(flags)
 
 
 def test_init_from_a_run_a_file_and_a_folder_of_gpt2(here, monkeypatch):
@@ -221,8 +220,6 @@ def test_ctrl_c_while_a_program_starts_is_no_traceback(tmp_path):
 
 def test_the_demo(here, monkeypatch, capsys):
     """Its four runs, the table and a verdict that is computed from the control."""
-    from support import demo
-
     real = train.parse
 
     def quick(flags):
@@ -235,20 +232,15 @@ def test_the_demo(here, monkeypatch, capsys):
     demo.demo(train.run, train.parse)
     out = capsys.readouterr().out
     assert len(seen) == 2 and Path("runs/demo/demo.png").stat().st_size > 10_000
-    rows = {arm: summary_of(f"runs/demo/{arm}") for arm in ("dense", "MoE", "ERL", "ERL-random")}
+    rows = {arm: summary_of(f"runs/demo/{arm}") for arm in ("dense", "MoE", "ERL", "control")}
     assert all(f"{row['perplexity']:.3f}" in out for row in rows.values()) and "Verdict: ERL's ranks are" in out
 
 
-def test_the_verdict_of_the_demo_is_computed():
-    from support.demo import verdict
-
-    def rows(ours, control):
-        return {
-            n: {"mrr": m, "mrr_standard_error": 0.03} for n, m in (("MoE", 0.1), ("ERL", ours), ("ERL-random", control))
-        }
-
-    assert "within the noise of the control" in verdict(rows(0.5, 0.45))  # .05 < 1.96 * .03 * sqrt(2) = .083
-    assert "above those of the control" in verdict(rows(0.5, 0.4)) and "below" in verdict(rows(0.3, 0.4))
+@pytest.mark.parametrize(("ours", "control", "says"), [(0.5, 0.45, "within"), (0.5, 0.4, "above"), (0.3, 0.4, "below")])
+def test_the_verdict_of_the_demo_is_computed(ours, control, says):
+    found = {"MoE": 0.1, "ERL": ours, "control": control}
+    rows = {name: {"mrr": mrr, "mrr_standard_error": 0.03} for name, mrr in found.items()}
+    assert says in demo.verdict(rows)  # within: a difference below 1.96 * 0.03 * sqrt(2) = 0.083
 
 
 def test_without_a_network(tmp_path):

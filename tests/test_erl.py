@@ -1,7 +1,5 @@
 """erl.py and support/controls.py: eq. 6-18 of the ERL paper, by the book and by hand."""
 
-import math
-
 import numpy as np
 import pytest
 import reference
@@ -16,7 +14,6 @@ from support import controls
 shapes = st.tuples(st.integers(1, 3), st.integers(1, 5), st.integers(1, 3), st.integers(1, 3))
 seeds, dtypes = st.integers(0, 10_000), st.sampled_from([torch.bfloat16, torch.float16, torch.float32, torch.float64])
 moderate = settings(deadline=None, max_examples=50)
-CASES = [(1, 1.5, -1.2, 1), (-1, 1.5, 1.5, 0), (0, 1.5, 0, 0), (1, 0.5, -0.5, 0), (-1, 0.5, 0.8, 1), (1, 1, -1, 0)]
 
 
 def seeded(seed):
@@ -77,53 +74,20 @@ def test_loss_equals_the_reference(shape, seed, share, clip_eps, dtype):
     loss, metrics = erl_loss(new, old, advantages, perturbed, clip_eps=clip_eps)
     expected = reference.erl_loss(*(x.detach().double().numpy() for x in (new, old, advantages)), perturbed, clip_eps)
     assert loss.item() == pytest.approx(expected, abs=1e-12 if dtype == torch.float64 else 1e-6)
-    assert loss.dtype == torch.promote_types(dtype, torch.float32) and all(
-        v.shape == () and not v.requires_grad for v in metrics.values()
-    )
     loss.backward()
-    assert new.grad.dtype == dtype and old.grad is None and advantages.grad is None
+    assert old.grad is None and advantages.grad is None
+    A = advantages.detach()[..., None].expand(perturbed.shape)[perturbed]  # of each decision in S
+    stopped = (new.grad[perturbed] == 0) & (A != 0)[:, None]
+    expected = {"perturbed_share": perturbed, "advantage_positive": A > 0, "advantage_negative": A < 0}
+    expected |= {"clip_share": stopped, "ratio_mean": (new.detach().double() - old.detach().double()).exp()[perturbed]}
+    for name, x in expected.items():
+        assert metrics.pop(name).item() == pytest.approx(x.double().mean().item() if x.numel() else 0, rel=1e-5), name
+    assert metrics == {"rl_loss": loss}
 
 
-@pytest.mark.parametrize(("A", "r", "expected", "clip_share"), [*CASES, (-1, math.exp(50), math.exp(40), 0)])
-def test_loss_of_one_decision_by_hand(A, r, expected, clip_share):
-    """A gain counts up to the ratio 1.2, a loss down to 0.8; min() leaves the way back open. exp stops at e^40."""
-    old, S = torch.full((1, 1, 1, 1), 0.1).log(), torch.ones(1, 1, 1).bool()
-    new = (old + math.log(r)).requires_grad_()
-    loss, metrics = erl_loss(new, old, torch.full((1, 1), float(A)), S)
-    loss.backward()
-    assert loss.item() == metrics["rl_loss"].item() == pytest.approx(expected, rel=1e-5)
-    assert new.grad.item() == pytest.approx(0 if clip_share or r > 1e9 else -r * A)
-    assert metrics["ratio_mean"].item() == pytest.approx(min(r, math.exp(40)), rel=1e-5)
-    names = ("clip_share", "advantage_positive", "advantage_negative", "perturbed_share")
-    assert [metrics[name].item() for name in names] == [clip_share, A > 0, A < 0, 1]
-
-
-@pytest.mark.parametrize("seed", range(3))
-def test_gradient_by_finite_differences(seed):
-    new, *rest = make(seed)
+def test_gradient_by_finite_differences():
+    new, *rest = make(0)
     assert gradcheck(lambda x: erl_loss(x, *rest)[0], new.requires_grad_())
-
-
-@pytest.mark.parametrize("junk", [float("nan"), float("inf"), -float("inf"), 1e30])
-@pytest.mark.parametrize("share", [0.6, 0.0])
-def test_entries_outside_the_set_and_padding_change_nothing(junk, share):
-    new, old, advantages, perturbed = make(8, share=share)
-    perturbed[0, 1] = False  # a position with no perturbed decision at all
-    clean = new.clone().requires_grad_()
-    expected, expected_metrics = erl_loss(clean, old, advantages, perturbed)
-    expected.backward()
-
-    def spoiled(x, fill):
-        holes = x.masked_fill(~perturbed[..., None] if x.dim() == 4 else ~perturbed.any(-1), fill)
-        return torch.cat([holes, torch.full_like(x, fill)], 1)  # as many columns of padding
-
-    dirty, wide = spoiled(new, junk).requires_grad_(), torch.cat([perturbed, torch.zeros_like(perturbed)], 1)
-    loss, metrics = erl_loss(dirty, spoiled(old, -junk), spoiled(advantages, junk), wide)
-    loss.backward()
-    torch.testing.assert_close((loss, dirty.grad[:, :4]), (expected, clean.grad))
-    assert (dirty.grad[~wide] == 0).all() and (share > 0 or loss == 0)
-    assert metrics.pop("perturbed_share") * 2 == expected_metrics.pop("perturbed_share")
-    torch.testing.assert_close(metrics, expected_metrics)
 
 
 class Toy:
@@ -277,22 +241,20 @@ def test_what_is_refused():
         refused("alpha", random_routes, 2, 3, 1, 4, 1, alpha)
     for top_k in (0, 5):
         refused("top_k .*4", random_routes, 2, 3, 1, 4, top_k, 0.5)
-    refused("kind.*'relative'", erl_advantage, torch.zeros(2), torch.zeros(2), "relative")
-    refused(r"^original_log_probs .*\[2, 3\].*\[2, 4\]", erl_advantage, torch.zeros(2, 3), torch.zeros(2, 4))
+    refused("kind", erl_advantage, torch.zeros(2), torch.zeros(2), "relative")
+    refused("^original_log_probs", erl_advantage, torch.zeros(2, 3), torch.zeros(2, 4))
     new, old, A, S = make(15)
-    refused(r"^router_log_probs .*\[2, 4, 2\]", erl_loss, new[..., 0], old, A, S)
-    refused(r"^router_log_probs .*\[2, 4, 2, 0\]", erl_loss, new[..., :0], old[..., :0], A, S)
-    refused(r"^old_router_log_probs .*\[2, 4, 2, 2\].*\[2, 4, 2, 1\]", erl_loss, new, old[..., :1], A, S)
-    refused(r"^advantages .*\[2, 4\].*\[2, 3\]", erl_loss, new, old, A[:, 1:], S)
-    refused(r"^perturbed .*\[2, 4, 2\].*\[2, 4\]", erl_loss, new, old, A, S[..., 0])
-    refused("^perturbed .*bool.*float32", erl_loss, new, old, A, S.float())
+    for wrong in (new[..., 0], new[..., :0]):
+        refused("^router_log_probs", erl_loss, wrong, old, A, S)
+    refused("^old_router_log_probs", erl_loss, new, old[..., :1], A, S)
+    refused("^advantages", erl_loss, new, old, A[:, 1:], S)
+    for wrong in (S[..., 0], S.float()):
+        refused("^perturbed", erl_loss, new, old, A, wrong)
     for clip_eps in (-0.1, float("nan")):
         refused("clip_eps", erl_loss, new, old, A, S, clip_eps=clip_eps)
     toy, mask = Toy(), torch.ones(2, 5).bool()
-    refused("n_perturb", toy.explore, n_perturb=0)
-    refused("rounding_units", toy.explore, rounding_units=-1.0)
-    refused("draw .*'gate'", toy.explore, draw="gate")
-    refused("with top_k 1", toy.explore, draw="router")  # the toy has K = 2
+    for option, wrong in (("n_perturb", 0), ("rounding_units", -1.0), ("draw", "gate"), ("draw", "router")):
+        refused(option, toy.explore, **{option: wrong})  # a draw from the router goes with K = 1, the toy has 2
     for wrong in (mask[:, 1:], mask.float()):
         refused("^mask", toy.explore, mask=wrong)
     refused("^forward must return .*B, T, L, E", explore, lambda r: (toy(r)[0], toy(r)[1][0], None), mask, 2)

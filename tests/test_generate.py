@@ -4,30 +4,21 @@ import itertools
 
 import numpy as np
 import pytest
+import test_moe
 import torch
+from test_moe import random_routes, rng
 
-from moe import GPT, MIN_TEMPERATURE, MoEConfig, Routes
+from moe import MIN_TEMPERATURE, Routes
 from support.generation import Cache, beam_search, generate, sample_tokens, sampler_of
 
-VARIANTS = [dict(n_expert=1), dict(top_k=1), dict(top_k=2, n_shared_expert=1, gate="prob", moe_every=1)]
+VARIANTS = [dict(n_expert=1), dict(top_k=2), dict(top_k=1, n_shared_expert=1, gate="prob", moe_every=1)]
 PROMPTS = [[3, 1, 2], [4], [2, 2, 2, 2, 2, 1], [4], [1, 4]]  # of different lengths, one of them twice
 END = 0
 variants = pytest.mark.parametrize("variant", VARIANTS, ids=str)
 
 
-def rng(seed=0):
-    return torch.Generator().manual_seed(seed)
-
-
-def make(seed=0, **variant) -> GPT:
-    """A model whose parameters all matter: nothing is at its 0 or 1, logits are not all alike."""
-    sizes = dict(vocab_size=6, context=24, n_layer=3, n_head=2, n_embd=16, n_expert=4, top_k=1, moe_every=2)
-    model, g = GPT(MoEConfig(**sizes | variant)), rng(seed)
-    with torch.no_grad():
-        for name, p in model.named_parameters():
-            p.copy_((1.0 if "router" in name else 0.2) * torch.randn(p.shape, generator=g))
-            p.add_(1 if "ln_" in name and name.endswith("weight") else 0)
-    return model
+def make(seed=0, **variant):
+    return test_moe.make(seed, **dict(vocab_size=6, context=24, top_k=1) | variant)
 
 
 @torch.no_grad()
@@ -77,11 +68,16 @@ def test_a_word_of_probability_zero_is_never_drawn(u, monkeypatch):
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
 @variants
 def test_recorded_while_generating_equals_a_teacher_forced_forward(variant, temperature):
+    """Along its own routes, along explored ones and along replayed ones."""
     ends = set()
-    for seed in range(4):
+    for seed, uniform in enumerate((None, None, True, False)):
         model, how = make(seed, **variant), dict(temperature=temperature, top_p=0.95, generator=rng(seed))
-        rollout = generate(model, PROMPTS, max_new_tokens=9, end_token=END, **how)
-        log_probs, picked, routing = teacher_forced(model, rollout.tokens, None, temperature)
+        routed = uniform is not None and model.config.moe_blocks
+        routes = random_routes(model, len(PROMPTS), 14, seed, uniform=uniform) if routed else None
+        rollout = generate(model, PROMPTS, max_new_tokens=9, end_token=END, routes=routes, **how)
+        T = rollout.tokens.shape[1] - 1
+        routes = routes and Routes(routes.experts[:, :T], routes.forced[:, :T], uniform)
+        log_probs, picked, routing = teacher_forced(model, rollout.tokens, routes, temperature)
         expected = torch.zeros_like(rollout.response_mask)
         for b, start, end in rows_of(rollout):
             assert rollout.tokens[b, :start].tolist() == PROMPTS[b] and (rollout.tokens[b, end:] == END).all()
@@ -96,22 +92,6 @@ def test_recorded_while_generating_equals_a_teacher_forced_forward(variant, temp
         entropies = -(log_probs.exp() * log_probs).sum(-1)
         torch.testing.assert_close(rollout.entropies, entropies * expected, atol=1e-5, rtol=0)
     assert len(ends) > 3 and 9 in ends  # some ended, so the longer ones went on beside finished rows
-
-
-@pytest.mark.parametrize("uniform", [True, False])
-@pytest.mark.parametrize("variant", [VARIANTS[1], dict(top_k=2, moe_every=1)], ids=str)
-def test_imposed_routes_are_used_while_generating(variant, uniform):
-    model, g = make(5, **variant), rng(1)
-    L, K = len(model.config.moe_blocks), model.config.top_k
-    experts = torch.rand(len(PROMPTS), 14, L, 4, generator=g).topk(K).indices
-    routes = Routes(experts, torch.rand(len(PROMPTS), 14, L, generator=g) < 0.5, uniform)
-    rollout = generate(model, PROMPTS, max_new_tokens=9, end_token=END, generator=rng(), routes=routes)
-    T = rollout.tokens.shape[1] - 1
-    imposed = Routes(routes.experts[:, :T], routes.forced[:, :T], uniform)
-    _, picked, routing = teacher_forced(model, rollout.tokens, imposed)
-    torch.testing.assert_close(rollout.log_probs, picked * rollout.response_mask, atol=1e-5, rtol=0)
-    for b, _, end in rows_of(rollout):
-        assert torch.equal(rollout.experts[b, : end - 1], routing.experts[b, : end - 1])
 
 
 def test_the_generator_decides_and_nothing_else_moves():
@@ -129,19 +109,6 @@ def test_a_prompt_of_several_rows_is_read_once():
     assert read[0] == (len(PROMPTS) - 1, 6) and set(read[1:]) == {(len(PROMPTS), 1)}
 
 
-@variants
-def test_greedy_is_the_argmax_of_full_forwards_whatever_stands_beside_it(variant):
-    model = make(7, **variant)
-    rollout = generate(model, PROMPTS, max_new_tokens=8, end_token=END, temperature=0)
-    for prompt, response in zip(PROMPTS, rollout.responses(END), strict=True):
-        row = list(prompt)
-        for _ in range(8):
-            row.append(teacher_forced(model, torch.tensor([[*row, END]]))[0][0, -1].argmax().item())
-            if row[-1] == END:
-                break
-        assert response == [t for t in row[len(prompt) :] if t != END]
-
-
 def test_temperatures_near_zero_are_the_coldest():
     model, how = make(8), dict(max_new_tokens=8, end_token=END)
     coldest = generate(model, PROMPTS, temperature=MIN_TEMPERATURE, generator=rng(), **how)
@@ -152,15 +119,15 @@ def test_temperatures_near_zero_are_the_coldest():
     assert torch.equal(cold.tokens, generate(model, PROMPTS, temperature=0, **how).tokens)
 
 
-def test_generation_refuses_what_it_cannot_do():
-    model, how = make(), dict(max_new_tokens=4, end_token=END)
-    generate(model, [[1] * 20], **how)
-    for prompts in ([], [[1], []], [[1] * 21]):
-        with pytest.raises(ValueError, match="prompt"):
-            generate(model, prompts, **how)
-    for wrong in (dict(temperature=-1.0), dict(top_p=0.0), dict(top_p=1.1), dict(top_p=float("nan"))):
-        with pytest.raises(ValueError, match=next(iter(wrong))):
-            generate(model, PROMPTS, **how, **wrong)
+WRONG = [("prompts", []), ("prompts", [[1], []]), ("prompts", [[1] * 21]), ("temperature", -1.0)]
+
+
+@pytest.mark.parametrize("name, value", [*WRONG, *(("top_p", p) for p in (0.0, 1.1, float("nan")))])
+def test_generation_refuses_what_it_cannot_do(name, value):
+    good = dict(prompts=[[1] * 20], max_new_tokens=4, end_token=END)
+    generate(make(), **good)
+    with pytest.raises(ValueError, match=name.rstrip("s")):
+        generate(make(), **good | {name: value})
 
 
 @variants

@@ -193,9 +193,8 @@ def test_forms_change_nothing_and_a_wrong_answer_beside_the_right_one_stays_wron
 HEAVY = r"""9^{9^{9^{9}}}|9^{9999999}|10000000!!|999!|(999!)!|\binom{9^9}{9^8}|\binom{99999999}{49999999}|e^{9^{9^9}}
 2^{2^{99}}x|(x+y+z+w)^{30}(x-y)^{30}|(x+1)^{999}-(x-1)^{999}|\sum_{k=1}^{10^9} k^k|\prod_{k=1}^{99999} k|1e999999999
 \int_0^1 e^{x^x} dx|\lim_{x \to 0} \frac{\sin x}{x}|\tan(\tan(\tan(\tan(9^{999}))))|0^0|1/0|\log_{1} 5|9^{99*9^9}
-9^{999 \cdot 999 \cdot 999 \cdot 999}|(99999999)!|(9^{99})!
 \operatorname{eye}(99999)|(\sin x+\cos y+\tan z)^{9}|\sqrt{2+\sqrt{3+\sqrt{5+\sqrt{7+\sqrt{11}}}}}|((9^{99})^{99})^{99}
-x^{5}+x+1=0|\sin x \sin(2x)\sin(3x)\sin(4x)\sin(5x)\sin(6x)|9^{\frac{999}{.000001}}"""
+\sin x \sin(2x)\sin(3x)\sin(4x)\sin(5x)\sin(6x)|9^{\frac{999}{.000001}}"""
 
 
 def heavy():

@@ -1,6 +1,7 @@
 """The house: what imports what, how long a file and a function may be, and how they are written."""
 
 import ast
+import graphlib
 import subprocess
 import sys
 from pathlib import Path
@@ -17,10 +18,10 @@ BUDGET = {
     "baselines.py": 270,
     "moe.py": 393,  # 190 lines of it are code
     "data.py": 475,
-    "train.py": 485,  # three policies and their metrics came with the sampler of its own precision
+    "train.py": 475,  # three policies and their metrics came with the sampler of its own precision
     "eval_routing.py": 355,  # ranks, and counterfactual regret
 }
-FOLDERS = {"support": 3060, "results": 1110, "bench": 660, "recipes": 1550}
+FOLDERS = {"support": 2950, "results": 1300, "bench": 660, "recipes": 1550}
 LONGEST = 405  # lines of any other file
 LONGEST_FUNCTION = 60
 PROGRAMS = ("train", "eval_routing")
@@ -52,19 +53,7 @@ GRAPH = {name: {m for m in imports_of(path) if m in OURS} for name, path in OURS
 
 
 def test_no_circle_of_imports():
-    done, open_ = set(), []
-
-    def visit(name):
-        assert name not in open_, f"a circle: {' -> '.join([*open_, name])}"
-        if name in done:
-            return
-        open_.append(name)
-        for other in GRAPH[name]:
-            visit(other)
-        done.add(open_.pop())
-
-    for name in GRAPH:
-        visit(name)
+    graphlib.TopologicalSorter(GRAPH).prepare()  # its error names the circle
 
 
 def test_arrows_go_one_way():
@@ -78,13 +67,9 @@ def test_arrows_go_one_way():
 
 
 @pytest.mark.parametrize("name", ["moe", *LOSSES])
-def test_the_papers_files_need_torch_alone(name):
+def test_the_papers_files_need_torch_alone_and_import_in_an_empty_folder(name, tmp_path):
     foreign = {m.split(".")[0] for m in imports_of(OURS[name])} - {"torch"} - STANDARD
     assert foreign <= {"moe": {"dataclasses"}, "rais": {"baselines"}}.get(name, set())
-
-
-@pytest.mark.parametrize("name", ["moe", *LOSSES])
-def test_the_papers_files_import_alone_in_an_empty_folder(name, tmp_path):
     for needed in {name, *GRAPH[name]}:
         (tmp_path / f"{needed}.py").write_text(OURS[needed].read_text())
     code = f"import {name}, sys; assert not any(m in sys.modules for m in ('support', 'data'))"
@@ -95,11 +80,11 @@ def test_files_stay_within_their_budget():
     lines = {str(p.relative_to(ROOT)): len(p.read_text().splitlines()) for p in files()}
     unknown = [name for name in lines if "/" not in name and name not in BUDGET]
     assert not unknown, f"{unknown} at the top level: give it a budget in this file, or put it into support/"
-    too_long = {n: k for n, k in lines.items() if k > BUDGET.get(n, LONGEST if not n.startswith("results") else 520)}
+    too_long = {n: k for n, k in lines.items() if k > BUDGET.get(n, LONGEST if not n.startswith("results") else 525)}
     assert not too_long, "over the budget of this file"
     for folder, budget in FOLDERS.items():
         assert sum(k for n, k in lines.items() if n.startswith(folder + "/")) <= budget, folder
-    assert sum(lines.values()) <= 8_850  # 8,300 is the wish
+    assert sum(lines.values()) <= 8_930  # 8,300 was the wish before E1 (c) and E3
 
 
 def test_functions_stay_short():

@@ -12,18 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import moe
-from moe import (
-    GPT,
-    MIN_TEMPERATURE,
-    MoE,
-    MoEConfig,
-    Routes,
-    choose_experts,
-    lm_loss,
-    router_losses,
-    token_log_probs,
-    upcycle,
-)
+from moe import GPT, MoE, MoEConfig, Routes, choose_experts, lm_loss, router_losses, token_log_probs, upcycle
 
 SMALL = dict(vocab_size=23, context=12, n_layer=3, n_head=2, n_embd=16, n_expert=4, top_k=2, moe_every=2)
 seeds = st.integers(0, 10_000)
@@ -151,19 +140,15 @@ def test_forward_by_the_book(variant):
     """Along its own routes, along explored ones and along replayed ones."""
     model = make(1, torch.float64, **variant)
     tokens = words(model, 2)
-    imposed = (
-        [random_routes(model, 2, 9, uniform=uniform) for uniform in (True, False)] if model.config.moe_blocks else []
-    )
-    for routes in (None, *imposed):
+    drawn = [random_routes(model, 2, 9, uniform=uniform) for uniform in (True, False)]
+    for routes in (None, *drawn) if model.config.moe_blocks else (None,):
         out = run(model, tokens, routes=routes)
         logits, router, used = book_forward(model, tokens, routes)
         np.testing.assert_allclose(out.logits.detach(), logits, atol=1e-10)
-        if imposed:
+        if model.config.moe_blocks:
             np.testing.assert_allclose(out.routing.logits.detach(), router, atol=1e-10)
             assert (out.routing.experts.numpy() == used).all()
-            assert torch.equal(
-                out.routing.forced, torch.zeros(used.shape[:3], dtype=torch.bool) if routes is None else routes.forced
-            )
+            assert torch.equal(out.routing.forced, torch.zeros(used.shape[:3]) > 0 if routes is None else routes.forced)
             P = np.take_along_axis(np.exp(router) / np.exp(router).sum(-1, keepdims=True), used, -1)
             np.testing.assert_allclose(out.routing.expert_log_probs().detach(), np.log(P), atol=1e-9)
 
@@ -237,47 +222,18 @@ def test_bfloat16_dispatch_is_as_exact_as_bfloat16():
         assert (a - b).norm() < 0.01 * b.norm()
 
 
-def test_renorm_gate_survives_experts_of_probability_zero():
-    logits = torch.tensor([[[0.0, -200.0, -201.0, -300.0]]])
-    experts, forced = torch.tensor([[[1, 2]]]), torch.tensor([[True]])
-    for gate in ("renorm", "straight"):
-        config = MoEConfig(**SMALL | dict(gate=gate))
-        weights = choose_experts(logits, config, Routes(experts, forced, uniform=False))[1]
-        torch.testing.assert_close(weights[0, 0], torch.tensor([0.0, -1.0]).softmax(-1))
-
-
-@moderate
-@given(st.integers(1, 4), seeds)
-def test_the_gates_in_value_and_gradient(top_k, seed):
-    """One softmax. `straight` has renorm's value to the bit, and the gradient of P_i / (sum_topK P).detach()."""
-    logits = (3 * torch.randn(2, 5, 4, generator=rng(seed), dtype=torch.float64)).requires_grad_()
-    P = logits.softmax(-1)
-    to = torch.randn(2, 5, top_k, generator=rng(seed + 1), dtype=torch.float64)
-    found = {}
-    for gate in ("renorm", "prob", "straight"):
-        experts, weights = choose_experts(logits, MoEConfig(**SMALL | dict(top_k=top_k, gate=gate)))
-        assert torch.equal(experts, P.argsort(-1, descending=True)[..., :top_k])
-        chosen = P.gather(-1, experts)
-        total = chosen.sum(-1, keepdim=True)
-        expected = {"renorm": chosen / total, "prob": chosen, "straight": chosen / total.detach()}[gate]
-        torch.testing.assert_close(weights, expected)
-        found[gate] = weights
-        ours, book = (torch.autograd.grad((w * to).sum(), logits, retain_graph=True)[0] for w in (weights, expected))
-        torch.testing.assert_close(ours, book)
-        assert (ours != 0).all() if gate != "renorm" else top_k > 1 or not ours.any()
-    assert torch.equal(found["straight"], found["renorm"])
+@pytest.mark.parametrize("gate", ["renorm", "straight"])
+def test_renormalised_gates(gate):
+    """They survive experts of probability zero; `straight` has the value of `renorm` to the bit."""
+    logits, experts = torch.tensor([[[0.0, -200.0, -201.0, -300.0]]]), torch.tensor([[[1, 2]]])
+    config, routes = MoEConfig(**SMALL | dict(gate=gate)), Routes(experts, torch.tensor([[True]]), uniform=False)
+    torch.testing.assert_close(choose_experts(logits, config, routes)[1][0, 0], torch.tensor([0.0, -1.0]).softmax(-1))
+    logits = 3 * torch.randn(2, 50, 4, generator=rng())
+    expected = choose_experts(logits, MoEConfig(**SMALL | dict(gate="renorm")))[1]
+    assert torch.equal(choose_experts(logits, config)[1], expected)
 
 
 # -------------------------------------------------------------------------------------------------------- router losses
-
-
-@pytest.mark.parametrize("top_k", [1, 2, 3])
-def test_balance_is_1_at_perfect_balance_for_every_k(top_k):
-    E, T = 6, 12
-    experts = torch.stack([(torch.arange(T) + k) % E for k in range(top_k)], -1)[None, :, None]
-    balance, _, load = router_losses(torch.zeros(1, T, 1, E), experts)
-    torch.testing.assert_close(balance, torch.ones(1))
-    torch.testing.assert_close(load, torch.full((1, E), 1 / E))
 
 
 @moderate
@@ -305,13 +261,6 @@ def test_router_losses_by_the_book(B, L, top_k, seed):
     assert not gradients(balance.sum() + z.sum(), [other])[0].any()
 
 
-def test_router_losses_are_float32_under_autocast():
-    logits, experts = torch.randn(2, 40, 2, 4, generator=rng(3)), torch.zeros(2, 40, 2, 1, dtype=torch.long)
-    with torch.autocast("cpu", torch.bfloat16):
-        inside = router_losses(logits, experts)
-    assert all(torch.equal(a, b) for a, b in zip(inside, router_losses(logits, experts), strict=True))
-
-
 # --------------------------------------------------------------------------------------------------- routing is a value
 
 
@@ -332,75 +281,14 @@ def test_replaying_its_own_routes_changes_no_bit(variant):
 
 
 @moderate
-@given(st.sampled_from(VARIANTS), st.integers(1, 8), seeds)
-def test_a_later_token_changes_nothing_earlier(variant, t, seed):
-    """With forced routes too. Earlier tokens may stand on other rows of an expert's product, so values are equal to a
-    rounding; their gradient with respect to what comes later is exactly 0."""
-    model = make(seed, torch.float64, **variant)
-    tokens = words(model, seed=seed)
-    other = tokens.clone()
-    other[:, t:] = (other[:, t:] + 1) % 23
-    routes = random_routes(model, *tokens.shape, seed)
-    a, b = run(model, tokens, routes=routes), run(model, other, routes=routes)
-    torch.testing.assert_close(a.logits[:, :t], b.logits[:, :t], atol=1e-13, rtol=0)
-    assert torch.equal(a.routing.experts[:, :t], b.routing.experts[:, :t])
-    assert not torch.equal(a.logits[:, t:], b.logits[:, t:])
-    hidden = model.stem(tokens).detach().requires_grad_()
-    features, routing = model.branch(hidden, routes=routes)
-    (grad,) = gradients(features[:, :t].square().sum() + routing.logits[:, :t].square().sum(), [hidden])
-    assert not grad[:, t:].any() and grad[:, :t].any()
-
-
-@moderate
 @given(st.sampled_from(VARIANTS), seeds)
-def test_companions_and_padding_change_nothing(variant, seed):
+def test_companions_and_later_tokens_change_nothing(variant, seed):
     model = make(seed, **variant)
     tokens = words(model, seed=seed)
     together = run(model, tokens)
     alone = run(model, tokens[1:2, :6])
     torch.testing.assert_close(together.logits[1:2, :6], alone.logits, atol=1e-5, rtol=1e-5)
     assert torch.equal(together.routing.experts[1:2, :6], alone.routing.experts)
-
-
-@moderate
-@given(st.sampled_from(VARIANTS[1:]), seeds)
-def test_relabelled_experts_compute_the_same(variant, seed):
-    model = make(seed, **variant)
-    twin = copy.deepcopy(model)
-    order = torch.randperm(4, generator=rng(seed))  # expert order[i] of the model is expert i of its twin
-    with torch.no_grad():
-        for i in model.config.moe_blocks:
-            for name, p in model.blocks[i].mlp.named_parameters():
-                if not name.startswith("shared"):
-                    twin.blocks[i].mlp.get_parameter(name).copy_(p[order])
-    tokens = words(model, seed=seed)
-    ours, theirs = run(model, tokens), run(twin, tokens)
-    torch.testing.assert_close(ours.logits, theirs.logits, atol=1e-5, rtol=1e-5)
-    assert torch.equal(order[theirs.routing.experts], ours.routing.experts)
-    (balance, _, load), (other, _, permuted) = (
-        router_losses(x.routing.logits, x.routing.experts) for x in (ours, theirs)
-    )
-    torch.testing.assert_close(load[:, order], permuted)
-    torch.testing.assert_close(balance, other)
-
-
-@pytest.mark.parametrize("variant", VARIANTS[1:], ids=name_of)
-def test_stem_and_branch_are_the_forward_for_several_routes_at_once(variant):
-    """The blocks before the first one with experts once, then 1 + m routes: value and gradient."""
-    model, m = make(4, **variant), 3
-    tokens = words(model, 2)
-    routes = [random_routes(model, 2, 9, s, alpha=s / 3) for s in range(1 + m)]
-    parameters = list(model.parameters())
-    together = Routes(torch.cat([r.experts for r in routes]), torch.cat([r.forced for r in routes]))
-    features, routing = model.branch(model.stem(tokens).repeat(1 + m, 1, 1), routes=together)
-    to = torch.randn(features.shape, generator=rng())
-    separate = [model(tokens, routes=r) for r in routes]
-    torch.testing.assert_close(features, torch.cat([f for f, _ in separate]), atol=1e-5, rtol=1e-5)
-    torch.testing.assert_close(routing.logits, torch.cat([r.logits for _, r in separate]), atol=1e-5, rtol=1e-5)
-    ours = gradients((features * to).sum(), parameters)
-    plain = gradients((torch.cat([f for f, _ in separate]) * to).sum(), parameters)
-    for a, b in zip(ours, plain, strict=True):
-        torch.testing.assert_close(a, b, atol=1e-3, rtol=1e-3)
 
 
 def test_route_again_reaches_the_routers_alone():
@@ -434,12 +322,15 @@ def noise_for(model, tokens):
 
 
 def test_router_is_float32_under_bfloat16_autocast():
-    """Its logits are those that float32 computes from the same inputs, not bfloat16 numbers in a float32 tensor."""
+    """Its logits are those that float32 computes from the same inputs, not bfloat16 numbers in a float32 tensor. So
+    are its losses."""
     model = make()
     tokens = words(model)
     with torch.autocast("cpu", torch.bfloat16):
         routing = model(tokens)[1]
         again = model.route_again(routing.inputs)
+        losses = router_losses(routing.logits, routing.experts)
+    torch.testing.assert_close(losses, router_losses(routing.logits, routing.experts), rtol=0, atol=0)
     assert routing.logits.dtype == torch.float32
     expected = routing.inputs[0].float() @ model.blocks[model.config.moe_blocks[0]].mlp.router.weight.T
     torch.testing.assert_close(routing.logits[:, :, 0], expected, atol=1e-6, rtol=1e-6)
@@ -469,45 +360,25 @@ def test_noise_touches_the_router_alone_and_each_layer_has_its_own():
 # ------------------------------------------------------------------------------------------------------ the output head
 
 
-def head_case(seed):
-    g = rng(seed)
-    features = torch.randn(3, 13, 8, generator=g).requires_grad_()  # 39 tokens
-    weight = torch.randn(50, 8, generator=g).requires_grad_()
-    return features, weight, torch.randint(0, 50, (3, 13), generator=g), torch.rand(3, 13, generator=g) < 0.7
-
-
 def plain_log_probs(features, weight, targets, temperature=1.0):
     return (features @ weight.T / temperature).log_softmax(-1).gather(-1, targets[..., None]).squeeze(-1)
 
 
-def assert_same_gradients(loss, expected, parameters, **tolerance):
-    for a, b in zip(gradients(loss, parameters), gradients(expected, parameters), strict=True):
-        torch.testing.assert_close(a, b, **tolerance)
-
-
 @pytest.mark.parametrize("masked", ["all", "some", "none"])
 def test_the_head_equals_log_softmax(masked):
-    features, weight, targets, mask = head_case(0)
+    g = rng()
+    features, weight = (torch.randn(*shape, 8, generator=g).requires_grad_() for shape in ((3, 13), (50,)))
+    targets, mask = torch.randint(50, (3, 13), generator=g), torch.rand(3, 13, generator=g) < 0.7
     keep = {"all": mask | True, "some": mask, "none": mask & False}[masked]
     loss, log_probs = lm_loss(features, weight, targets, None if masked == "all" else keep)
     book = plain_log_probs(features, weight, targets)
-    expected = -book[keep].sum() / max(int(keep.sum()), 1)
-    torch.testing.assert_close(loss, expected)
     torch.testing.assert_close(log_probs, book.detach())
-    assert_same_gradients(3 * loss, 3 * expected, (features, weight), atol=1e-5, rtol=1e-4)
-    ours, book = (f(features, weight, targets, 0.6) for f in (token_log_probs, plain_log_probs))
-    torch.testing.assert_close(ours, book)
-    assert_same_gradients((ours * keep).sum(), (book * keep).sum(), (features, weight))
-
-
-def test_temperatures_near_zero_are_the_coldest():
-    """And not 0/0 or infinity."""
-    features, weight, targets, _ = head_case(1)
-    expected = token_log_probs(features, weight, targets, MIN_TEMPERATURE)
-    for temperature in (1e-38, 1e-45, 0.0):
-        assert torch.equal(token_log_probs(features, weight, targets, temperature), expected)
-    assert expected.isfinite().all()
-    assert all(g.isfinite().all() for g in gradients(expected.sum(), (features, weight)))
+    ours, warm = (f(features, weight, targets, 0.6) for f in (token_log_probs, plain_log_probs))
+    torch.testing.assert_close(ours, warm)
+    for a, b in ((loss, -book[keep].sum() / max(int(keep.sum()), 1)), ((ours * keep).sum(), (warm * keep).sum())):
+        torch.testing.assert_close(a, b)
+        slopes = (gradients(3 * x, (features, weight)) for x in (a, b))
+        torch.testing.assert_close(*slopes, atol=1e-5, rtol=1e-4)
 
 
 # -------------------------------------------------------------------------------------------------- sizes and upcycling
@@ -559,22 +430,15 @@ def test_upcycled_model_equals_its_dense_parent(top_k, n_shared):
 def test_upcycling_takes_a_dense_model_of_the_same_sizes_and_its_dtype():
     dense = make(n_expert=1, top_k=1)
     assert upcycle(copy.deepcopy(dense).double(), MoEConfig(**SMALL)).wte.weight.dtype == torch.float64
-    for change in (dict(n_layer=4), dict(vocab_size=24), dict(n_embd=32), dict(context=13), dict(n_head=4)):
+    changes = (dict(n_layer=4), dict(vocab_size=24), dict(n_embd=32), dict(context=13), dict(n_head=4))
+    for parent, change in ((make(), {}), *((dense, change) for change in changes)):
         with pytest.raises(ValueError, match="only the experts may differ"):
-            upcycle(dense, MoEConfig(**SMALL | change))
-    with pytest.raises(ValueError, match="only the experts may differ"):
-        upcycle(make(), MoEConfig(**SMALL))
+            upcycle(parent, MoEConfig(**SMALL | change))
 
 
-def test_impossible_configurations_are_refused():
-    changes = (
-        dict(top_k=5),
-        dict(n_head=3),
-        dict(gate="softmax"),
-        dict(n_expert=0),
-        dict(n_embd=16.0),
-        dict(moe_every=4),
-    )
-    for change in changes:
-        with pytest.raises(ValueError, match=[*change][0]):
-            MoEConfig(**SMALL | change)
+@pytest.mark.parametrize(
+    "name, value", dict(top_k=5, n_head=3, gate="softmax", n_expert=0, n_embd=16.0, moe_every=4).items()
+)
+def test_impossible_configurations_are_refused(name, value):
+    with pytest.raises(ValueError, match=name):
+        MoEConfig(**SMALL | {name: value})

@@ -122,8 +122,8 @@ def test_each_token_has_its_experts_colour_in_every_layer(tmp_path):
     assert " cat 2/2" in first and " cat 1/2" in second
 
 
-def test_counts_are_of_all_tokens():
+def test_counts_are_of_all_tokens_shown_or_not():
     experts = torch.tensor([[[0, 1]], [[1, 0]], [[0, 2]], [[2, 1]]])
-    lines = routing_text.token_lines([["a", "b", "a", "a"]], experts, 3, 1)
+    lines = routing_text.token_lines([["a", "b", "a", "a"]], experts, 3, shown=1)
     shares = [" 37.5%  a 2/3  b 1/1", " 37.5%  a 2/3  b 1/1", " 25.0%  a 2/3"]
     assert [line[1][0] for line in lines if len(line) == 2] == shares

@@ -6,6 +6,7 @@ import math
 import numpy as np
 import pytest
 import reference
+import test_baselines
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -18,16 +19,12 @@ bases = pytest.mark.parametrize("base", RANGES)
 seeds = st.integers(0, 10_000)
 
 
-def make(seed, B=3, T=5, L=2, K=2, spread=0.3, drift=0.15, dtype=torch.float64):
+def make(seed, B=3, T=5, L=2, K=2, spread=0.3, drift=0.15):
     """log_probs, old [B, T], advantages [B], mask [B, T], router log-probs, old [B, T, L, K]."""
-    g = torch.Generator().manual_seed(seed)
-    old = -3 * torch.rand(B, T, generator=g, dtype=torch.float64)
-    new = old + spread * torch.randn(B, T, generator=g, dtype=torch.float64)
-    advantages = torch.randn(B, generator=g, dtype=torch.float64)
-    mask = torch.arange(T) < torch.randint(0, T + 1, (B, 1), generator=g)
+    g = torch.Generator().manual_seed(seed + 1)
     old_router = torch.log_softmax(torch.randn(B, T, L, 6, generator=g, dtype=torch.float64), -1)[..., :K]
     router = old_router + drift * torch.randn(B, T, L, K, generator=g, dtype=torch.float64)
-    return new.to(dtype), old.to(dtype), advantages.to(dtype), mask, router.to(dtype), old_router.to(dtype)
+    return *test_baselines.make(seed, B, T, spread), router, old_router
 
 
 # ------------------------------------------------------------------------------------------------------- router_shift
@@ -35,38 +32,19 @@ def make(seed, B=3, T=5, L=2, K=2, spread=0.3, drift=0.15, dtype=torch.float64):
 
 @settings(deadline=None, max_examples=40)
 @given(
-    st.tuples(st.integers(1, 3), st.integers(1, 4), st.integers(1, 3), st.integers(1, 3)),
+    st.tuples(st.integers(1, 3), st.integers(1, 4), st.integers(0, 3), st.integers(1, 3)),
     seeds,
     st.floats(0, 1),
     st.sampled_from(["mean", "sum"]),
+    st.lists(st.sampled_from([torch.bfloat16, torch.float16, torch.float32, torch.float64]), min_size=2, max_size=2),
 )
-def test_router_shift_equals_the_reference(shape, seed, floor, layers):
-    *_, new, old = make(seed, *shape)
+def test_router_shift_equals_the_reference(shape, seed, floor, layers, dtypes):
+    """In float32 at least, and in float64 where one of the two is; 1 without a layer."""
+    new, old = (x.to(dtype).requires_grad_() for x, dtype in zip(make(seed, *shape)[4:], dtypes, strict=True))
     gamma = router_shift(new, old, floor=floor, layers=layers)
-    assert gamma.shape == shape[:2] and gamma.dtype == torch.float64
-    np.testing.assert_allclose(gamma, reference.router_shift(new.numpy(), old.numpy(), floor, layers), atol=1e-12)
-
-
-def test_small_cases():
-    """Twelve layers that drift by 0.05 each: exp(-0.05) and exp(-0.6). A shift of either sign counts by its size."""
-    old = torch.full((1, 1, 12, 2), -1.0, dtype=torch.float64)
-    moved = (old + torch.tensor([0.05, -0.05]).double()).requires_grad_()
-    assert router_shift(moved, old, floor=0).item() == pytest.approx(math.exp(-0.05))
-    assert router_shift(moved, old, floor=0, layers="sum").item() == pytest.approx(math.exp(-0.6))
-    assert router_shift(moved, old, layers="sum") == 0.8 and not router_shift(moved, old).requires_grad
-    assert router_shift(old, old) == 1 and router_shift(old[:, :, :0], old[:, :, :0]) == 1  # without a layer
-    assert router_shift(old - 99, old, floor=0) < 1e-30 and router_shift(old - 99, old, floor=1) == 1
-
-
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32, torch.float64])
-def test_router_shift_dtypes(dtype):
-    """Float32 at least, and float64 where one of the two is."""
-    *_, new, old = make(3, dtype=dtype)
-    gamma = router_shift(new, old)
-    assert gamma.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
-    np.testing.assert_allclose(gamma, reference.router_shift(new.double().numpy(), old.double().numpy()), atol=1e-6)
-    for pair in ((new.double(), old), (new, old.double())):
-        assert router_shift(*pair).dtype == torch.float64
+    assert gamma.dtype == (torch.float64 if torch.float64 in dtypes else torch.float32) and not gamma.requires_grad
+    book = reference.router_shift(*(x.detach().double().numpy() for x in (new, old)), floor, layers)
+    np.testing.assert_allclose(gamma, book, atol=1e-12 if torch.float64 in dtypes else 1e-6)
 
 
 # ---------------------------------------------------------------------------------------------------------- rais_loss
@@ -120,26 +98,30 @@ def one_token(log_gamma, A, log_w=0.0, **options):
     return loss.item(), new.grad.item(), metrics
 
 
-def test_gamma_comes_before_the_clip():
-    """A gamma of 0.95 alone is outside GSPO's 3e-4; at GMPO's 0.4 in log space even the floor of 0.8 is inside."""
-    drift = -math.log(0.95)
-    value, gradient, metrics = one_token(drift, -1.0, base="gspo")
-    assert value == pytest.approx(1 - 3e-4) and gradient == 0 and metrics["clip_share"] == 1
-    value, gradient, metrics = one_token(drift, 1.0, base="gspo")
-    assert value == pytest.approx(-0.95) and gradient == pytest.approx(-0.95) and metrics["clip_share"] == 0
-    for A in (1.0, -1.0):
-        value, gradient, metrics = one_token(5.0, A, base="gmpo")
-        assert value == pytest.approx(-0.8 * A) and gradient == pytest.approx(-0.8 * A)
-        assert metrics["clip_share"] == 0 and metrics["floor_share"] == 1
-    # Multiplied after the clip (v1), min(2, 1.28) * 0.95 = 1.216; before it, min(1.9, 1.28) = 1.28.
-    assert one_token(drift, 1.0, math.log(2), base="grpo")[0] == pytest.approx(-1.28)
-
-
-@pytest.mark.parametrize("A, w, clipped", [(1, 1.59, 0), (1, 1.61, 1), (-1, 1.01, 0), (-1, 0.99, 1)])
-def test_gamma_moves_both_ends_of_the_range(A, w, clipped):
-    """At gamma 0.8 GRPO's range on w, 0.8 to 1.28, is 1.0 to 1.6: wider for A > 0, narrower for A < 0."""
-    _, gradient, metrics = one_token(math.log(0.8), A, math.log(w), base="grpo")
-    assert metrics["clip_share"] == clipped and (gradient == 0) == bool(clipped)
+@pytest.mark.parametrize(
+    "base, gamma, w, A, objective",
+    [
+        ("gspo", 0.95, 1, -1, None),  # outside 3e-4 already: 1 - 3e-4, without gradient
+        ("gspo", 0.95, 1, 1, 0.95),
+        ("gmpo", 0.1, 1, 1, 0.8),  # the floor of 0.8 is inside a range of 0.4 in log space
+        ("gmpo", 0.1, 1, -1, -0.8),
+        ("grpo", 0.95, 2, 1, None),  # min(1.9, 1.28); multiplied after the clip (v1) min(2, 1.28) * 0.95
+        ("grpo", 0.8, 1.59, 1, 0.8 * 1.59),  # at gamma 0.8 the range on w, 0.8 to 1.28, is 1.0 to 1.6:
+        ("grpo", 0.8, 1.61, 1, None),
+        ("grpo", 0.8, 1.01, -1, -0.8 * 1.01),  # wider for A > 0, narrower for A < 0
+        ("grpo", 0.8, 0.99, -1, None),
+    ],
+)
+def test_gamma_comes_before_the_clip(base, gamma, w, A, objective):
+    """One row of one token. None: cut off, at the end of the base's own range."""
+    new = torch.full((1, 1), math.log(w), dtype=torch.float64, requires_grad=True)
+    router, zero = torch.full((1, 1, 1, 1), math.log(gamma)).double(), torch.zeros(1, 1).double()
+    given_ = new, zero, torch.tensor([A]).double(), zero == 0, router, torch.zeros_like(router)
+    loss, metrics = rais_loss(*given_, base=base)
+    loss.backward()
+    end = 1 + RANGES[base][1] if A > 0 else RANGES[base][0] - 1
+    assert loss.item() == pytest.approx(-(end if objective is None else objective))
+    assert new.grad.item() == pytest.approx(-(objective or 0)) and metrics["clip_share"] == (objective is None)
 
 
 @bases
@@ -165,37 +147,29 @@ def test_metrics_by_hand():
     assert 0 < expected["floor_share"] < 1
     for name, value in expected.items():
         assert metrics[name].item() == pytest.approx(value.item()), name
-    assert all(v.shape == () and not v.requires_grad for v in metrics.values())
-    unmoved = rais_loss(new, old, A, mask, old_router, old_router, floor=1)[1]
-    assert unmoved["floor_share"] == 0  # at the floor is not below it
+    assert rais_loss(new, old, A, mask, old_router, old_router, floor=1)[1]["floor_share"] == 0  # at it is not below
 
 
-@bases
-def test_no_floor_and_a_router_that_left(base):
-    """A probability that fell to 0: gamma is 0, the token has no weight, nothing is NaN."""
-    new, old, A, mask, router, old_router = make(11)
-    new.requires_grad_()
-    loss, metrics = rais_loss(new, old, A.abs(), mask, router - math.inf, old_router, base=base, floor=0)
-    assert metrics["gamma_mean"] == 0 and loss == 0 and not torch.autograd.grad(loss, new)[0].any()
+NAMES = [*inspect.signature(rais_loss).parameters]
+BAD = [
+    ("log_probs", torch.zeros(5), "^log_probs"),
+    ("log_probs", torch.zeros(3, 4), "^old_log_probs"),
+    ("old_log_probs", torch.zeros(3, 4), "^old_log_probs and router_log_probs"),
+    ("router_log_probs", torch.zeros(3, 5, 2, 0), "^router_log_probs .*K > 0"),
+    ("old_router_log_probs", torch.zeros(3, 5, 2, 1), "^old_router_log_probs"),
+    ("response_mask", torch.ones(3, 5), "^response_mask .*bool"),
+    ("base", "ppo", "^base"),
+    ("clip_low", -0.1, "^clip_low"),
+    *(("floor", floor, "^floor") for floor in (-0.1, 1.1, float("nan"))),
+    ("layers", "max", "^layers"),
+]
 
 
-def test_bad_arguments_are_refused():
-    names = [*inspect.signature(rais_loss).parameters]
-    good = dict(zip(names, make(13), strict=False))
-    for name, bad, message in (
-        ("log_probs", good["log_probs"][0], r"^log_probs .*\[B, T\].*\[5\]"),
-        ("log_probs", torch.zeros(3, 4), r"^old_log_probs .*\[3, 4\].*\[3, 5\]"),
-        ("old_log_probs", torch.zeros(3, 4), r"^old_log_probs and router_log_probs .*\[3, 4\].*\[3, 5, 2, 2\]"),
-        ("router_log_probs", torch.zeros(3, 5, 2, 0), r"^router_log_probs .*K > 0.*\[3, 5, 2, 0\]"),
-        ("old_router_log_probs", torch.zeros(3, 5, 2, 1), r"^old_router_log_probs .*\[3, 5, 2, 2\].*\[3, 5, 2, 1\]"),
-        ("response_mask", torch.ones(3, 5), "^response_mask .*bool.*float32"),
-        ("base", "ppo", "^base .*'ppo'"),
-        ("clip_low", -0.1, "clip_low and clip_high.*-0.1"),
-        ("floor", float("nan"), "^floor .*nan"),
-        ("layers", "max", "^layers .*'max'"),
-    ):
-        with pytest.raises(ValueError, match=message):
-            rais_loss(**good | {name: bad})
-    for floor in (-0.1, 1.1, float("nan")):
-        with pytest.raises(ValueError, match="floor"):
-            router_shift(good["router_log_probs"], good["old_router_log_probs"], floor=floor)
+@pytest.mark.parametrize("name, bad, message", BAD)
+def test_bad_arguments_are_refused(name, bad, message):
+    good = dict(zip(NAMES, make(13), strict=False))
+    with pytest.raises(ValueError, match=message):
+        rais_loss(**good | {name: bad})
+    if name == "floor":
+        with pytest.raises(ValueError, match="^floor"):
+            router_shift(good["router_log_probs"], good["old_router_log_probs"], floor=bad)

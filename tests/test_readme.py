@@ -29,10 +29,10 @@ MICRO_ANSWERS = "--pretrain-steps 2 --steps 2 --prompts-per-step 4 --eval-sample
 def commands_of(page: Path) -> list[str]:
     """Every command of a page that begins with python, in blocks, tables and text; RUN stands for a run folder.
 
-    "`python train.py --algo erl ...`, `--algo lm`" are two: the second is the first with that flag.
+    "`python train.py --algo erl ...`; `--algo lm`" are two: the second is the first with that flag.
     """
     text, found = page.read_text(encoding="utf-8"), []
-    for command, other in re.findall(r"`(python [^`]+)`(?:, `(--algo \w+)`)?", BLOCK.sub("", text)):
+    for command, other in re.findall(r"`(python [^`]+)`(?:; `(--algo \w+)`)?", BLOCK.sub("", text)):
         found += [command, re.sub(r"--algo \w+", other, command)] if other else [command]
     found += [line for _, body in BLOCK.findall(text) for line in body.splitlines() if line.startswith("python ")]
     return [" ".join(command.split(" #")[0].split()) for command in found]
@@ -110,8 +110,8 @@ def test_the_example_to_copy_runs_and_its_number_is_looked_at():
 
 
 def added() -> tuple[dict, list]:
-    """What README tells one to add: its functions by name, and the rows of DATASETS."""
-    section = README.split("## Add a method")[1].split("\n## ")[0]
+    """What README and docs/data-sets.md tell one to add: their functions by name, and the rows of DATASETS."""
+    section = README.split("## Add a method")[1].split("\n## ")[0] + (ROOT / "docs" / "data-sets.md").read_text()
     rows, names = [], vars(data) | {"problems": SimpleNamespace(), "Example": data.Example}
     for statement in ast.parse("\n".join(body for _, body in BLOCK.findall(section))).body:
         if isinstance(statement, ast.Expr):
@@ -122,7 +122,7 @@ def added() -> tuple[dict, list]:
     return names, rows
 
 
-def test_a_method_and_two_data_sets_as_the_readme_adds_them(micro, monkeypatch):
+def test_a_method_and_two_data_sets_as_the_pages_add_them(micro, monkeypatch):
     names, rows = added()
     monkeypatch.setitem(train.METHODS, "reinforce", names["reinforce_loss"])
     monkeypatch.setitem(train.OPTIONS, "reinforce", options_of(names["reinforce_loss"]))
@@ -148,14 +148,8 @@ def test_the_names_that_a_loss_may_ask_for_are_listed():
     asked = {n for loss in train.METHODS.values() for n in inspect.signature(loss).parameters}
     flags = {n for options in train.OPTIONS.values() for n in options}
     assert asked - flags <= set(re.findall(r"`(\w+)`", section))
-    assert not [
-        n for n in data.DATASETS if f"`{n}`" not in README and "train" in (data.DATASETS[n].files or data.SPLITS)
-    ]
-
-
-def slug(heading: str) -> str:
-    """GitHub's anchor of a heading."""
-    return re.sub(r"[^\w\- ]", "", re.sub(r"\[([^\]]*)\]\([^)]*\)", r"\1", heading).strip().lower()).replace(" ", "-")
+    trained = [name for name, spec in data.DATASETS.items() if "train" in (spec.files or data.SPLITS)]
+    assert not [name for name in trained if f"`{name}`" not in README]
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda p: p.name)
@@ -169,4 +163,13 @@ def test_every_link_leads_somewhere(page):
         assert not picture or len(text.split()) > 3, f"{target}: who does not see the picture reads {text!r}"
         if anchor:
             headings = re.findall(r"^#+ (.*)$", BLOCK.sub("", there.read_text("utf-8")), re.M)
-            assert anchor in {slug(h) for h in headings}, target
+            words = [re.sub(r"\[([^\]]*)\]\([^)]*\)", r"\1", heading).strip().lower() for heading in headings]
+            assert anchor in [re.sub(r"[^\w\- ]", "", w).replace(" ", "-") for w in words], target  # as GitHub does
+
+
+def test_every_test_that_a_page_names_exists():
+    named = [
+        pair for page in PAGES for pair in re.findall(r"`(?:tests/)?(test_\w+\.py)::(\w+)`", page.read_text("utf-8"))
+    ]
+    gone = [f"{file}::{name}" for file, name in named if f"def {name}(" not in (ROOT / "tests" / file).read_text()]
+    assert named and not gone

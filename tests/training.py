@@ -9,7 +9,6 @@ import sys
 import textwrap
 from pathlib import Path
 
-import numpy as np
 import torch
 
 import data
@@ -43,28 +42,47 @@ def make(seed=0, dtype=torch.float64, **changes) -> tuple[GPT, Batch]:
     return model, Batch(tokens, mask, routed)
 
 
+# What a step on text reads of its arguments: options of the draw, of the objective, and the program's own.
+EXPLORE = dict(n_perturb=3, alpha=0.6, draw="uniform", advantage="static", rounding_units=8.0)
+OBJECTIVE = dict(delta=0.7, ratio="router", clip_eps=0.2, wpl=False, inner_epochs=1)
+COMMON = dict(erl_grad="all", top_k=1, balance_coef=1e-3, z_coef=1e-3, jitter=0.0, seed=0, dtype="float32")
+
+
 def step_args(**changes) -> argparse.Namespace:
-    """The arguments that a step on text reads."""
-    explore = dict(n_perturb=3, alpha=0.6, draw="uniform", advantage="static", rounding_units=8.0)
-    objective = dict(delta=0.7, ratio="router", clip_eps=0.2, wpl=False, inner_epochs=1)
-    common = dict(erl_grad="all", top_k=1, balance_coef=1e-3, z_coef=1e-3, jitter=0.0, seed=0, dtype="float32")
-    return argparse.Namespace(**explore | objective | common | changes)
+    return argparse.Namespace(**EXPLORE | OBJECTIVE | COMMON | changes)
 
 
-def gradients(model, loss) -> dict:
+def assert_same_gradients(model, loss, expected):
     names, parameters = zip(*model.named_parameters(), strict=True)
-    found = torch.autograd.grad(loss, parameters, allow_unused=True)
-    return {n: torch.zeros_like(p) if g is None else g for n, p, g in zip(names, parameters, found, strict=True)}
+    ours, theirs = (
+        torch.autograd.grad(x, parameters, allow_unused=True, materialize_grads=True) for x in (loss, expected)
+    )
+    for name, a, b in zip(names, ours, theirs, strict=True):
+        torch.testing.assert_close(a, b, msg=lambda text, name=name: f"{name}: {text}")
 
 
-def assert_same_gradients(model, loss, expected, **tolerance):
-    ours, theirs = gradients(model, loss), gradients(model, expected)
-    for name in ours:
-        torch.testing.assert_close(ours[name], theirs[name], msg=lambda text, name=name: f"{name}: {text}", **tolerance)
+def assert_same_weights(ours: dict, theirs: dict):
+    for name, w in theirs.items():
+        close = dict(atol=2e-5, rtol=1e-3, msg=lambda text, name=name: f"{name}: {text}")
+        torch.testing.assert_close(ours[name], w, **close)
 
 
-def places(mask):
-    return [(b, t) for b, t in np.ndindex(*mask.shape) if mask[b, t]]
+def update_by_the_book(model, loss, rate, moments) -> float:
+    """AdamW: the gradient clipped to the norm 1, Adam's recursion (0.9, 0.999), decay 0.1 of matrices alone. -> norm"""
+    names, parameters = zip(*model.named_parameters(), strict=True)
+    grads = torch.autograd.grad(loss, parameters, allow_unused=True)
+    norm = torch.stack([g.norm() for g in grads if g is not None]).norm().item()
+    for name, p, g in zip(names, parameters, grads, strict=True):
+        if g is not None:
+            m, v, n = moments.get(name, (0, 0, 0))
+            g, n = g * min(1.0, 1 / (norm + 1e-6)), n + 1
+            m, v = 0.9 * m + 0.1 * g, 0.999 * v + 0.001 * g * g
+            moments[name] = m, v, n
+            matrix = name.endswith(("weight", "w_in", "w_out")) and "ln_" not in name
+            with torch.no_grad():
+                p.mul_(1 - rate * 0.1 * matrix)
+                p.sub_(rate * m / (1 - 0.9**n) / ((v / (1 - 0.999**n)).sqrt() + 1e-8))
+    return norm
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -1,6 +1,7 @@
 """recipes/trl_grpo.py: TRL's real trainers, a tiny random Qwen3-MoE, a CPU."""
 
 import contextlib
+import inspect
 import os
 import subprocess
 import sys
@@ -13,12 +14,14 @@ pytest.importorskip("trl", reason="needs recipes/requirements-trl.txt")
 from trl import GRPOConfig, GRPOTrainer  # noqa: E402
 from trl.experimental.gmpo import GMPOConfig, GMPOTrainer  # noqa: E402
 
+from baselines import mismatch_weights, sapo_loss  # noqa: E402
 from recipes import trl_grpo  # noqa: E402
 from recipes.replay_check import check_replay  # noqa: E402
 from recipes.trl_grpo import MoEGRPOTrainer, prompts, rule, tiny_model  # noqa: E402
 
 ROOT = Path(__file__).resolve().parents[2]
 G = 4  # rows a group
+PREFIX = "vllm_importance_sampling_"
 
 
 def make(tmp_path, trainer=MoEGRPOTrainer, config=GRPOConfig, **args):
@@ -76,21 +79,25 @@ AUX = dict(temperature=1.0, gradient_accumulation_steps=4, gradient_checkpointin
 NO_AUX = dict(temperature=0.7, router_aux_loss_coef=0.0, gradient_accumulation_steps=2, num_iterations=2)
 
 
+def disturb(batch, noise):
+    """The same batch off the policy, with a tool mask."""
+    draw, shape = torch.Generator().manual_seed(1), batch["old_per_token_logps"].shape
+    old = batch["old_per_token_logps"] + noise * torch.randn(shape, generator=draw)
+    return {**batch, "old_per_token_logps": old, "tool_mask": (torch.rand(shape, generator=draw) < 0.8).long()}
+
+
 @pytest.mark.parametrize("loss, args", [(loss, NO_AUX) for loss in TRL] + [("grpo", AUX), ("gspo", AUX)])
 def test_equals_trl(tmp_path, loss, args):
     """Loss and all gradients, off the policy, with clipped tokens, a tool mask, and a row without a completion."""
     theirs, config, settings, noise = TRL[loss]
     ours, theirs = make(tmp_path, loss=loss, **args), make(tmp_path, theirs, config, **settings, **args)
-    batch, draw = dict(first_batches(ours)[0]), torch.Generator().manual_seed(1)
-    shape = batch["old_per_token_logps"].shape
-    batch["old_per_token_logps"] = batch["old_per_token_logps"] + noise * torch.randn(shape, generator=draw)
-    batch["tool_mask"] = (torch.rand(shape, generator=draw) < 0.8).long()
+    batch = disturb(first_batches(ours)[0], noise)
     batch["completion_mask"] = batch["completion_mask"].clone()
     batch["completion_mask"][2] = 0
     (a, ours_grad), (b, theirs_grad) = gradients(ours, batch), gradients(theirs, batch)
     assert loss == "sapo" or 0 < ours._metrics["train"]["clip_share"][-1] < 1  # the clip acted, and not everywhere
     if loss == "gmpo":  # where TRL's adds -A for the row without a completion, a constant; ours adds 0
-        b = b + batch["advantages"][2] / shape[0] / ours.current_gradient_accumulation_steps
+        b = b + batch["advantages"][2] / len(batch["advantages"]) / ours.current_gradient_accumulation_steps
     apart, largest = largest_difference(ours_grad, theirs_grad), max(g.abs().max() for g in theirs_grad.values())
     assert abs(a - b) < 1e-6 and apart < 1e-6 and largest > 1e-3
 
@@ -105,28 +112,43 @@ def rollout(words, trainer):
     return {"prompt_ids": prompt_ids, "completion_ids": ids, "logprobs": log_probs}
 
 
-BOUNDS = [("token_truncate", 1.2, None), ("token_mask", 1.5, 0.7), ("sequence_mask", 1.5, 0.5)]
+BOUNDS = [("grpo", "token_truncate", 1.2, None), ("sapo", "token_mask", 1.5, 0.7), ("gspo", "sequence_mask", 1.5, 0.5)]
 
 
-@pytest.mark.parametrize("mode, high, low", BOUNDS)
-def test_another_sampler_is_weighed_as_in_trl(tmp_path, mode, high, low):
-    """TRL's own code for vLLM, without it: the sampler is a rollout_func."""
+@pytest.mark.parametrize("loss, mode, high, low", BOUNDS)
+def test_another_sampler_is_weighed_as_in_trl(tmp_path, loss, mode, high, low):
+    """TRL's own code for vLLM, without it: the sampler is a rollout_func. Off the policy, with a tool mask."""
     names = ("mode", "clip_max", "clip_min")
-    settings = {f"vllm_importance_sampling_{n}": x for n, x in zip(names, (mode, high, low), strict=True)}
-    settings |= dict(rollout_func=rollout, router_aux_loss_coef=0.0, temperature=0.7)
-    ours = make(tmp_path, loss="grpo", **settings)
-    theirs = make(tmp_path, GRPOTrainer, GRPOConfig, loss_type="grpo", epsilon_high=0.28, **settings)
+    sampler = {PREFIX + n: x for n, x in zip(names, (mode, high, low), strict=True)}
+    sampler |= dict(rollout_func=rollout, router_aux_loss_coef=0.0, temperature=0.7)
+    theirs, config, settings, noise = TRL[loss]
+    ours, theirs = make(tmp_path, loss=loss, **sampler), make(tmp_path, theirs, config, **settings, **sampler)
     theirs.use_vllm, theirs._last_loaded_step = True, 0  # nothing to load
     batch = first_batches(ours)[0]
     reference = theirs._generate_and_score_completions(next(iter(theirs.get_train_dataloader())))  # rows unshuffled
     mask, weights = batch["completion_mask"].bool(), batch["mismatch_weights"]
     torch.testing.assert_close(weights[mask], reference["importance_sampling_ratio"].expand_as(weights)[mask])
     assert weights[mask].unique().numel() > 2 and (mode == "token_truncate" or (weights[mask] == 0).any())
-    (a, ours_grad), (b, theirs_grad) = gradients(ours, batch), gradients(theirs, reference)
+    (a, ours_grad), (b, theirs_grad) = (
+        gradients(ours, disturb(batch, noise)),
+        gradients(theirs, disturb(reference, noise)),
+    )
     assert abs(a - b) < 1e-6 and largest_difference(ours_grad, theirs_grad) < 1e-6
     ours.loss = "erpo"  # the others take them too
     unweighted = gradients(ours, batch | {"mismatch_weights": None})[1]
     assert largest_difference(gradients(ours, batch)[1], unweighted) > 1e-6
+
+
+def test_defaults_are_trls():
+    theirs = {name: field.default for name, field in GRPOConfig.__dataclass_fields__.items()}
+    assert theirs[PREFIX + "mode"] == "sequence_mask"
+    for loss, option, name in (
+        (mismatch_weights, "clip_max", PREFIX + "clip_max"),
+        (mismatch_weights, "clip_min", PREFIX + "clip_min"),
+        (sapo_loss, "tau_positive", "sapo_temperature_pos"),
+        (sapo_loss, "tau_negative", "sapo_temperature_neg"),
+    ):
+        assert inspect.signature(loss).parameters[option].default == theirs[name], option
 
 
 @pytest.mark.parametrize("loss", ["erpo", "rais", "sapo", "gspo-replay"])
