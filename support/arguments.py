@@ -351,9 +351,8 @@ def announce(args, step: int, size: int, active: int):
     """What a person wants to know at the start of a run, or where it goes on."""
     total, first = args.pretrain_steps + args.steps, f"{args.pretrain_steps} supervised steps, then "
     if step:
-        print(
-            f"all {total} steps are done" if step == total else f"going on at step {step} of {total}", file=sys.stderr
-        )
+        where = f"all {total} steps are done" if step == total else f"going on at step {step} of {total}"
+        print(where, file=sys.stderr)
     steps = f"{first if args.pretrain_steps else ''}{args.steps} steps at learning rate {args.lr:g}, seed {args.seed}"
     print(f"{args.algo} on {args.dataset}: {steps}, {torch.get_num_threads()} thread(s)", file=sys.stderr)
     print(f"{size:,} parameters, {active:,} active a token; every setting in {args.out}/config.json", file=sys.stderr)

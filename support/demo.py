@@ -1,6 +1,5 @@
 """`python train.py` without flags: MoE, ERL and the control that matters, on an embedded text, in three minutes."""
 
-import itertools
 import math
 import os
 import sys
@@ -26,7 +25,7 @@ def demo(run, parse):
     """A dense model learns the text, is upcycled and trained on in three ways. run, parse: those of train.py."""
     import eval_routing
 
-    names = itertools.chain(["runs/demo"], (f"runs/demo-{i}" for i in itertools.count(2)))
+    names = ["runs/demo", *(f"runs/demo-{i}" for i in range(2, 1000))]
     out = next(name for name in names if not os.path.exists(name))
     common = ["--dataset", "pydocs", "--batch-size", "4", "--eval-every", "1000"]
     start = ["--init", f"{out}/dense", "--steps", "80"]
