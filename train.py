@@ -11,7 +11,6 @@ support/arguments.py, the run's folder in support/run.py. One process: for more 
 """
 
 import inspect
-import os
 import sys
 from functools import partial
 from typing import NamedTuple
@@ -41,7 +40,7 @@ from support.head import masked_lm_loss, masked_log_probs
 from support.optimizer import clip_gradients, set_learning_rate
 from support.pictures import plot_curves
 from support.routing_report import ratio_report, routing_report
-from support.run import Run, State, load_state, open_folder, write_json
+from support.run import Run, State, load_state, open_folder
 from support.tasks import Batch, Task, load_task, rng
 
 # Reinforcement learning on generated answers: a name and its loss. What a loss needs is what its parameters are called
@@ -63,7 +62,6 @@ LOG_EVERY = 10  # steps of text between two lines of metrics.jsonl; of generated
 
 
 def values_of(options, args) -> dict:
-    """The values of some options of a loss."""
     return {name: getattr(args, name) for name in options}
 
 
@@ -193,8 +191,7 @@ def train_answers(model: GPT, task: Task, args, run: Run, optimizer):
         rollout = sample(model, prompts, task, args, step)
         rewards = task.rewards(rollout, examples).to(device)  # [N * G]
         advantages = baselines.group_advantages(rewards, G)
-        old = policy_before(model, rollout, args)
-        updates = []
+        old, updates = policy_before(model, rollout, args), []
         for rows, share in minibatches(rewards, args):
             part, old_part = rows_of(rollout, rows), rows_of(old, rows)
             routes = None if args.replay == "none" else old_part.experts
@@ -290,9 +287,7 @@ def balance_loss(routing: Routing, rollout: Rollout, args) -> Tensor | float:
     return args.answer_balance_coef * router_losses(routing.logits, routing.experts, routed)[0].sum()
 
 
-def loss_inputs(
-    policy: Policy, at_old_experts, old: Policy, rollout: Rollout, rewards, advantages, config, args
-) -> dict:
+def loss_inputs(policy: Policy, at_old_experts, old: Policy, rollout: Rollout, rewards, advantages, config, args):
     """What the chosen loss asks for, by the names of its parameters, and its options."""
     given = {
         "log_probs": policy.log_probs,  # [B, T]
@@ -322,15 +317,11 @@ def loss_inputs(
 def rollout_metrics(rollout: Rollout, rewards: Tensor, task: Task, args) -> dict:
     lengths = rollout.response_mask.sum(1).float()
     ended = ((rollout.tokens[:, 1:] == task.tokenizer.end) & rollout.response_mask).any(1)
-    return {
-        "reward_mean": rewards.mean(),
-        "reward_std": rewards.std(),
-        "accuracy": (rewards >= 1).float().mean(),
-        "response_length": lengths.mean(),
-        "cut_responses": 1 - ended.float().mean(),  # share without an end token: --max-new-tokens was too few
-        "silent_groups": zero_variance_groups(rewards, args.group_size).float().mean(),
-        "entropy": (rollout.entropies.sum(1) / lengths.clamp(min=1)).mean(),
-    }
+    silent = zero_variance_groups(rewards, args.group_size).float().mean()
+    metrics = {"reward_mean": rewards.mean(), "reward_std": rewards.std(), "accuracy": (rewards >= 1).float().mean()}
+    # cut: the share without an end token, for which --max-new-tokens was too few
+    metrics |= {"response_length": lengths.mean(), "cut_responses": 1 - ended.float().mean(), "silent_groups": silent}
+    return metrics | {"entropy": (rollout.entropies.sum(1) / lengths.clamp(min=1)).mean()}
 
 
 def engine_metrics(old: Policy, rollout: Rollout) -> dict:
@@ -370,8 +361,10 @@ def run(args, *, explore=explore, lm_losses=lm_losses, initial_model=initial_mod
         device, generative = pick_device(args.device), args.algo in METHODS
         check_options(args)
 
-    def prepare(model: GPT) -> GPT:
-        """The one place where a model gets its device and the compiler."""
+    def prepare(model: GPT, experts: bool = True) -> GPT:
+        """The one place where a model gets its experts, its device and the compiler."""
+        if experts and model.config != target:
+            model = upcycle(model, target, rng(args.seed, "routers"))
         for name, parameter in model.to(device).named_parameters():
             parameter.requires_grad_(not (args.freeze_router and name.endswith("router.weight")))
         if args.compile:
@@ -379,8 +372,7 @@ def run(args, *, explore=explore, lm_losses=lm_losses, initial_model=initial_mod
         return model
 
     tokenizer = data.prepare(args.dataset, args.tokenizer, args.data_dir)
-    checkpoint = find_checkpoint(args.out) if args.resume else None
-    if checkpoint:
+    if args.resume and (checkpoint := find_checkpoint(args.out)):
         with as_user_error():
             model, metadata, optimizer_tensors = load_checkpoint(checkpoint)
         state, target = load_state(args, metadata), check_model(args, tokenizer, model, checkpoint)
@@ -400,13 +392,9 @@ def run(args, *, explore=explore, lm_losses=lm_losses, initial_model=initial_mod
     with process.open(), autocast:
         arguments.announce(args, state.step, *GPT(target).count_parameters())
         if state.step < args.pretrain_steps:
-            if generative and model.config != target:
-                model = upcycle(model, target, rng(args.seed, "routers"))
-            model = prepare(model)
+            model = prepare(model, experts=generative)
             optimizer = process.begin("supervised", model, optimizer_tensors)
             train_text(model, task, args, process, optimizer, args.pretrain_lr, lm_losses)
-        if model.config != target:
-            model = upcycle(model, target, rng(args.seed, "routers"))
         model = prepare(model)
         optimizer = process.begin(args.algo, model, optimizer_tensors)
         if generative:
@@ -415,14 +403,12 @@ def run(args, *, explore=explore, lm_losses=lm_losses, initial_model=initial_mod
             losses = partial(erl_losses, explore=explore) if args.algo == "erl" else lm_losses
             train_text(model, task, args, process, optimizer, args.lr, losses)
         summary = process.finish()
-    write_json(os.path.join(args.out, "summary.json"), summary)
     plot_curves(args.out)
     print(process.result_line(summary))
     return summary
 
 
 def parse(argv: list[str]):
-    """Arguments with every default filled in. UserError for what does not fit together."""
     return arguments.parse(argv, __doc__.split("\n\n")[0], OPTIONS, MISMATCH)
 
 
@@ -439,12 +425,10 @@ def check_options(args):
     elif args.algo == "erl":
 
         def forward(routes):
-            rows = 2 if routes is None else len(routes[0])
-            E = max(2, args.top_k)
+            rows, E = 2 if routes is None else len(routes[0]), max(2, args.top_k)
             return torch.zeros(rows, 1), torch.zeros(rows, 1, 1, E, requires_grad=True), torch.zeros(())
 
-        mask = torch.ones(2, 1, dtype=torch.bool)
-        paths = explore(forward, mask, args.top_k, **values_of(EXPLORE, args))
+        paths = explore(forward, torch.ones(2, 1, dtype=torch.bool), args.top_k, **values_of(EXPLORE, args))
         next(erl_objective(forward, paths, **values_of(OBJECTIVE, args)))
 
 

@@ -54,16 +54,16 @@ def one_of(kind: str, names):
 
 def number(kind, low=-math.inf, high=math.inf, above=-math.inf):
     """An argparse type: a finite number within bounds."""
+    told = {f"above {above}": above, f"at least {low}": low, f"at most {high}": high}
+    bounds = " and ".join(bound for bound, value in told.items() if abs(value) < math.inf) or "finite"
 
     def check(text: str):
         try:
             value = kind(text)
         except ValueError:
             raise argparse.ArgumentTypeError(f"{text!r} is not {'a whole' if kind is int else 'a'} number") from None
-        bounds = {"finite": abs(value) < math.inf, f"above {above}": value > above}
-        bounds |= {f"at least {low}": value >= low, f"at most {high}": value <= high}
-        if broken := [bound for bound, kept in bounds.items() if not kept]:
-            raise argparse.ArgumentTypeError(f"must be {broken[0]}, not {text}")
+        if not low <= value <= high or value <= above or abs(value) == math.inf:
+            raise argparse.ArgumentTypeError(f"must be {bounds}, not {text}")
         return value
 
     check.placeholder = "N" if kind is int else "X"
@@ -81,28 +81,25 @@ class Option(typing.NamedTuple):
     help: str
 
 
-def options_of(*functions) -> dict[str, Option]:
-    """The keyword-only arguments of loss functions that have a default and a plain type, by name.
+def options_of(function) -> dict[str, Option]:
+    """The keyword-only arguments of a loss that have a default and a plain type, by name.
 
     The type is the annotation's (Literal gives choices, `float | None` a float) or that of the default; the help is
     what the docstring says behind the name: "clip_low, clip_high   at least 0".
     """
-    options = {}
-    for function in functions:
-        documented = getattr(function, "func", function)  # a functools.partial has its function's words
-        for name, parameter in inspect.signature(function, eval_str=True).parameters.items():
-            if parameter.kind is not parameter.KEYWORD_ONLY or parameter.default is parameter.empty:
-                continue
-            hint, choices = parameter.annotation, ()
-            if hint is parameter.empty:
-                hint = type(parameter.default)
-            if typing.get_origin(hint) in (types.UnionType, typing.Union):
-                hint = next(part for part in hint.__args__ if part is not type(None))
-            if typing.get_origin(hint) is typing.Literal:
-                choices = typing.get_args(hint)
-                hint = type(choices[0])
-            if hint in (bool, int, float, str):
-                options[name] = Option(name, hint, choices, parameter.default, _help(documented, name))
+    options, documented = {}, getattr(function, "func", function)  # a functools.partial has its function's words
+    for name, parameter in inspect.signature(function, eval_str=True).parameters.items():
+        if parameter.kind is not parameter.KEYWORD_ONLY or parameter.default is parameter.empty:
+            continue
+        hint, choices = parameter.annotation, ()
+        hint = type(parameter.default) if hint is parameter.empty else hint
+        if typing.get_origin(hint) in (types.UnionType, typing.Union):
+            hint = next(part for part in hint.__args__ if part is not type(None))
+        if typing.get_origin(hint) is typing.Literal:
+            choices = typing.get_args(hint)
+            hint = type(choices[0])
+        if hint in (bool, int, float, str):
+            options[name] = Option(name, hint, choices, parameter.default, _help(documented, name))
     return options
 
 
@@ -128,8 +125,8 @@ def add_options(group, options: dict[str, Option], aliases: dict[str, str]):
         try:
             group.add_argument(*flags, **how)
         except argparse.ArgumentError:
-            taken = f"{flags[0]} is a flag of the program"
-            raise UserError(f"{taken}: give that option of your loss another name") from None
+            advice = "give that option of your loss another name"
+            raise UserError(f"{flags[0]} is a flag of the program: {advice}") from None
 
 
 def read_config(folder: str) -> dict:
@@ -244,9 +241,9 @@ def parser(description: str, algo: str | None, options: dict[str, dict[str, Opti
 
 def parse(argv: list[str], description: str, options: dict[str, dict[str, Option]], mismatch) -> argparse.Namespace:
     """Arguments with every default filled in. UserError for what does not fit together."""
-    first = Parser(add_help=False, allow_abbrev=False)
-    for name in ("--algo", "--out"):
-        first.add_argument(name)
+    first = Parser(add_help=False, allow_abbrev=False)  # what decides which flags there are
+    first.add_argument("--algo")
+    first.add_argument("--out")
     first.add_argument("--resume", action="store_true")
     seen, _ = first.parse_known_args(argv)
     saved = read_config(seen.out) if seen.resume and seen.out else {}
@@ -254,16 +251,17 @@ def parse(argv: list[str], description: str, options: dict[str, dict[str, Option
     args, unknown = p.parse_known_args(argv)
     if unknown:
         flag = unknown[0].partition("=")[0]
-        owners = [name for name, theirs in options.items() if flag.removeprefix("--").replace("-", "_") in theirs]
-        if owners:
+        name = flag.removeprefix("--").replace("-", "_")
+        older = {old: new for new, old in ALIASES.items()}.get(name)
+        if owners := [a for a, theirs in options.items() if name in theirs or a != "erl" and older in theirs]:
             raise UserError(f"{flag} is an option of --algo {' or '.join(owners)}, not of {args.algo}: leave it out")
         raise UserError(f"unknown flag {flag}: see --help")
     for action in p._actions:  # once more without defaults: what the user gave
         action.default = argparse.SUPPRESS
     given = set(vars(p.parse_args(argv)))
+    if args.resume and not args.out:
+        raise UserError("--resume needs --out RUN: which run should go on?")
     if args.resume:
-        if not args.out:
-            raise UserError("--resume needs --out RUN: which run should go on?")
         return _resumed(args, saved, given)
     if args.algo is None:
         raise UserError("--algo is missing: " + ", ".join(TEXT + tuple(n for n in options if n not in TEXT)))
@@ -290,7 +288,7 @@ def _fill(args, given: set[str], generative: bool):
     """Defaults that depend on the algorithm, the data set and the model that --init names."""
     spec, (size, vocabulary) = data.get_dataset(args.dataset), look_at(args.init)
     text, short, started = spec.kind == "text", spec.problems is not None, size is not None
-    if size and "model" in given and args.model != size:
+    if started and "model" in given and args.model != size:
         print(f"--init {args.init} brings its own size: --model {args.model} counts for nothing", file=sys.stderr)
     args.model = size if size in SIZES else args.model
     if args.steps and args.epochs:
@@ -325,7 +323,6 @@ def _fill(args, given: set[str], generative: bool):
 
 
 def _check(args, spec, generative: bool):
-    """Flags that do not fit together."""
     if spec.files and "train" not in spec.files:
         trained = [s.name for s in data.DATASETS.values() if args.dataset in s.test_sets]
         raise UserError(f"{args.dataset} is a test set" + f": train on {' or '.join(trained)}" * bool(trained))
@@ -334,7 +331,8 @@ def _check(args, spec, generative: bool):
     if args.algo == "erl" and args.freeze_router and args.erl_grad == "router":
         raise UserError("--freeze-router and --erl-grad router leave ERL nothing to learn: give --erl-grad all")
     if generative and args.prompts_per_step % args.minibatches:
-        raise UserError("--prompts-per-step is not divisible by --minibatches: a group's responses stay together")
+        numbers = f"--prompts-per-step {args.prompts_per_step} is not divisible by --minibatches {args.minibatches}"
+        raise UserError(f"{numbers}: a group's responses stay together")
     if args.algo == "dppo" and args.mismatch != "none":
         raise UserError("dppo compares with the sampler itself and takes no weight: leave --mismatch out")
 
@@ -353,8 +351,8 @@ def announce(args, step: int, size: int, active: int):
     """What a person wants to know at the start of a run, or where it goes on."""
     total, first = args.pretrain_steps + args.steps, f"{args.pretrain_steps} supervised steps, then "
     if step:
-        print("all" if step == total else f"{step} of", f"{total} steps are done", file=sys.stderr)
-    steps = f"{first if args.pretrain_steps else ''}{args.steps} steps at learning rate {args.lr:g}"
-    threads = f"{torch.get_num_threads()} thread(s)"
-    print(f"{args.algo} on {args.dataset}: {steps}, seed {args.seed}, {threads}", file=sys.stderr)
+        where = f"all {total} steps are done" if step == total else f"going on at step {step} of {total}"
+        print(where, file=sys.stderr)
+    steps = f"{first if args.pretrain_steps else ''}{args.steps} steps at learning rate {args.lr:g}, seed {args.seed}"
+    print(f"{args.algo} on {args.dataset}: {steps}, {torch.get_num_threads()} thread(s)", file=sys.stderr)
     print(f"{size:,} parameters, {active:,} active a token; every setting in {args.out}/config.json", file=sys.stderr)

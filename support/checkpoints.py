@@ -48,46 +48,43 @@ def load_checkpoint(path: str) -> tuple[GPT, dict, dict[str, Tensor]]:
 
     ValueError for a file that is none of ours.
     """
-    with _open(path) as file:
-        config, metadata = _header(file)
+    with _open(path) as (file, config, metadata):
         # Copies, for their alignment: CPU products of tensors that lie in the mapped file round otherwise.
         tensors = {name: file.get_tensor(name).float().clone() for name in file.keys()}
         optimizer = {n.removeprefix(OPTIMIZER): tensors.pop(n) for n in list(tensors) if n.startswith(OPTIMIZER)}
-        model = _empty_model(config)
+        with torch.device("meta"):  # no weights are drawn, so no random generator moves
+            model = GPT(config)
         model.load_state_dict(tensors, assign=True)
     return model, metadata, optimizer
 
 
 def load_model(path: str) -> tuple[GPT, dict]:
-    """The model of a checkpoint and its metadata. ValueError for a file that is none of ours."""
+    """`load_checkpoint` without the optimizer."""
     return load_checkpoint(path)[:2]
 
 
 def read_config(path: str) -> MoEConfig:
     """The configuration of a checkpoint, without its weights. ValueError for a file that is none of ours."""
-    with _open(path) as file:
-        return _header(file)[0]
+    with _open(path) as (_, config, _):
+        return config
 
 
 @contextlib.contextmanager
 def _open(path: str):
+    """-> the open file, the configuration and the metadata in its header"""
     from safetensors import SafetensorError, safe_open
 
     try:
         with safe_open(path, "pt") as file:
-            yield file
+            header = file.metadata() or {}
+            if "config" not in header:
+                raise ValueError("there are weights in it, but no configuration")
+            config = json.loads(header["config"])
+            metadata = config.pop("metadata", {})
+            yield file, MoEConfig(**drop_capacity(config)), metadata
     except (SafetensorError, OSError, TypeError, RuntimeError, ValueError) as error:
         reason = (str(error) or type(error).__name__).splitlines()[0]
         raise ValueError(f"{path} is not a readable checkpoint of this program: {reason}") from error
-
-
-def _header(file) -> tuple[MoEConfig, dict]:
-    header = file.metadata() or {}
-    if "config" not in header:
-        raise ValueError("there are weights in it, but no configuration")
-    config = json.loads(header["config"])
-    metadata = config.pop("metadata", {})
-    return MoEConfig(**drop_capacity(config)), metadata
 
 
 def drop_capacity(settings: dict) -> dict:
@@ -97,30 +94,13 @@ def drop_capacity(settings: dict) -> dict:
     return {name: value for name, value in settings.items() if name != "expert_capacity"}
 
 
-def _empty_model(config: MoEConfig) -> GPT:
-    """A model to put weights into. None are drawn, so no random generator moves."""
-    with torch.device("meta"):
-        return GPT(config)
-
-
 # ----------------------------------------------------------------------------------------------------- GPT-2's weights
 
-GPT2_NAMES = {  # ours: theirs
-    "blocks.": "h.",
-    "attn.qkv": "attn.c_attn",
-    "attn.proj": "attn.c_proj",
-    "w_in": "c_fc.weight",
-    "b_in": "c_fc.bias",
-    "w_out": "c_proj.weight",
-    "b_out": "c_proj.bias",
-}
-GPT2_SETTINGS = {  # what our model computes, and transformers' default where a config.json does not name it
-    "model_type": "gpt2",
-    "activation_function": "gelu_new",
-    "layer_norm_epsilon": 1e-5,
-    "scale_attn_by_inverse_layer_idx": False,
-    "tie_word_embeddings": True,
-}
+GPT2_NAMES = {"blocks.": "h.", "attn.qkv": "attn.c_attn", "attn.proj": "attn.c_proj"}  # ours: theirs
+GPT2_NAMES |= {"w_in": "c_fc.weight", "b_in": "c_fc.bias", "w_out": "c_proj.weight", "b_out": "c_proj.bias"}
+# What our model computes, and transformers' default where a config.json does not name it.
+GPT2_SETTINGS = {"activation_function": "gelu_new", "layer_norm_epsilon": 1e-5}
+GPT2_SETTINGS |= {"scale_attn_by_inverse_layer_idx": False, "tie_word_embeddings": True}
 
 
 def load_gpt2(source: str) -> GPT:
@@ -136,11 +116,12 @@ def load_gpt2(source: str) -> GPT:
         folder = source if os.path.isdir(source) else snapshot_download(source, allow_patterns=files)
         weights = load_file(os.path.join(folder, "model.safetensors"))
     except Exception as error:  # the hub's errors have no common base; each means that there are no weights
-        advice = "give --init a folder with config.json and model.safetensors, or set HF_ENDPOINT to a hub in reach"
-        kind = type(error).__name__
-        raise ValueError(f"GPT-2's weights could not be had from {source!r} ({kind}): {advice}") from error
-    model, state = _empty_model(read_gpt2_config(folder)), {}
-    weights = {name.removeprefix("transformer."): w for name, w in weights.items()}
+        lacks = f"GPT-2's weights could not be had from {source!r} ({type(error).__name__})"
+        advice = "or a network and HF_ENDPOINT that reach the hub"
+        raise ValueError(f"{lacks}: give --init a folder with config.json and model.safetensors, {advice}") from error
+    with torch.device("meta"):
+        model = GPT(read_gpt2_config(folder))
+    weights, state = {name.removeprefix("transformer."): w for name, w in weights.items()}, {}
     for name, parameter in model.named_parameters():
         other = name
         for ours, theirs in GPT2_NAMES.items():
@@ -159,11 +140,12 @@ def read_gpt2_config(folder: str) -> MoEConfig:
     """The dense configuration of a folder in transformers' format. ValueError for another kind of model."""
     with open(os.path.join(folder, "config.json")) as file:
         theirs = json.load(file)
-    for key, value in GPT2_SETTINGS.items():
-        if theirs.get(key, value) != value:
+    theirs = GPT2_SETTINGS | {"model_type": None} | theirs
+    for key, value in (GPT2_SETTINGS | {"model_type": "gpt2"}).items():
+        if theirs[key] != value:
             raise ValueError(f"{folder!r} has {key} {theirs[key]!r}, not {value!r}: only GPT-2 can be loaded")
-    sizes = dict(vocab_size="vocab_size", context="n_positions", n_layer="n_layer", n_head="n_head", n_embd="n_embd")
-    return MoEConfig(n_expert=1, **{ours: theirs.get(key) for ours, key in sizes.items()})
+    sizes = {name: theirs.get(name) for name in ("vocab_size", "n_layer", "n_head", "n_embd")}
+    return MoEConfig(n_expert=1, context=theirs.get("n_positions"), **sizes)
 
 
 # ------------------------------------------------------------------------------------ The model that a run starts from

@@ -8,15 +8,9 @@ import erl
 from support.controls import random_expert
 from support.pictures import plot_demo
 
-COLUMNS = {  # of the table: figure, heading
-    "perplexity": "perplexity",
-    "original_score": "own route",
-    "perturbed_score": "random ones",
-    "mrr": "MRR",
-    "hit1": "Hit@1",
-    "relative_router_entropy": "entropy",
-    "top1_above_0.9": "top-1>0.9",
-}
+# Of the table: figure, heading.
+COLUMNS = {"perplexity": "perplexity", "original_score": "own route", "perturbed_score": "random ones", "mrr": "MRR"}
+COLUMNS |= {"hit1": "Hit@1", "relative_router_entropy": "entropy", "top1_above_0.9": "top-1>0.9"}
 
 
 def random_credit(*args, generator=None, **options):
@@ -31,9 +25,8 @@ def demo(run, parse):
     """A dense model learns the text, is upcycled and trained on in three ways. run, parse: those of train.py."""
     import eval_routing
 
-    out = "runs/demo"
-    if os.path.exists(out):
-        out = next(p for i in range(2, 10**6) if not os.path.exists(p := f"runs/demo-{i}"))
+    names = ["runs/demo", *(f"runs/demo-{i}" for i in range(2, 1000))]
+    out = next(name for name in names if not os.path.exists(name))
     common = ["--dataset", "pydocs", "--batch-size", "4", "--eval-every", "1000"]
     start = ["--init", f"{out}/dense", "--steps", "80"]
     ours = ["--algo", "erl", "--erl-grad", "all", *start]
@@ -61,10 +54,9 @@ def demo(run, parse):
 
 
 def table(rows: dict[str, dict]) -> str:
-    lines = ["", " " * 12 + "".join(f"{heading:>12}" for heading in COLUMNS.values())]
+    ours, lines = rows["ERL"], ["", " " * 12 + "".join(f"{heading:>12}" for heading in COLUMNS.values())]
     for name, row in rows.items():
         lines.append(f"{name:12}" + "".join(f"{row[c]:12.3f}" if c in row else f"{'-':>12}" for c in COLUMNS))
-    ours = rows["ERL"]
     lines += [
         f"{'chance':12}{ours['chance_mrr']:48.3f}{ours['chance_hit1']:12.3f}",
         f"perplexity: of the test split. own route, random ones: of {ours['samples']} windows of it, along the "

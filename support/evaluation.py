@@ -48,8 +48,8 @@ def respond(model, task: Task, spec: data.DatasetSpec, examples, args, generator
     prompts = [data.encode_prompt(e, task.tokenizer, task.room) for e in examples]
     drawn = {"temperature": spec.eval_temperature, "top_p": spec.eval_top_p, "generator": generator}  # 0 is greedy
     how = {"max_new_tokens": args.max_new_tokens, "end_token": task.tokenizer.end}
-    parts = [prompts[i : i + at_once] for i in range(0, len(prompts), at_once)]
-    for part in tqdm(parts, desc="evaluating, batches of answers", disable=None, leave=False):
+    for i in tqdm(range(0, len(prompts), at_once), desc="evaluating, batches of answers", disable=None, leave=False):
+        part = prompts[i : i + at_once]
         if args.beams > 1 and not spec.sampled:
             rows += beam_search(model, part, beams=args.beams, **how)
         else:

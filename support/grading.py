@@ -1,6 +1,7 @@
 """Metrics of a response, each a float in [0, 1]; the reward is one of them. Any of an example's references will do."""
 
 import ast
+import contextlib
 import functools
 import itertools
 import logging
@@ -53,10 +54,8 @@ def measure_countdown(response: str, example: Example) -> dict[str, float]:
         return Fraction(node.value)
 
     if re.fullmatch(r"[0-9+\-*/() ]{1,64}", response.strip()):  # short and harmless before the parser sees it
-        try:
+        with contextlib.suppress(SyntaxError, AttributeError, ZeroDivisionError):
             right = value(ast.parse(response.strip(), mode="eval").body) == int(example.references[0])
-        except (SyntaxError, AttributeError, ZeroDivisionError):
-            pass
     return {"accuracy": float(right and sorted(used) == sorted(example.numbers))}
 
 
@@ -82,16 +81,12 @@ def measure_squad(response: str, example: Example) -> dict[str, float]:
     return {"exact_match": float(bool(words) and words in references), "f1": max(_f1(words, r) for r in references)}
 
 
-@functools.cache
-def _rouge_scorer():
-    from rouge_score.rouge_scorer import RougeScorer
-
-    return RougeScorer(["rouge1", "rouge2", "rougeL"], use_stemmer=True)
-
-
 def measure_summary(response: str, example: Example) -> dict[str, float]:
     """F-measures of ROUGE-1, ROUGE-2 and sentence-level ROUGE-L with Porter stemming, the best of the references."""
-    scores = _rouge_scorer().score_multi(example.references, response)
+    from rouge_score.rouge_scorer import RougeScorer
+
+    scorer = RougeScorer(["rouge1", "rouge2", "rougeL"], use_stemmer=True)
+    scores = scorer.score_multi(example.references, response)
     return {name: float(score.fmeasure) for name, score in scores.items()}  # of no words it is the integer 0
 
 

@@ -22,13 +22,10 @@ def make_optimizer(model, weight_decay: float, router_factor: float = 1.0):
     routers = [p for n, p in named if n.endswith("router.weight")]
     others = [p for n, p in named if p.ndim <= 1 or ".b_" in n]
     matrices = [p for n, p in named if not any(p is q for q in routers + others)]
-    groups = [
-        {"params": matrices, "weight_decay": weight_decay, "factor": 1.0},
-        {"params": others, "weight_decay": 0.0, "factor": 1.0},
-        {"params": routers, "weight_decay": weight_decay, "factor": router_factor},
-    ]
+    groups = (matrices, weight_decay, 1.0), (others, 0.0, 1.0), (routers, weight_decay, router_factor)
+    groups = [{"params": p, "weight_decay": decay, "factor": factor} for p, decay, factor in groups if p]
     fused = model.wte.weight.device.type in ("cpu", "cuda")
-    return torch.optim.AdamW([g for g in groups if g["params"]], lr=0.0, betas=(0.9, 0.999), fused=fused)
+    return torch.optim.AdamW(groups, lr=0.0, betas=(0.9, 0.999), fused=fused)
 
 
 def set_learning_rate(optimizer, step: int, steps: int, peak: float) -> float:

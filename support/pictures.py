@@ -210,7 +210,8 @@ def _draw_ranks(result: dict, title: str, score: str, better: str, path: str):
     beside = (  # MRR never without what it hides
         f"router entropy {rounded(result['relative_router_entropy'], 2)} of log E, top-1 above 0.9: "
         f"{percent['top1_above_0.9']} %, busiest expert {max(map(max, result['expert_load'])):.1%} of a layer, "
-        f"dead experts {result['dead_experts']}"
+        f"dead experts {result['dead_experts']},\nmax_vio {rounded(result['max_vio'], 2)} (a layer's largest expert "
+        "load over its mean load, less 1; mean over the layers)"
     )
     figure.suptitle(f"{title}\n{beside}", fontsize=9)
     left, right = figure.subplots(1, 2)
@@ -264,7 +265,7 @@ def _draw_regret(regret: dict, title: str, path: str):
     figure, C = new_figure(4.2), regret["candidates"]
     figure.suptitle(f"{title}: each expert in turn at {regret['all']['decisions']} decisions", fontsize=10)
     left, right = figure.subplots(1, 2)
-    for i, part in enumerate(p for p in ("all", "confident", "fragile") if p in regret):
+    for i, part in enumerate(("all", "confident", "fragile")):
         found, style = regret[part], {"width": 0.25, "color": f"C{i}"}
         for rank, share in enumerate(found["rank_shares"], start=1):
             left.bar(rank + 0.27 * (i - 1), 100 * share, label=part if rank == 1 else None, **style)
@@ -275,14 +276,14 @@ def _draw_regret(regret: dict, title: str, path: str):
     left.set(xlabel=f"rank of the own expert among {C} (1: best)", ylabel="decisions [%]")
     leave_room(left)
     right.axhline(0, color="black", lw=0.8)
-    right.set(ylabel="nats of the next token's log p (95 %)", xticks=(0, 1))
-    right.set_xticklabels(["regret: the best expert,\nchosen by the answer", "cost of a\nrandom expert"])
+    names = "regret: the best expert,\nchosen by the answer", "cost of a\nrandom expert"
+    right.set(ylabel="nats of the next token's log p (95 %)", xticks=(0, 1), xticklabels=names)
     right.set_title("fragile: entropy of the prediction above its median", fontsize=9)
     save(figure, path)
 
 
 def leave_room(axis):
-    """A legend above bars of per cents."""
+    """For a legend above bars."""
     axis.set_ylim(0, 1.25 * axis.get_ylim()[1])
     axis.legend(loc="upper right", fontsize=9)
 

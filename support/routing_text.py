@@ -3,6 +3,7 @@
 import colorsys
 import itertools
 import os
+import unicodedata
 from collections import Counter
 
 import torch
@@ -20,10 +21,9 @@ CAUTION = (
     "raise the regret; a collapse, after which the other experts are useless, can lower it."
 )
 WIDTH = 100  # characters in a line of coloured text
-EXPLAINED = (
-    "Each token in the colour of the expert it goes to. Below, of each expert: its share of the layer's",
-    "tokens, and its most frequent ones (12/40: 12 of the 40 times that the token stands in the text).",
-)
+EXPLAINED = """Each token in the colour of the expert it goes to. Below, of each expert: its share of the layer's
+tokens, and its most frequent ones (12/40: 12 of the 40 times that the token stands in the text).
+"""
 
 
 def write_results(result: dict, scored: list, tokenizer, out: str) -> str:
@@ -41,22 +41,23 @@ def write_results(result: dict, scored: list, tokenizer, out: str) -> str:
 def warnings_of(result: dict, vocab_size: int) -> list[str]:
     """Why the ranks of this run say little, if they do: sentences for a person."""
     K, E, found = result["top_k"], len(result["expert_load"][0]), []
-    if result["collapsed_layers"]:
-        layers = ", ".join(map(str, result["collapsed_layers"]))
-        load = f"more than {COLLAPSED:.0%} of the load is on {K} of {E} experts"
-        found.append(f"collapsed: in MoE layer {layers} {load}; MRR shows the harm of experts that it never uses")
+    if layers := ", ".join(map(str, result["collapsed_layers"])):
+        load = f"in MoE layer {layers} more than {COLLAPSED:.0%} of the load is on {K} of {E} experts"
+        harm = "the layer is all but dense, and MRR shows the harm of experts that it never uses"
+        found.append(f"collapsed: {load}; {harm}")
     if result["step"] == 0:
         found.append("untrained: this checkpoint is that of step 0")
     elif result["score"] == "perplexity" and result["original_score"] > vocab_size / 2:
         found.append(f"untrained: the perplexity is above half of the vocabulary's {vocab_size} tokens")
     if (tied := tied_share(result)) > TIED:
         why = "(experts that are copies of one another, or a task that is never solved)"
-        found.append(f"{tied:.2%} of the routes are tied with the original {why}: MRR and Hit@1 are chance")
+        found.append(
+            f"{tied:.2%} of the routes are tied with the original {why}: MRR and Hit@1 are chance by construction"
+        )
     return found
 
 
 def tied_share(result: dict) -> float:
-    """Of the perturbed routes, those that score as the original does."""
     return sum(result["tied_routes"]) / ((result["routes"] - 1) * result["samples"])
 
 
@@ -64,17 +65,16 @@ def describe(result: dict) -> str:
     """The figures as lines for a terminal; MRR never without what it hides."""
     load, score, even = result["expert_load"], result["score"], 1 / len(result["expert_load"][0])
     by_layer = " ".join(rounded(h, 2) for h in result["relative_router_entropy_by_layer"])
-    rows = []  # a name, a figure, what it is
-    for name in ("mrr", "hit1"):
-        error, chance = result[f"{name}_standard_error"], result[f"chance_{name}"]
-        rows.append((name, result[name], f"+- {rounded(error)} (chance {chance:.4f})"))
-    rows += [
+    vio = "a layer's largest expert load over its mean load, less 1; mean over the layers"
+    errors = {name: rounded(result[f"{name}_standard_error"]) for name in ("mrr", "hit1")}
+    rows = [  # a name, a figure, what it is
+        *((name, result[name], f"+- {errors[name]} (chance {result[f'chance_{name}']:.4f})") for name in errors),
         ("original", result["original_score"], f"{score} along the router's own routes"),
         ("perturbed", result["perturbed_score"], f"along {result['routes'] - 1} perturbed routes a sample"),
         ("best of 99", result["best_of_99_score"], "along each sample's best perturbed route"),
         ("tied", tied_share(result), "of the perturbed routes score as the original does"),
         ("load", max(map(max, load)), f"of a layer's slots at its busiest expert (even: {even:.4f})"),
-        ("max_vio", result["max_vio"], "largest expert load of a layer over its mean, less 1; mean over the layers"),
+        ("max_vio", result["max_vio"], vio),
         ("dead experts", result["dead_experts"], f"of {sum(map(len, load))}"),
         ("entropy", result["relative_router_entropy"], f"of log E, the routers' softmax; by layer {by_layer}"),
         ("top-1 > 0.9", result["top1_above_0.9"], "of the routing decisions"),
@@ -83,7 +83,7 @@ def describe(result: dict) -> str:
         found, C = regret["all"], regret["candidates"]
         what = "nats that the best expert, chosen by the answer, would have gained (an upper bound)"
         rows.append(("regret", found["regret"], f"+- {rounded(found['regret_standard_error'])} {what}"))
-        for part in (part for part in ("confident", "fragile") if part in regret):
+        for part in ("confident", "fragile"):
             rows.append((f"  {part}", regret[part]["regret"], f"of {regret[part]['decisions']} {part} predictions"))
         rows += [
             ("random expert", found["random_expert_cost"], "nats that it costs in the own one's place"),
@@ -105,7 +105,7 @@ def token_lines(samples: list[list[str]], experts: Tensor, num_experts: int, sho
     """
     words = [visible(token) for tokens in samples for token in tokens]
     ends = set(itertools.accumulate(map(len, samples)))  # a sample ends before these
-    total, lines = Counter(words), [[(text, None)] for text in (*EXPLAINED, "")]
+    total, lines = Counter(words), [[(text, None)] for text in EXPLAINED.split("\n")]
     for layer, chosen in enumerate(experts.transpose(0, 1).tolist()):  # [N][K]
         lines += [[(f"layer {layer}", None)], *wrap(words[:shown], [used[0] for used in chosen[:shown]], ends), []]
         counts = [Counter() for _ in range(num_experts)]
@@ -124,18 +124,23 @@ def token_lines(samples: list[list[str]], experts: Tensor, num_experts: int, sho
 def visible(token: str) -> str:
     """Every character takes room: line ends and tabs as signs, what cannot be printed as a box."""
     signs = {"\n": "↵", "\t": "→", "\r": "↵"}
-    return "".join(signs.get(c, c if c.isprintable() else "□") for c in token[:WIDTH]) or "□"
+    token = "".join(signs.get(c, c if c.isprintable() else "□") for c in token) or "□"
+    return token if columns(token) <= WIDTH else token[: WIDTH // 2 - 1] + "…"
+
+
+def columns(text: str) -> int:
+    return sum(2 if unicodedata.east_asian_width(c) in "WF" else 0 if unicodedata.combining(c) else 1 for c in text)
 
 
 def wrap(words: list[str], experts: list[int], ends) -> list[list]:
     """Lines of (word, expert), none wider than WIDTH; a gap without an expert behind the first n words, n in `ends`."""
     lines, room = [], 0
     for n, (word, expert) in enumerate(zip(words, experts, strict=True), start=1):
-        if len(word) > room:
+        if columns(word) > room:
             lines.append([])
             room = WIDTH
         lines[-1].append((word, expert))
-        room -= len(word)
+        room -= columns(word)
         if n in ends and room:
             lines[-1].append((" ", None))
             room -= 1
@@ -154,7 +159,8 @@ def coloured(lines: list, num_experts: int) -> str:
     def painted(text, expert):
         if expert is None:
             return text
-        return "\x1b[30;48;2;{};{};{}m{}\x1b[0m".format(*(round(255 * x) for x in colour(expert, num_experts)), text)
+        rgb = ";".join(str(round(255 * x)) for x in colour(expert, num_experts))
+        return f"\x1b[30;48;2;{rgb}m{text}\x1b[0m"
 
     return "\n".join("".join(painted(*part) for part in line) for line in lines)
 
@@ -163,6 +169,9 @@ def draw_tokens(lines: list, num_experts: int, path: str):
     """The same as a PNG, a cell of a monospaced font for each character."""
     cell, height = 0.602 / 8, 1.45 / 8  # inches, for letters of 9 points, an eighth of an inch
     figure = new_figure((len(lines) + 1) * height, (WIDTH + 2) * cell)
+    from matplotlib.font_manager import findfont, get_font  # after new_figure, which chooses the backend
+
+    font = get_font(findfont("DejaVu Sans Mono"))
     figure.set_layout_engine("none")
     axis = figure.add_axes((0, 0, 1, 1))
     axis.set(xlim=(-1, WIDTH + 1), ylim=(len(lines) + 0.5, -0.5))
@@ -171,7 +180,8 @@ def draw_tokens(lines: list, num_experts: int, path: str):
         x = 0
         for text, expert in line:
             if expert is not None:
-                axis.barh(y + 0.5, len(text), height=1, left=x, color=colour(expert, num_experts))
-            axis.text(x, y + 0.5, text, family="DejaVu Sans Mono", size=9, va="center", parse_math=False)
-            x += len(text)
+                axis.barh(y + 0.5, columns(text), height=1, left=x, color=colour(expert, num_experts))
+            drawn = "".join(c if font.get_char_index(ord(c)) else "□" * columns(c) for c in text)
+            axis.text(x, y + 0.5, drawn, family="DejaVu Sans Mono", size=9, va="center", parse_math=False)
+            x += columns(text)
     save(figure, path)

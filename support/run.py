@@ -26,7 +26,6 @@ from support.evaluation import evaluate, mean_scores
 from support.optimizer import make_optimizer, restore
 
 SCORES = "perplexity bits_per_byte rouge1 rouge2 rougeL exact_match f1 accuracy unigram_f1".split()
-SHOWN = "loss", "reward_mean", "tokens_per_second"  # beside the progress bar
 
 
 def write_json(path: str, value):
@@ -75,8 +74,7 @@ class Run:
         self.args, self.out, self.state, self.phases, self.task = args, args.out, state, phases, task
         self.prepare, self.total = prepare, sum(phases.values())
         self.tests = [name for name in task.held_out if name != "validation"]
-        self.begun = time.perf_counter() - state.seconds
-        self.stop_asked = self.stop_at_once = False
+        self.begun, self.stop_asked, self.stop_at_once = time.perf_counter() - state.seconds, False, False
         self.metrics_path = os.path.join(self.out, "metrics.jsonl")
         with open(os.path.join(self.out, "config.json"), "rb") as file:
             self.id = hashlib.sha256(file.read()).hexdigest()[:16]
@@ -122,7 +120,7 @@ class Run:
     def evaluate_before(self):
         """Where the algorithm begins: on tasks the test scores too, since the first phase decides most of them."""
         if self.phase != "supervised" and self.state.step == self.first:
-            results = self.evaluate(["validation", *self.tests] if self.task.spec.kind == "task" else ["validation"])
+            results = self.evaluate(self.task.held_out if self.task.spec.kind == "task" else ["validation"])
             results.pop("validation")
             self.state.before = mean_scores(results)
 
@@ -145,8 +143,7 @@ class Run:
             with open(self.metrics_path, "a") as file:
                 file.write(json.dumps(row) + "\n")
         except OSError as error:
-            why = f"{self.metrics_path} could not be written ({error.strerror})"
-            raise UserError(f"{why}; the last checkpoint stays") from error
+            raise UserError(f"{self.metrics_path} could not be written ({error.strerror}); {self._kept()}") from error
 
     def log(self, metrics: dict, lr: float):
         """A step's metrics as a line of metrics.jsonl and on the bar."""
@@ -154,8 +151,9 @@ class Run:
         metrics = {k: v.tolist() if isinstance(v, Tensor) else v for k, v in metrics.items()}
         self.check_finite(metrics)
         speed = {"seconds": round(seconds, 2), "tokens_per_second": round(state.tokens / seconds, 1)}
-        shown = metrics | speed
-        self.bar.set_postfix({k: shown[k] for k in SHOWN if k in shown}, refresh=False)
+        shown = {"loss": f"{metrics['loss']:.3f}", "tok/s": f"{state.tokens / seconds:.0f}"}
+        shown |= {"reward": f"{metrics['reward_mean']:.3f}"} if "reward_mean" in metrics else {}
+        self.bar.set_postfix(shown, refresh=False)
         clipped = float(state.clipped) / max(1, state.updates)
         state.updates = state.clipped = 0
         self.log_row(step=state.step, phase=self.phase, lr=lr, **metrics, clipped_share=clipped, **speed)
@@ -163,11 +161,12 @@ class Run:
     def check_finite(self, metrics: dict):
         """Broken numbers end a run before they are saved."""
         broken = [f"{k} is {metrics[k]}" for k in ("loss", "grad_norm") if not math.isfinite(metrics.get(k, 0))]
-        if not broken and not is_finite(self.model):
-            broken = ["the weights are not finite"]
-        if broken:
+        if broken := broken or ["the weights are not finite"] * (not is_finite(self.model)):
             lower = "lower --lr (or --pretrain-lr) in a new run"
-            raise UserError(f"{broken[0]} at step {self.state.step}: {lower}; what was saved before stays")
+            raise UserError(f"{broken[0]} at step {self.state.step}: {lower}; {self._kept()}")
+
+    def _kept(self) -> str:
+        return f"{self.out} keeps the last checkpoint" if find_checkpoint(self.out) else "nothing was saved"
 
     def save_if_due(self, metrics: dict, optimizer):
         """The checkpoint of a step that is due, or after which a stop was asked for, which then follows."""
@@ -199,7 +198,9 @@ class Run:
         summary |= {"best_step": state.best_step, "parameters": parameters, "active_parameters": active}
         summary |= {"algo": args.algo, "dataset": args.dataset, "data_variant": self.task.variant, "seed": args.seed}
         speed = round(state.tokens / seconds, 1)
-        return summary | {"steps": self.total, "seconds": round(seconds, 2), "tokens_per_second": speed}
+        summary |= {"steps": self.total, "seconds": round(seconds, 2), "tokens_per_second": speed}
+        write_json(os.path.join(self.out, "summary.json"), summary)
+        return summary
 
     def load_best(self):
         if path := find_checkpoint(self.out, "best"):
@@ -229,8 +230,9 @@ class Run:
             lock_file(lock, self.out)
             with open(self.metrics_path, "ab") as file:
                 if file.tell() < self.state.metrics_bytes:
-                    again = f"put the run's own file back, or start a new run with --init {self.out}"
-                    raise UserError(f"{self.metrics_path} is shorter than it was at the checkpoint: {again}")
+                    shorter = f"{self.metrics_path} is shorter than it was when the checkpoint was saved"
+                    advice = f"put the run's own file back, or start a new run with --init {self.out}"
+                    raise UserError(f"{shorter}: {advice}")
                 file.truncate(self.state.metrics_bytes)  # lines after the checkpoint will be written again
             if self.state.best_step >= 0:
                 self.load_best()  # better to hear now that it is gone than after the last step

@@ -53,7 +53,7 @@ def load_samples(args, model: GPT, config: dict) -> Samples:
     data_dir = args.data_dir or config["data_dir"]
     spec, tokenizer = data.get_dataset(name), data.load_tokenizer(config["tokenizer"], data_dir)
     if tokenizer.vocab_size != model.config.vocab_size:
-        sizes = f"a vocabulary of {model.config.vocab_size}, its tokenizer one of {tokenizer.vocab_size}"
+        sizes = f"a vocabulary of {model.config.vocab_size}, its config.json's tokenizer one of {tokenizer.vocab_size}"
         raise UserError(f"{args.run} is not one run: its model has {sizes}")
     if spec.kind == "text":
         windows = list(text_windows(data.load_text(name, args.split, tokenizer, data_dir=data_dir).tokens, context))
@@ -100,10 +100,6 @@ def compare(args, model: GPT, config: dict, samples: Samples) -> dict:
         count += len(rows[-1])
     share, tokens = expert_consistency(model, second.to(model.wte.weight.device), rows)
     shown = share.masked_fill(tokens < SMALLEST_CLUSTER, math.nan).tolist()
-    return {
-        "compared_with": args.compare,
-        "compared_tokens": count,
-        "smallest_cluster": SMALLEST_CLUSTER,
-        "expert_consistency": [[None if math.isnan(x) else x for x in row] for row in shown],
-        "expert_consistency_tokens": tokens.tolist(),
-    }
+    result = {"compared_with": args.compare, "compared_tokens": count, "smallest_cluster": SMALLEST_CLUSTER}
+    result["expert_consistency"] = [[None if math.isnan(x) else x for x in row] for row in shown]
+    return result | {"expert_consistency_tokens": tokens.tolist()}

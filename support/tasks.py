@@ -5,6 +5,7 @@ Every random draw is a function of (seed, what for, step): a resumed run needs n
 
 import hashlib
 import sys
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -52,8 +53,6 @@ class Batch(NamedTuple):
 
 
 class TextBatches:
-    """Windows of a text."""
-
     def __init__(self, tokens, context: int, batch_size: int, seed: int):
         if len(tokens) < 3:
             raise UserError("the training text is empty")
@@ -75,11 +74,8 @@ class TextBatches:
 
 
 class TaskBatches:
-    """Prompt + answer rows."""
-
     def __init__(self, encoded, batch_size: int, seed: int, end: int):
-        self.encoded, self.batch_size, self.end = encoded, batch_size, end
-        self.per_epoch = len(encoded)
+        self.encoded, self.batch_size, self.end, self.per_epoch = encoded, batch_size, end, len(encoded)
         self.order = Order(len(encoded), seed, "task")
 
     def __call__(self, step: int) -> Batch:
@@ -130,9 +126,8 @@ def load_task(args, context: int, generative: bool) -> Task:
     spec, tokenizer = data.get_dataset(args.dataset), data.load_tokenizer(args.tokenizer, args.data_dir)
     room = context - args.max_new_tokens
     if room < 2:
-        raise UserError(
-            f"--max-new-tokens {args.max_new_tokens} leaves no room for a prompt: the context has {context} positions"
-        )
+        leaves = f"--max-new-tokens {args.max_new_tokens} leaves no room for a prompt"
+        raise UserError(f"{leaves}: the context has {context} positions")
     if spec.kind == "text":
         splits = {s: data.load_text(args.dataset, s, tokenizer, data_dir=args.data_dir) for s in data.SPLITS}
         batch, examples = TextBatches(splits["train"].tokens, context, args.batch_size, args.seed), []
@@ -141,8 +136,11 @@ def load_task(args, context: int, generative: bool) -> Task:
             examples = data.continuation_examples(splits["train"], tokenizer, seed=args.seed, **lengths)
         held_out, variant = {s: splits[s] for s in ("validation", "test")}, splits["test"].variant
     else:
-        examples = data.load_examples(args.dataset, "train", data_dir=args.data_dir)
-        held_out, variant = _load_held_out(spec, args), spec.name
+        load, variant = partial(data.load_examples, data_dir=args.data_dir), spec.name
+        examples = load(args.dataset, "train")
+        held_out = {"validation": load(spec.name, "validation", limit=args.eval_samples or None)}
+        for name in spec.test_sets or (spec.name,):
+            held_out["test" if name == spec.name else name] = load(name, "test", limit=args.test_samples or None)
         new = args.max_new_tokens if generative else 0
         encoded, counts = data.encode_examples(examples, tokenizer, context, max_new_tokens=new)
         _report_counts(spec, counts, context, held_out, tokenizer, room, new)
@@ -150,26 +148,10 @@ def load_task(args, context: int, generative: bool) -> Task:
             raise UserError(f"no training example of {args.dataset} fits into {context} tokens")
         batch = TaskBatches(encoded, args.batch_size, args.seed, tokenizer.end)
     order = Order(max(1, len(examples)), args.seed, "prompts")
-    mark = fingerprint([splits["train"] if spec.kind == "text" else examples, *held_out.values()])
-    return Task(spec, tokenizer, batch, examples, order, room, held_out, variant, mark)
-
-
-def fingerprint(sets) -> str:
-    """A hash of text splits (their tokens) and lists of Example, in their order."""
-    digest = hashlib.sha256()
-    for records in sets:
-        digest.update(repr(records).encode() if isinstance(records, list) else records.tokens.tobytes())
-    return digest.hexdigest()[:16]
-
-
-def _load_held_out(spec, args) -> dict:
-    """Examples to evaluate on: --eval-samples of the validation split, --test-samples of each test set."""
-    read, test_limit = data.load_examples, args.test_samples or None
-    held_out = {"validation": read(spec.name, "validation", data_dir=args.data_dir, limit=args.eval_samples or None)}
-    for name in spec.test_sets or (spec.name,):
-        key = "test" if name == spec.name else name
-        held_out[key] = read(name, "test", data_dir=args.data_dir, limit=test_limit)
-    return held_out
+    read = hashlib.sha256()
+    for records in (splits["train"] if spec.kind == "text" else examples, *held_out.values()):
+        read.update(repr(records).encode() if isinstance(records, list) else records.tokens.tobytes())
+    return Task(spec, tokenizer, batch, examples, order, room, held_out, variant, read.hexdigest()[:16])
 
 
 def _report_counts(spec, counts: dict, context: int, held_out: dict, tokenizer, room: int, new: int):
