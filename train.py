@@ -317,11 +317,15 @@ def loss_inputs(policy: Policy, at_old_experts, old: Policy, rollout: Rollout, r
 def rollout_metrics(rollout: Rollout, rewards: Tensor, task: Task, args) -> dict:
     lengths = rollout.response_mask.sum(1).float()
     ended = ((rollout.tokens[:, 1:] == task.tokenizer.end) & rollout.response_mask).any(1)
-    silent = zero_variance_groups(rewards, args.group_size).float().mean()
-    metrics = {"reward_mean": rewards.mean(), "reward_std": rewards.std(), "accuracy": (rewards >= 1).float().mean()}
-    # cut: the share without an end token, for which --max-new-tokens was too few
-    metrics |= {"response_length": lengths.mean(), "cut_responses": 1 - ended.float().mean(), "silent_groups": silent}
-    return metrics | {"entropy": (rollout.entropies.sum(1) / lengths.clamp(min=1)).mean()}
+    return {
+        "reward_mean": rewards.mean(),
+        "reward_std": rewards.std(),
+        "accuracy": (rewards >= 1).float().mean(),
+        "response_length": lengths.mean(),
+        "cut_responses": 1 - ended.float().mean(),  # share without an end token: --max-new-tokens was too few
+        "silent_groups": zero_variance_groups(rewards, args.group_size).float().mean(),
+        "entropy": (rollout.entropies.sum(1) / lengths.clamp(min=1)).mean(),
+    }
 
 
 def engine_metrics(old: Policy, rollout: Rollout) -> dict:

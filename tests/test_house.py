@@ -18,10 +18,10 @@ BUDGET = {
     "baselines.py": 270,
     "moe.py": 393,  # 190 lines of it are code
     "data.py": 475,
-    "train.py": 475,  # three policies and their metrics came with the sampler of its own precision
+    "train.py": 460,  # three policies and their metrics came with the sampler of its own precision
     "eval_routing.py": 355,  # ranks, and counterfactual regret
 }
-FOLDERS = {"support": 2950, "results": 1300, "bench": 660, "recipes": 1550}
+FOLDERS = {"support": 2900, "results": 1300, "bench": 660, "recipes": 1550}
 LONGEST = 405  # lines of any other file
 LONGEST_FUNCTION = 60
 PROGRAMS = ("train", "eval_routing")
@@ -84,7 +84,7 @@ def test_files_stay_within_their_budget():
     assert not too_long, "over the budget of this file"
     for folder, budget in FOLDERS.items():
         assert sum(k for n, k in lines.items() if n.startswith(folder + "/")) <= budget, folder
-    assert sum(lines.values()) <= 8_930  # 8,300 was the wish before E1 (c) and E3
+    assert sum(lines.values()) <= 8_860  # 8,300 was the wish before E1 (c) and E3
 
 
 def test_functions_stay_short():
