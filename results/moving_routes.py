@@ -98,12 +98,11 @@ def run_arm(start: int, arm: str, rate: float) -> dict:
 
 
 def differences(rows: list[dict], arm: str, control: str, figure: str = "area", rates=RATES) -> list[float]:
-    """arm less control in each start, the mean over the rates."""
-    of = {(r["start"], r["arm"], r["rate"]): r.get(figure, math.nan) for r in rows if r["start"]}
-    found = {start: [(of.get((start, a, x)) for a in (arm, control)) for x in rates] for start, *_ in of}
-    found = {start: [tuple(pair) for pair in pairs] for start, pairs in sorted(found.items())}
-    whole = [pairs for pairs in found.values() if not any(value is None for pair in pairs for value in pair)]
-    return [statistics.fmean(a - b for a, b in pairs) for pairs in whole]
+    """arm less control in each start that has both at every rate, the mean over the rates."""
+    of = {(r["start"], r["rate"], r["arm"]): r[figure] for r in rows if r["start"] and figure in r}
+    pairs = [[(of.get((s, x, arm)), of.get((s, x, control))) for x in rates] for s in sorted({s for s, *_ in of})]
+    whole = [found for found in pairs if None not in itertools.chain(*found)]
+    return [statistics.fmean(a - b for a, b in found) for found in whole]
 
 
 def report(rows: list[dict]) -> str:

@@ -11,8 +11,10 @@ import pytest
 import torch
 
 import train
+from baselines import gmpo_loss
 from moe import GPT, SIZES, MoEConfig
-from results import mechanism, rows
+from rais import rais_loss
+from results import mechanism, moving_routes, rows
 from results.rows import PLANNED, confirmatory, differences, holm, interval, sign_flip_p, verdicts
 from support.tasks import Batch, rng
 
@@ -190,3 +192,33 @@ def test_a_start_and_an_arm_run_and_leave_their_rows(tmp_path, monkeypatch):
     assert credited["windows"] == 2 and credited["--algo"] == "erl" and credited["start"] == credited["--seed"] == 3
     assert (tmp_path / "runs/results/erl-still/3/start/summary.json").exists()  # the start's model stays
     assert not (tmp_path / "runs/results/erl-still/3/lm").exists()
+
+
+def test_e3s_report_is_that_of_its_rows():
+    assert (moving_routes.FOLDER / "e3.md").read_text() == moving_routes.report(moving_routes.read_rows("e3"))
+
+
+def test_one_gamma_for_all_tokens_is_the_mean_of_the_update():
+    new, old, router = (
+        torch.randn(2, 3, *more, generator=rng(0, i)).double() for i, more in enumerate(((), (), (2, 1)))
+    )
+    A, mask, old_router = torch.tensor([1.0, -1.0]).double(), torch.tensor([[True, True, False]] * 2), router - 0.1
+    loss, _ = moving_routes.yoked_loss(new, old, A, mask, router, old_router)  # the same shift everywhere: RAIS itself
+    torch.testing.assert_close(loss, rais_loss(new, old, A, mask, router, old_router)[0])
+    old_router[0, 0] += 0.1  # one of the four tokens has gamma 1
+    loss, _ = moving_routes.yoked_loss(new, old, A, mask, router, old_router)
+    mean = (3 * math.exp(-0.1) + 1) / 4
+    torch.testing.assert_close(loss, gmpo_loss(new, old - math.log(mean), A, mask)[0])
+
+
+def test_e3_pairs_starts_at_both_rates_and_counts_collapses_of_one_alone():
+    def row(start, arm, rate, area, collapsed=False):
+        return {"start": start, "arm": arm, "rate": rate, "area": area, "collapsed": collapsed}
+
+    rows = [
+        row(s, arm, x, s + x * (arm == "rais")) for s in (0, 1, 2) for arm in ("rais", "gmpo") for x in (1e-4, 2e-4)
+    ]
+    rows[4]["collapsed"] = True  # start 1, rais
+    assert moving_routes.differences(rows, "rais", "gmpo") == pytest.approx([1.5e-4] * 2)  # start 0 is for tuning
+    assert moving_routes.differences(rows[:-1], "rais", "gmpo") == pytest.approx([1.5e-4])
+    assert moving_routes.mcnemar(rows, "rais", "gmpo") == "1 against 0, p 1.00"
