@@ -27,7 +27,6 @@ FOLDER = pathlib.Path(__file__).parent
 E, SEEDS, ROUTERS, STEPS = 8, 10, 64, 1000
 NOISE = 2.0  # standard deviation of one look at an expert, whose worth is N(0, 1)
 RATES = (0.01, 0.03, 0.1, 0.3, 1.0, 3.0)
-STYLES = ("o-", "s-", "^-", "o--", "s--")
 VARIANTS = {  # name: options of explore, options of erl_objective, control
     "ERL as written": ({}, {}, None),
     "ratio to the uniform draw": ({}, {"ratio": "uniform"}, None),
@@ -71,14 +70,15 @@ def draw_panels(path, rates, label: str, titles, panels, level: tuple[float, str
     plt.rcParams["font.size"] = 13
     figure, axes = plt.subplots(1, 2, figsize=(12, 4.6), layout="constrained")
     for axis, title, curves in zip(axes, titles, panels, strict=True):
-        for i, ((name, points), style) in enumerate(zip(curves.items(), STYLES, strict=True)):
+        for i, ((name, points), style) in enumerate(zip(curves.items(), "o- s- ^- o-- s--".split(), strict=True)):
             middle, low, high = torch.tensor(points).T
             reach, beside = torch.stack((middle - low, high - middle)), [rate * 1.06 ** (i - 2) for rate in rates]
             axis.errorbar(beside, middle, reach, fmt=style, capsize=3, label=name)
-        axis.axhline(0, color="gray", linewidth=0.8)
         axis.set(xscale="log", xlabel=label, title=title)
+        axis.axhline(0, color="gray", linewidth=0.8)
     axes[0].axhline(level[0], color="gray", linestyle=":", label=level[1])
-    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncol=3, frameon=False)
+    where = {"loc": "outside lower center", "ncol": 3, "title": "bars: 95 % intervals; dashed: controls"}
+    figure.legend(*axes[0].get_legend_handles_labels(), frameon=False, **where)
     figure.savefig(path, dpi=110)
 
 

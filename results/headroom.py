@@ -497,7 +497,7 @@ def main():
             for x in (shares(rows)[0], figures_of(rows, "entropy"))
         ]
         titles, level = (
-            ("share of the learnable headroom recovered", "router entropy (nats)"),
+            ("share of the learnable gain recovered", "router entropy (nats)"),
             (1, "exact credit, best rate"),
         )
         return draw_panels(FOLDER / "real-router.png", RATES, "learning rate of the router", titles, panels, level)

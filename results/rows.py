@@ -251,7 +251,7 @@ def draw_mrr(rows: list[dict], labels: dict[str, str], path):
         axis.scatter(*map(statistics.fmean, zip(*dots, strict=True)), color=colour, s=150, label=labels[arm], zorder=3)
     axis.axhline(0.052, color="gray", ls=":", label="MRR of chance")
     axis.set(xlabel="perplexity above that of the MoE with the same seed [%]", ylabel="MRR of the own route")
-    axis.set_title("A constant advantage, which knows no expert, has the highest MRR", fontsize=12)
+    axis.set_title("A constant advantage, which knows no expert, has the highest MRR on average", fontsize=12)
     axis.legend(loc="lower right", fontsize=9, title="small: one run; large: mean of ten", title_fontsize=9)
     figure.savefig(path, dpi=110)
 
