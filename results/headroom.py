@@ -19,7 +19,6 @@ import math
 import os
 import pathlib
 import statistics
-import subprocess
 import sys
 from collections import defaultdict
 from typing import NamedTuple
@@ -36,7 +35,7 @@ import data
 from erl import Pass, erl_objective, explore, random_routes
 from moe import GPT, SIZES, MoEConfig, Routes, feed_forward, lm_loss, router_losses, token_log_probs
 from results.bandit import draw_panels
-from results.rows import add_row, heading, interval, line, read_rows, sign_flip_p
+from results.rows import add_row, heading, interval, line, read_rows, sign_flip_p, versions
 from support.controls import constant, random_expert
 from support.optimizer import learning_rate, make_optimizer, set_learning_rate
 from support.tasks import TextBatches, rng
@@ -354,11 +353,6 @@ def run_setting_c(folder: pathlib.Path, start: int, text: str, data_dir):
             add_row("e1-free", {"start": start} | run_free(folder, start, text, data_dir, arm, rate) | versions())
 
 
-def versions() -> dict:
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=FOLDER, capture_output=True, text=True).stdout
-    return {"torch": torch.__version__, "cpu": torch.backends.cpu.get_cpu_capability(), "commit": commit.strip()}
-
-
 # ---------------------------------------------------------------------------------------------------------------------
 # Verdicts
 # ---------------------------------------------------------------------------------------------------------------------
@@ -414,12 +408,8 @@ def free_lines(rows: list[dict], headroom: float) -> list[str]:
     starts = set.intersection(*(set(of["nats"].get(arm, ())) for arm in FREE_ARMS))  # with every arm
     of = {f: {arm: {s: x[s] for s in sorted(starts)} for arm, x in arms.items()} for f, arms in of.items()}
     nats, verdicts = of["nats"], []
-    lines = [
-        "## (c)",
-        "",
-        f"New text, all weights learn, in {len(starts)} starts; routers' rate {free_rate(rows):g}.",
-        "",
-    ]
+    about = f"New text, all weights learn, in {len(starts)} starts; routers' rate {free_rate(rows):g}."
+    lines = ["## (c)", "", about, ""]
     lines += heading("arm", "gain over `none`", "gain over random credit", *(f"`{figure}`" for figure in of))
     for arm in FREE_ARMS:
         name, gradient = f"{arm} -".split()[:2]
@@ -438,7 +428,12 @@ def report(rows: list[dict], checks: list[dict], free: list[dict]) -> str:
     """All of results/e1.md: the checks, the arms of (a-new), verdicts, shares by rate; then (c)."""
     rates, of = chosen_rates(rows), {figure: figures_of(rows, figure) for figure in SHOWN}
     share, headroom = shares(rows)
-    lines = ["# E1", "", "Made by `python results/headroom.py report` from `checks.csv` and `e1.csv`; see PLAN.md.", ""]
+    lines = [
+        "# E1",
+        "",
+        "Made by `python results/headroom.py report` from `checks.csv`, `e1.csv`, `e1-free.csv`; see PLAN.md.",
+        "",
+    ]
     columns = [c for c in checks[0] if c not in ("torch", "cpu")]
     lines += ["## Checks", "", *heading(*(f"`{c}`" for c in columns))]
     lines += [line(*(f"{r[c]:.4g}" if type(r[c]) is float else r[c] for c in columns)) for r in checks]

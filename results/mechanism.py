@@ -16,7 +16,6 @@ import json
 import pathlib
 import platform
 import shutil
-import subprocess
 import time
 from types import SimpleNamespace
 
@@ -26,7 +25,7 @@ import eval_routing
 import train
 from erl import explore
 from moe import Routes, token_log_probs
-from results.rows import add_row, parse_cell, read_rows, read_table
+from results.rows import add_row, parse_cell, read_rows, read_table, versions
 from support.checkpoints import find_checkpoint, initial_model, load_model
 from support.controls import constant, level, random_expert
 from support.evaluation import text_windows
@@ -194,9 +193,7 @@ def run_one(name: str, arm: str, start: int):
     else:
         shutil.rmtree(out, ignore_errors=True)
     args, begun = train.parse(f"{begin} --seed {start} --out {out}".split()), time.process_time()
-    commit = subprocess.run(["git", "rev-parse", "--short=10", "HEAD"], capture_output=True, text=True).stdout.strip()
-    row = {"arm": arm, "start": start, "again": 0, "commit": commit, "python": platform.python_version()}
-    row |= {"torch": torch.__version__, "cpu": torch.backends.cpu.get_cpu_capability()}
+    row = {"arm": arm, "start": start, "again": 0, "python": platform.python_version()} | versions()
     figures = figures_of(args, train.run(args, **hooks), bool(arm_hooks))
     row["date"] = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
     row["cpu_seconds"] = round(time.process_time() - begun, 1)

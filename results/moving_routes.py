@@ -26,8 +26,7 @@ from scipy import stats
 import train
 from baselines import gmpo_loss
 from rais import router_shift
-from results.headroom import versions
-from results.rows import add_row, heading, interval, line, read_rows
+from results.rows import add_row, heading, interval, line, read_rows, versions
 from support.errors import UserError
 
 FOLDER, WORK = pathlib.Path(__file__).parent, pathlib.Path("runs", "e3")
@@ -85,11 +84,8 @@ def run_arm(start: int, arm: str, rate: float) -> dict:
 
     first, late = (mean("reward_mean", part) for part in (slice(WINDOW), slice(-WINDOW, None)))
     row |= {"area": mean("reward_mean"), "first_reward": first, "late_reward": late}
-    row |= {
-        "collapsed": late < COLLAPSED * first,
-        "accuracy": summary["accuracy"],
-        "before": summary["before_accuracy"],
-    }
+    row |= {"collapsed": late < COLLAPSED * first}
+    row |= {"accuracy": summary["accuracy"], "before": summary["before_accuracy"]}
     row |= {"gamma": mean("rollout_gamma_mean"), "kept_routes": 1 - mean("moved_anywhere")}
     row |= {"kept_decisions": mean("agreement"), "updates": mean("updates")}
     row |= {name: mean(name) for name in ("entropy", "router_entropy", "clip_share", "load_max")}

@@ -14,8 +14,10 @@ import math
 import os
 import pathlib
 import statistics
+import subprocess
 from typing import NamedTuple
 
+import torch
 from matplotlib.figure import Figure
 from scipy import stats
 
@@ -58,6 +60,13 @@ def add_row(experiment: str, row: dict):
         table.writeheader()
         table.writerows(rows)
     os.replace(f"{path}.tmp", path)
+
+
+def versions() -> dict:
+    """What a row says of the code and the machine that made it."""
+    command = ["git", "rev-parse", "--short=10", "HEAD"]
+    commit = subprocess.run(command, cwd=FOLDER, capture_output=True, text=True).stdout.strip()
+    return {"torch": torch.__version__, "cpu": torch.backends.cpu.get_cpu_capability(), "commit": commit}
 
 
 def confirmatory(rows: list[dict]) -> list[dict]:
