@@ -3,6 +3,7 @@
     python results/headroom.py STARTS --data-dir DIR --setting a-new --check        PLAN.md's checks
     python results/headroom.py STARTS --data-dir DIR --setting a-new --all-rates    its arms
     python results/headroom.py STARTS --data-dir DIR --setting c                    all weights learn a new text
+    python results/headroom.py STARTS --data-dir DIR --setting prob                 the same with the gate `prob`
     python results/headroom.py report                                               tables, verdicts, picture
 
 STARTS/N is a run folder of `train.py --algo lm` with the settings of PLAN.md. A run that has its row is not run again.
@@ -28,14 +29,14 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import numpy as np
 import torch
-from safetensors.torch import load_file
 from torch import Tensor
 
 import data
 from erl import Pass, erl_objective, explore, random_routes
-from moe import GPT, SIZES, MoEConfig, Routes, feed_forward, lm_loss, router_losses, token_log_probs
+from moe import GPT, Routes, feed_forward, lm_loss, router_losses, token_log_probs
 from results.bandit import draw_panels
 from results.rows import add_row, heading, interval, line, read_rows, sign_flip_p, versions
+from support.checkpoints import find_checkpoint, load_model
 from support.controls import constant, random_expert
 from support.optimizer import learning_rate, make_optimizer, set_learning_rate
 from support.tasks import TextBatches, rng
@@ -56,8 +57,10 @@ LABELS = {  # the arms of PLAN.md
     "erl-again": "ERL once more, other draws",
 }
 ARMS = tuple(LABELS)
-TEXTS = {"a": "wikitext2", "a-new": "pydocs", "c": "pydocs"}  # PLAN.md's settings that ran
-# (c): an arm, and how far its RL loss reaches (ERL's --erl-grad); the rate of all but the routers, theirs on start 0
+TEXTS = {"a": "wikitext2", "a-new": "pydocs", "c": "pydocs", "prob": "pydocs", "real": "smollm2"}  # PLAN.md's settings
+FREE = {"c": "e1-free", "prob": "e1-prob"}  # settings where all weights learn: their rows
+BALANCE = {"renorm": 1e-3, "prob": 2e-2}  # by gate: with `prob` and .001 one expert takes nearly all
+# (c), `prob`: an arm, and how far its RL loss reaches (--erl-grad); the rate of all but the routers, theirs on start 0
 FREE_ARMS = ("none", "exact", "erl all", "random-credit all", "erl router", "random-credit router")
 FREE_ARMS += ("ratio-uniform router", "erl-again router")
 FREE_STEPS, FREE_RATE, FREE_RATES = 400, 3e-4, (3e-4, 3e-3, 1e-2)
@@ -72,7 +75,10 @@ class Decisions(NamedTuple):
 
 @torch.no_grad()
 def last_decisions(model: GPT, batches) -> Decisions:
-    """Exact counterfactuals of the last block, all else along the own route (K = 1), of many tokens [B, T + 1]."""
+    """Exact counterfactuals of the last block, all else along the own route (K = 1), of many tokens [B, T + 1].
+
+    An expert has the weight that the gate gives it: 1 with `renorm`, with `prob` the router's P of it.
+    """
     found, last = [], model.blocks[-1]
     for tokens in batches:
         x = model.stem(tokens[:, :-1])
@@ -81,7 +87,8 @@ def last_decisions(model: GPT, batches) -> Decisions:
         x = x + last.attn(last.ln_1(x))
         h = last.ln_2(x)  # [B, T, D]
         networks = zip(*(p.unbind(0) for p in last.mlp.experts.parameters()), strict=True)
-        outputs = (model.ln_f(x + feed_forward(h, *network)) for network in networks)
+        P = last.mlp.router(h).softmax(-1).unbind(-1) if model.config.gate == "prob" else [torch.ones(())] * E
+        outputs = (model.ln_f(x + p[..., None] * feed_forward(h, *net)) for p, net in zip(P, networks, strict=True))
         worth = [token_log_probs(y, model.wte.weight, tokens[:, 1:]) for y in outputs]
         found.append((h, torch.stack(worth, -1)))
     return Decisions(*map(torch.cat, zip(*found, strict=True)))
@@ -170,7 +177,7 @@ def free_loss(model: GPT, tokens: Tensor, arm: str, gradient: str, generator) ->
             features, routing = model.branch(hidden)
             loss, log_probs = lm_loss(features, model.wte.weight, targets)
             balance, z, _ = router_losses(routing.logits, routing.experts)
-            loss = loss + 1e-3 * (balance + z).sum()
+            loss = loss + (BALANCE[model.config.gate] * balance + 1e-3 * z).sum()
             if arm == "exact":
                 logits, worth = model.route_again(routing.inputs)[:, :, -1], last_decisions(model, [tokens]).log_probs
                 loss = loss + exact_credit(logits, worth)
@@ -199,7 +206,7 @@ def draw_routes(log_probs: Tensor) -> tuple[Tensor, Tensor]:
     """
     log_probs = log_probs[:RANKED]
     alphas = torch.tensor((0.25, 0.5, 0.75)).repeat_interleave(R // 3).repeat(len(log_probs))
-    experts, forced = random_routes(len(alphas), T, 1, E, 1, alphas, generator=rng("ranked"))
+    experts, forced = random_routes(len(alphas), T, 1, log_probs.shape[-1], 1, alphas, generator=rng("ranked"))
     worth = log_probs.repeat_interleave(R, 0).gather(-1, experts[:, :, 0])[..., 0] * forced[..., 0]  # [B * R, T]
     return (~forced).float().view(-1, R, T), worth.sum(-1).view(-1, R)
 
@@ -220,7 +227,7 @@ def score(weight: Tensor, test: Decisions, kept: Tensor, forced: Tensor) -> dict
         "random_cost": (own - test.log_probs.mean(-1)).mean().item(),
         "mrr": mrr,
         "entropy": -(log_p.exp() * log_p).sum(-1).mean().item(),
-        "max_load": experts.flatten().bincount(minlength=E).max().item() / experts.numel(),
+        "max_load": experts.flatten().bincount().max().item() / experts.numel(),
     }
 
 
@@ -257,14 +264,6 @@ def random_perplexity(model: GPT, windows: Tensor) -> float:
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def load_start(folder) -> GPT:
-    """The model of a run folder. Its sizes are read off its weights."""
-    weights = load_file(pathlib.Path(folder, "checkpoint", "model.safetensors"))
-    model = GPT(MoEConfig(vocab_size=len(weights["wte.weight"]), n_expert=E, top_k=1, **SIZES["tiny"]))
-    model.load_state_dict({name: w for name, w in weights.items() if not name.startswith("optimizer.")})
-    return model
-
-
 def load_text(name: str, data_dir, batch_size: int, *key) -> tuple[TextBatches, Tensor]:
     """Training batches, and 400 windows [400, T + 1] (or what there is), evenly spread over the test split."""
     splits = [
@@ -279,30 +278,38 @@ def load_text(name: str, data_dir, batch_size: int, *key) -> tuple[TextBatches, 
 def prepare(folder: pathlib.Path, start: int, text: str, data_dir) -> tuple[Decisions, Decisions]:
     """A start's decisions on STEPS training batches (at most an epoch) and on the test windows, kept beside it."""
     if not (kept := folder / f"decisions-{text}.pt").exists():
-        model, (batch, windows) = load_start(folder), load_text(text, data_dir, BATCH, "arms", start)
+        (model, _), (batch, windows) = (
+            load_model(find_checkpoint(folder)),
+            load_text(text, data_dir, BATCH, "arms", start),
+        )
         parts = (batch(step).tokens for step in range(min(STEPS, batch.per_epoch // BATCH))), windows.split(16)
         torch.save([tuple(last_decisions(model, part)) for part in parts], kept)
     return tuple(Decisions(*part) for part in torch.load(kept))
 
 
-def new_router(start: int, draw: int, std: float = 0.1) -> Tensor:
-    return std * torch.randn(E, SIZES["tiny"]["n_embd"], generator=rng(start, "new last router", draw))
+def new_router(start: int, draw: int, decisions: Decisions, std: float = 0.1) -> Tensor:
+    shape = decisions.log_probs.shape[-1], decisions.inputs.shape[-1]  # [E, D]
+    return std * torch.randn(shape, generator=rng(start, "new last router", draw))
 
 
 def run_check(folder: pathlib.Path, start: int, text: str, data_dir) -> dict:
     train, test = prepare(folder, start, text, data_dir)
-    model, (batch, windows), routes = load_start(folder), load_text(text, data_dir, 1), draw_routes(test.log_probs)
+    routes = draw_routes(test.log_probs)
 
     def nats(arm, weight):
         return min(score(train_last_router(arm, weight, train, r), test, *routes)["nats"] for r in RATES)
 
+    ends = {f"nats_{arm}": nats(arm, new_router(start, 0, train)) for arm in ("none", "exact")}
+    ends["headroom"] = ends["nats_none"] - ends["nats_exact"]
+    if text == "smollm2":
+        return ends
+    (model, _), (batch, windows) = load_model(find_checkpoint(folder)), load_text(text, data_dir, 1)
     settled = model.blocks[-1].mlp.router.weight.detach()
     own, random = score(settled, test, *routes), random_perplexity(model, windows)
     found = {"perplexity": math.exp(own["nats"]), "random_cost": random / math.exp(own["nats"]) - 1}
     found |= {f"count_{n}": count_perplexity(batch.tokens, windows, n) for n in (4, 5)}
     found |= {"nats": own["nats"], "regret": own["regret"], "gain_own_router": own["nats"] - nats("exact", settled)}
-    found |= {f"nats_{arm}": nats(arm, new_router(start, 0)) for arm in ("none", "exact")}
-    return found | {"headroom": found["nats_none"] - found["nats_exact"]}
+    return found | ends
 
 
 def run_arms(folder: pathlib.Path, start: int, text: str, data_dir, draw: int, rate: float, arms: set):
@@ -311,7 +318,7 @@ def run_arms(folder: pathlib.Path, start: int, text: str, data_dir, draw: int, r
     routes = draw_routes(test.log_probs)
     for arm in ARMS:
         if arm in arms or arm == "erl" and "constant" in arms:  # `constant` takes the means of `erl`
-            weight = new_router(start, draw, 1.0 if arm == "published" else 0.1)
+            weight = new_router(start, draw, train, 1.0 if arm == "published" else 0.1)
             weight = train_last_router(arm, weight, train, rate, (start, draw), means)
             if arm in arms:
                 yield {"draw": draw, "arm": arm, "rate": rate} | score(weight, test, *routes)
@@ -320,7 +327,7 @@ def run_arms(folder: pathlib.Path, start: int, text: str, data_dir, draw: int, r
 def run_free(folder: pathlib.Path, start: int, text: str, data_dir, arm: str, rate: float) -> dict:
     """The row of one arm of (c). `left`: what exact credit would still gain on its last router."""
     (batch, windows), (more, _) = (load_text(text, data_dir, 4, use, start) for use in ("free", "left"))
-    model, (name, gradient) = load_start(folder), f"{arm} all".split()[:2]
+    (model, _), (name, gradient) = load_model(find_checkpoint(folder)), f"{arm} all".split()[:2]
     optimizer = make_optimizer(model, 0.1, rate / FREE_RATE)
     for step in range(FREE_STEPS):
         set_learning_rate(optimizer, step, FREE_STEPS, FREE_RATE)
@@ -345,12 +352,12 @@ def free_rate(rows) -> float:
     return min(FREE_RATES, key=lambda rate: nats["erl router", rate][0])
 
 
-def run_setting_c(folder: pathlib.Path, start: int, text: str, data_dir):
-    """The arms of (c) in one start; on the tuning start ERL alone, at every rate."""
+def run_all_free(name: str, folder: pathlib.Path, start: int, text: str, data_dir):
+    """The arms of (c) or of `prob` in one start; on the tuning start ERL alone, at every rate."""
     rates = FREE_RATES if start == 0 else [free_rate(read_rows("e1-free"))]
     for arm, rate in itertools.product(["erl router"] if start == 0 else FREE_ARMS, rates):
-        if (start, arm, rate) not in {(r["start"], r["arm"], r["rate"]) for r in read_rows("e1-free")}:
-            add_row("e1-free", {"start": start} | run_free(folder, start, text, data_dir, arm, rate) | versions())
+        if (start, arm, rate) not in {(r["start"], r["arm"], r["rate"]) for r in read_rows(name)}:
+            add_row(name, {"start": start} | run_free(folder, start, text, data_dir, arm, rate) | versions())
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -358,8 +365,8 @@ def run_setting_c(folder: pathlib.Path, start: int, text: str, data_dir):
 # ---------------------------------------------------------------------------------------------------------------------
 
 SHOWN = ("nats", "regret", "random_cost", "mrr", "entropy", "max_load")
-FITTING = ("ratio-uniform", "draw-router")
-DRAWN = ("erl", *FITTING, "random-credit", "constant")
+DRAWN = ("erl", "ratio-uniform", "draw-router", "random-credit", "constant")
+PAIRS = (("erl", "random-credit"), ("ratio-uniform", "erl"), ("draw-router", "erl"), ("erl-again", "erl"))
 
 
 def figures_of(rows, figure: str, tuning: bool = False) -> dict[tuple, dict]:
@@ -374,7 +381,7 @@ def figures_of(rows, figure: str, tuning: bool = False) -> dict[tuple, dict]:
 def chosen_rates(rows) -> dict[str, float]:
     """Of each arm in (a-new): the rate with the fewest nats on start 0, the tuning start."""
     nats = figures_of(rows, "nats", tuning=True)
-    rates = {arm: min(RATES, key=lambda rate: nats[arm, rate][0]) for arm in ARMS}
+    rates = {arm: min(RATES, key=lambda rate: nats[arm, rate][0]) for arm in dict.fromkeys(arm for arm, _ in nats)}
     return rates | {"erl-again": rates["erl"]}
 
 
@@ -402,21 +409,24 @@ def show(values: dict) -> str:
     return text + (f" (two humps, p {sign_flip_p(ordered):.3f})" if two_humps and len(ordered) > 4 else "")
 
 
-def free_lines(rows: list[dict], headroom: float) -> list[str]:
-    """The section of (c): nats against no router learning and against random credit, and the verdicts."""
+def free_lines(title: str, rows: list[dict], headroom: float | None) -> list[str]:
+    """The section of (c) or `prob`: nats against no router learning and random credit; with a headroom, verdicts.
+
+    What exact credit would still gain says nothing with `prob`, where an expert's weight would change with the router.
+    """
     of = {figure: {arm: x for (arm, _), x in figures_of(rows, figure).items()} for figure in (*SHOWN, "left")}
     starts = set.intersection(*(set(of["nats"].get(arm, ())) for arm in FREE_ARMS))  # with every arm
     of = {f: {arm: {s: x[s] for s in sorted(starts)} for arm, x in arms.items()} for f, arms in of.items()}
-    nats, verdicts = of["nats"], []
-    about = f"New text, all weights learn, in {len(starts)} starts; routers' rate {free_rate(rows):g}."
-    lines = ["## (c)", "", about, ""]
+    nats, verdicts, rates = of["nats"], [], {r["rate"] for r in rows if r["start"]}
+    about = f"New text, all weights learn, in {len(starts)} starts; routers' rate {', '.join(map(str, rates))}."
+    lines = ["", f"## {title}", "", about, ""]
     lines += heading("arm", "gain over `none`", "gain over random credit", *(f"`{figure}`" for figure in of))
     for arm in FREE_ARMS:
         name, gradient = f"{arm} -".split()[:2]
         gains = [less(nats[c], nats[arm]) for c in ("none", f"random-credit {gradient}") if c in nats and c != arm]
         cells = [show(gain) for gain in gains] + ["-"] * (2 - len(gains))
         lines.append(line(f"`{arm}`", *cells, *(f"{statistics.fmean(x[arm].values()):.3f}" for x in of.values())))
-        if name == "erl":
+        if name == "erl" and headroom is not None:
             holds = min(ends(gain)[1] for gain in gains) > 0 and max(of["max_load"][arm].values()) <= 0.9
             said = "holds" if holds else "is refuted" if ends(gains[0])[2] < headroom / 10 else "is not decided"
             verdicts.append(f"- `{arm}`: ERL's claim **{said}** by the plan's rule.")
@@ -424,53 +434,53 @@ def free_lines(rows: list[dict], headroom: float) -> list[str]:
     return [*lines, "", *verdicts, f"- `erl-again router` over `erl router`, the noise of a run: {show(again)} nats."]
 
 
-def report(rows: list[dict], checks: list[dict], free: list[dict]) -> str:
-    """All of results/e1.md: the checks, the arms of (a-new), verdicts, shares by rate; then (c)."""
+def router_lines(title: str, rows: list[dict]) -> list[str]:
+    """The section of a setting where the last router is trained alone: shares, verdicts, then shares by rate."""
     rates, of = chosen_rates(rows), {figure: figures_of(rows, figure) for figure in SHOWN}
     share, headroom = shares(rows)
-    lines = [
-        "# E1",
-        "",
-        "Made by `python results/headroom.py report` from `checks.csv`, `e1.csv`, `e1-free.csv`; see PLAN.md.",
-        "",
-    ]
-    columns = [c for c in checks[0] if c not in ("torch", "cpu")]
-    lines += ["## Checks", "", *heading(*(f"`{c}`" for c in columns))]
-    lines += [line(*(f"{r[c]:.4g}" if type(r[c]) is float else r[c] for c in columns)) for r in checks]
-    lines += [
-        "",
-        "## (a-new)",
-        "",
-        f"Learnable headroom in {len(headroom)} starts: {show(headroom)} nats. At chosen rates:",
-        "",
-    ]
+    about = f"Learnable headroom in {len(headroom)} starts: {show(headroom)} nats. At chosen rates:"
+    lines = ["", f"## {title}", "", about, ""]
     lines += heading("arm", "what it is", "rate", "share recovered", *(f"`{figure}`" for figure in SHOWN))
     for key in rates.items():
         cells = [f"{statistics.fmean(of[figure][key].values()):.3f}" for figure in SHOWN]
         lines.append(line(f"`{key[0]}`", LABELS[key[0]], f"{key[1]:g}", show(share[key]), *cells))
-    erl, random, again, ratio, draw = (
-        share[arm, rates[arm]] for arm in ("erl", "random-credit", "erl-again", *FITTING)
-    )
+    erl, random = share["erl", rates["erl"]], share["random-credit", rates["random-credit"]]
     even = max(of["max_load"]["erl", rates["erl"]].values()) <= 0.9
     holds = ends(erl)[1] > 0.25 and ends(less(erl, random))[1] > 0 and even
     verdict = "holds" if holds else "is refuted here" if ends(erl)[2] < 0.1 else "is not decided here"
     lines += ["", f"- ERL's claim **{verdict}** ({len(erl)} starts)."]
-    pairs = {
-        "`erl` less `random-credit`": less(erl, random),
-        "`erl-again` less `erl`, the noise of a run": less(again, erl),
-    }
-    pairs |= {"`ratio-uniform` less `erl`": less(ratio, erl), "`draw-router` less `erl`": less(draw, erl)}
-    lines += [f"- Share of {name}: {show(values)}." for name, values in pairs.items()]
+    for arm, other in PAIRS:
+        lines.append(
+            f"- Share of `{arm}` less `{other}`: {show(less(share[arm, rates[arm]], share[other, rates[other]]))}."
+        )
     for key in (arm for arm in rates.items() if arm[0] in ("constant", "random-credit")):
         mrr, mean = statistics.fmean(of["mrr"][key].values()), ends(share[key])[0]
         verdict = "MRR is no evidence of credit" if mrr >= 0.17 and mean < 0.1 else "no verdict on MRR from it"
         lines.append(f"- `{key[0]}`: MRR {mrr:.3f}, share {mean:.3f}: {verdict}.")
     lines += ["", "Share recovered at every rate (exploratory), of the starts that ran it:", ""]
     lines += heading("arm", *(f"{rate:g}" for rate in RATES))
-    for arm in ARMS:
-        cells = (share.get((arm, rate), {}) for rate in RATES)
-        lines.append(line(f"`{arm}`", *(f"{show(x)}, {len(x)} starts" if len(x) > 1 else "-" for x in cells)))
-    return "\n".join([*lines, "", *free_lines(free, statistics.fmean(headroom.values()))]) + "\n"
+    cells = {f"`{arm}`": [share.get((arm, rate), {}) for rate in RATES] for arm in rates}
+    for arm, other in PAIRS:
+        pairs = ((share.get((arm, rate), {}), share.get((other, rate), {})) for rate in RATES)
+        cells[f"`{arm}` less `{other}`"] = [less(*pair) for pair in pairs]
+    return lines + [
+        line(name, *(f"{show(x)}, {len(x)} starts" if len(x) > 1 else "-" for x in row)) for name, row in cells.items()
+    ]
+
+
+def report(rows: list[dict], checks: list[dict], free: list[dict], prob: list[dict]) -> str:
+    """All of results/e1.md."""
+    about = "Made by `python results/headroom.py report` from `checks.csv` and `e1*.csv`; see PLAN.md."
+    columns = [c for c in checks[0] if c not in ("torch", "cpu")]
+    lines = ["# E1 and E2", "", about, "", "## Checks", "", *heading(*(f"`{c}`" for c in columns))]
+    for r in checks:
+        lines.append(line(*(f"{r[c]:.4g}" if type(r.get(c)) is float else r.get(c, "-") for c in columns)))
+    of = {setting: [r for r in rows if r["setting"] == setting] for setting in ("a-new", "real")}
+    lines += router_lines("(a-new)", of["a-new"])
+    lines += free_lines("(c)", free, statistics.fmean(shares(of["a-new"])[1].values()))
+    lines += free_lines("(c) with the gate `prob` (exploratory)", prob, None) if prob else []
+    lines += router_lines("E2: SmolLM2-135M", of["real"]) if of["real"] else []
+    return "\n".join(lines) + "\n"
 
 
 def main():
@@ -486,10 +496,11 @@ def main():
     name = "checks" if args.check else "e1"
     if args.folder == "report":
         rows = read_rows("e1")
-        (FOLDER / "e1.md").write_text(report(rows, read_rows("checks"), read_rows("e1-free")))
+        (FOLDER / "e1.md").write_text(report(rows, *map(read_rows, ("checks", "e1-free", "e1-prob"))))
+        shown = [r for r in rows if r["setting"] == "a-new"]
         panels = [
             {LABELS[a]: [ends(x[a, r]) for r in RATES] for a in DRAWN}
-            for x in (shares(rows)[0], figures_of(rows, "entropy"))
+            for x in (shares(shown)[0], figures_of(shown, "entropy"))
         ]
         titles, level = (
             ("share of the learnable gain recovered", "router entropy (nats)"),
@@ -498,14 +509,17 @@ def main():
         return draw_panels(FOLDER / "real-router.png", RATES, "learning rate of the router", titles, panels, level)
     for start in args.starts:
         where = pathlib.Path(args.folder, str(start)), start, TEXTS[args.setting], args.data_dir
-        if args.setting == "c":
-            run_setting_c(*where)
+        if args.setting in FREE and not args.check:
+            run_all_free(FREE[args.setting], *where)
             continue
         rows = [r for r in read_rows(name) if (r["setting"], r["start"]) == (args.setting, start)]
         found = [] if rows or not args.check else [run_check(*where)]
-        chosen = {} if args.check or args.all_rates else chosen_rates(read_rows(name))
+        every = args.check or args.all_rates
+        chosen = {} if every else chosen_rates([r for r in read_rows(name) if r["setting"] == args.setting])
         for draw, rate in itertools.product(args.draws, () if args.check else RATES):
-            arms = {arm for arm in ARMS if chosen.get(arm, rate) == rate}
+            arms = {
+                arm for arm in ARMS if chosen.get(arm, rate) == rate and (args.setting, arm) != ("real", "published")
+            }
             arms -= {r["arm"] for r in rows if (r["draw"], r["rate"]) == (draw, rate)}
             found = itertools.chain(found, run_arms(*where, draw, rate, arms) if arms else ())
         for row in found:

@@ -44,9 +44,18 @@ LABELS = {
     "rais-yoked": "GMPO with the update's mean gamma for all tokens",
     "gmpo-again": "GMPO in other bits (.975 of its loss, which Adam divides out): the noise of a run",
 }
+# A sampler that computes in bfloat16, at the first rate alone: GRPO and what is said to help. PLAN.md's small table.
+SAMPLER = {
+    "bf16": ("GRPO", "--algo grpo"),
+    "bf16-r2": ("GRPO, routes of the policy before the batch (R2)", "--algo grpo --replay r2"),
+    "bf16-r3": ("GRPO, the sampler's routes (R3)", "--algo grpo --replay r3"),
+    "bf16-tis": ("GRPO, truncated importance weights (TIS)", "--algo grpo --mismatch tis"),
+    "bf16-rais": ("RAIS over GRPO", "--algo rais --base grpo"),
+}
 PAIRS = (("rais", "gmpo"), ("rais", "rais-yoked"), ("erpo", "gspo"), ("gmpo-again", "gmpo"))
 FIGURES = ("area", "late_reward", "accuracy", "gamma", "kept_routes", "kept_decisions", "entropy", "router_entropy")
 FIGURES = (*FIGURES, "clip_share", "load_max")
+ENGINE = ("area", "late_reward", "accuracy", "gamma", "kept_routes", "engine_gap", "update_gap", "clip_share")
 
 
 def yoked_loss(log_probs, old_log_probs, advantages, response_mask, router_log_probs, old_router_log_probs):
@@ -73,7 +82,8 @@ def run_arm(start: int, arm: str, rate: float) -> dict:
         run_flags(START, start, begin)
     row = {"start": start, "arm": arm, "rate": rate}
     try:
-        summary = run_flags(f"--algo {arm} --init {begin} {ARM} --lr {rate}", start, out)
+        algo = f"{SAMPLER[arm][1]} --rollout-dtype bfloat16" if arm in SAMPLER else f"--algo {arm}"
+        summary = run_flags(f"{algo} --init {begin} {ARM} --lr {rate}", start, out)
     except UserError:  # probabilities that are not finite
         return row | {"collapsed": True} | versions()
     batches = [json.loads(text) for text in open(out / "metrics.jsonl")]
@@ -89,6 +99,7 @@ def run_arm(start: int, arm: str, rate: float) -> dict:
     row |= {"gamma": mean("rollout_gamma_mean"), "kept_routes": 1 - mean("moved_anywhere")}
     row |= {"kept_decisions": mean("agreement"), "updates": mean("updates")}
     row |= {name: mean(name) for name in ("entropy", "router_entropy", "clip_share", "load_max")}
+    row |= {name: mean(name) for name in ("engine_gap", "update_gap") if arm in SAMPLER}
     shutil.rmtree(out)
     return row | versions()
 
@@ -109,13 +120,7 @@ def report(rows: list[dict]) -> str:
         "Made by `python results/moving_routes.py report` from `e3.csv`; see PLAN.md. Start 0 is for tuning.",
     ]
     for rate in RATES:
-        lines += ["", f"## Learning rate {rate:g}", ""]
-        lines += heading("arm", "what it is", "starts", "collapsed", *(f"`{f}`" for f in FIGURES))
-        for arm, label in LABELS.items():
-            if of := [r for r in rows if r["arm"] == arm and r["rate"] == rate and r["start"]]:
-                whole = [r for r in of if "area" in r]
-                cells = [f"{statistics.fmean(r[f] for r in whole):.3f}" for f in FIGURES]
-                lines.append(line(f"`{arm}`", label, len(of), sum(r["collapsed"] for r in of), *cells))
+        lines += ["", f"## Learning rate {rate:g}", "", *means_table(rows, rate, LABELS, FIGURES)]
     lines += ["", "## Paired within a start", ""]
     lines += heading(
         "arm", "less", "starts", "`area`, mean of both rates", *(f"at {r:g}" for r in RATES), "`accuracy`", "collapses"
@@ -127,8 +132,35 @@ def report(rows: list[dict]) -> str:
         if len(parts[0]) > 1:
             cells = ["{:+.4f} [{:+.4f}, {:+.4f}]".format(*interval(part)) for part in parts]
             lines.append(line(f"`{arm}`", f"`{control}`", len(parts[0]), *cells, mcnemar(rows, arm, control)))
-    lines += ["", *(f"- {text}" for text in verdicts(rows))]
+    lines += [
+        "",
+        *(f"- {text}" for text in verdicts(rows)),
+        *(sampler_lines(rows) if any(r["arm"] in SAMPLER for r in rows) else []),
+    ]
     return "\n".join(lines) + "\n"
+
+
+def means_table(rows: list[dict], rate: float, labels: dict[str, str], figures) -> list[str]:
+    lines = heading("arm", "what it is", "starts", "collapsed", *(f"`{f}`" for f in figures))
+    for arm, label in labels.items():
+        if of := [r for r in rows if r["arm"] == arm and r["rate"] == rate and r["start"]]:
+            whole = [r for r in of if "area" in r]
+            cells = [f"{statistics.fmean(r[f] for r in whole):.3f}" for f in figures]
+            lines.append(line(f"`{arm}`", label, len(of), sum(r["collapsed"] for r in of), *cells))
+    return lines
+
+
+def sampler_lines(rows: list[dict]) -> list[str]:
+    """The table with the bfloat16 sampler: no verdicts, differences from GRPO with the same sampler."""
+    lines = ["", f"## A sampler in bfloat16, learning rate {RATES[0]:g} (exploratory)", ""]
+    lines += means_table(rows, RATES[0], {arm: label for arm, (label, _) in SAMPLER.items()}, ENGINE)
+    lines.append("")
+    for arm, control in [("bf16", "grpo"), *((arm, "bf16") for arm in SAMPLER if arm != "bf16")]:
+        found = [differences(rows, arm, control, figure, RATES[:1]) for figure in ("area", "accuracy")]
+        if len(found[0]) > 1:
+            area, accuracy = ("{:+.4f} [{:+.4f}, {:+.4f}]".format(*interval(values)) for values in found)
+            lines.append(f"- `{arm}` less `{control}`, {len(found[0])} starts: `area` {area}, `accuracy` {accuracy}.")
+    return lines
 
 
 def mcnemar(rows: list[dict], arm: str, control: str) -> str:
@@ -155,7 +187,7 @@ def main():
     p = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     p.add_argument("report", nargs="?", choices=("report",))
     p.add_argument("--starts", type=int, nargs="+", default=range(1, 6), help="seeds (default 1 to 5)")
-    p.add_argument("--arms", nargs="+", choices=LABELS, default=LABELS)
+    p.add_argument("--arms", nargs="+", choices=(*LABELS, *SAMPLER), default=LABELS, help="default: all but bf16's")
     p.add_argument("--rates", type=float, nargs="+", default=RATES)
     args = p.parse_args()
     if args.report:

@@ -1,5 +1,6 @@
 """results/headroom.py: exact credit by a loop over experts, the share of a headroom, ranks of a decision."""
 
+import pytest
 import torch
 
 from moe import GPT, SIZES, MoEConfig, Routes, token_log_probs
@@ -7,15 +8,16 @@ from results import headroom
 from support.tasks import rng
 
 
-def small_model():
-    model = GPT(MoEConfig(vocab_size=257, n_expert=headroom.E, top_k=1, **SIZES["tiny"]), rng("model"))
+def small_model(gate="renorm"):
+    model = GPT(MoEConfig(vocab_size=257, n_expert=headroom.E, top_k=1, gate=gate, **SIZES["tiny"]), rng("model"))
     for p in model.parameters():  # experts that differ, or every route would be worth the same
         torch.nn.init.normal_(p, std=0.1, generator=rng("weights", p.shape)) if p.ndim == 3 else None
     return model
 
 
-def test_exact_credit_is_what_forcing_each_expert_at_one_token_gives():
-    model, tokens = small_model(), torch.randint(257, (2, 9), generator=rng("tokens"))
+@pytest.mark.parametrize("gate", ["renorm", "prob"])
+def test_exact_credit_is_what_forcing_each_expert_at_one_token_gives(gate):
+    model, tokens = small_model(gate), torch.randint(257, (2, 9), generator=rng("tokens"))
     decisions = headroom.last_decisions(model, [tokens])
     with torch.no_grad():
         for expert in range(headroom.E):
@@ -48,7 +50,7 @@ def test_exact_credit_finds_a_right_expert_and_a_constant_advantage_does_not():
     shares = {}
     for arm in ("exact", "erl", "constant"):
         means = [-0.5] * headroom.STEPS if arm == "constant" else []
-        weight = headroom.train_last_router(arm, headroom.new_router(0, 0), decisions, 3e-3, (0,), means)
+        weight = headroom.train_last_router(arm, headroom.new_router(0, 0, decisions), decisions, 3e-3, (0,), means)
         shares[arm] = ((inputs @ weight.T).argmax(-1, keepdim=True) == right).float().mean().item()
     assert shares["exact"] > 0.8 and shares["erl"] > 0.3 and shares["constant"] < 0.2, shares
 
@@ -60,5 +62,5 @@ def test_a_count_of_bytes_is_as_good_as_it_can_be_on_what_it_has_seen():
 
 
 def test_the_report_is_that_of_the_rows():
-    found = headroom.report(*map(headroom.read_rows, ("e1", "checks", "e1-free")))
+    found = headroom.report(*map(headroom.read_rows, ("e1", "checks", "e1-free", "e1-prob")))
     assert (headroom.FOLDER / "e1.md").read_text() == found
