@@ -1,7 +1,6 @@
 """Is the router's choice better than chance? A run's own routes among perturbed ones, and its decisions one by one.
 
     python eval_routing.py RUN                   routing.json and routing_*.png, written into the run folder
-    python eval_routing.py RUN --show-tokens     and in the terminal: which tokens go to which expert
     python eval_routing.py RUN --compare RUN2    and how many tokens stay with their expert in RUN2 (ERPO figure 3)
 
 Ranks (ERL section 6, table 4): each sample is scored along its original route and along 99 perturbed ones, 33 at each
@@ -308,7 +307,6 @@ def parse(argv: list[str]) -> argparse.Namespace:
     add("--samples", type=count, default=300, help="samples to rank, at most those of the split [ERL section 6: 300]")
     add("--decisions", type=whole, default=1000, help="decisions at which each expert is forced; 0: none")
     add("--seed", type=whole, default=0, help="draws the samples, the random routes and the decisions")
-    add("--show-tokens", action="store_true", help="print the first tokens in the colours of their experts")
     add("--compare", metavar="RUN2", help="a second run: which tokens stay with their experts [ERPO figure 3]")
     add("--out", metavar="DIR", help="where routing.json and the pictures go; default: RUN")
     add("--device", type=one_of("device", ("auto", "cpu", "cuda", "mps")), default="auto", help="auto, cpu, cuda, mps")
@@ -332,9 +330,7 @@ def run(args: argparse.Namespace) -> dict:
     result = {"run": args.run, "step": metadata.get("step"), "dataset": samples.spec.name, "split": args.split}
     result |= {"seed": args.seed, "score": "perplexity" if text else samples.spec.metric}
     result |= figures(scored, text) | compared | ({"regret": regret_figures(decisions)} if decisions else {})
-    tokens = write_results(result, scored, samples.tokenizer, args.out)
-    if args.show_tokens:
-        print(tokens)
+    write_results(result, scored, samples.tokenizer, args.out)
     return result
 
 

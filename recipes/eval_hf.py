@@ -5,8 +5,7 @@
 
 MODEL is a hub id or folder of a Qwen2-MoE, Qwen3-MoE, OLMoE, Mixtral or GPT-OSS; a dense one is upcycled.
 Each sample is a window of a text, scored along its own route and along 99 perturbed ones; at --decisions decisions each
-expert is forced in turn (see eval_routing.py). Writes routing.json and the pictures of eval_routing.py, and
-routing_tokens.txt, the coloured text for a terminal.
+expert is forced in turn (see eval_routing.py). Writes routing.json and the pictures of eval_routing.py.
 """
 
 import os
@@ -117,9 +116,7 @@ def run(args) -> dict:
     result = names | {"score": "perplexity"} | figures(scored, text=True)
     if decisions := hub.score_decisions(windows, args.decisions, args.seed):
         result["regret"] = regret_figures(decisions)
-    coloured = write_results(result, scored, HubTokenizer(tokenizer), args.out)
-    with open(os.path.join(args.out, "routing_tokens.txt"), "w") as file:
-        file.write(coloured)
+    write_results(result, scored, HubTokenizer(tokenizer), args.out)
     return result
 
 

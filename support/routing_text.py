@@ -1,15 +1,9 @@
-"""A routing.json in words for a terminal, why its figures may mean little, and a text in the colours of its experts."""
+"""A routing.json: written down with its pictures, in words for a terminal, and why its figures may mean little."""
 
-import colorsys
-import itertools
 import os
-import unicodedata
 from collections import Counter
 
-import torch
-from torch import Tensor
-
-from support.pictures import draw_routing, new_figure, rounded, save
+from support.pictures import draw_routing, rounded
 from support.run import write_json
 
 COLLAPSED = 0.95  # a layer whose K busiest experts get more than this share of its slots has collapsed
@@ -20,22 +14,27 @@ CAUTION = (
     "credit goes to random experts. What the control reaches too was not learnt from the reward. Sharpness cannot\n"
     "raise the regret; a collapse, after which the other experts are useless, can lower it."
 )
-WIDTH = 100  # characters in a line of coloured text
-EXPLAINED = """Each token in the colour of the expert it goes to. Below, of each expert: its share of the layer's
-tokens, and its most frequent ones (12/40: 12 of the 40 times that the token stands in the text).
-"""
 
 
-def write_results(result: dict, scored: list, tokenizer, out: str) -> str:
-    """Adds the warnings; writes routing.json before anything that may fail is drawn. -> the tokens in colours."""
+def write_results(result: dict, scored: list, tokenizer, out: str):
+    """routing.json with warnings and frequent tokens, then the pictures: drawing may fail, and takes nothing along."""
     result["warnings"] = warnings_of(result, tokenizer.vocab_size)
+    result["frequent_tokens"] = frequent_tokens(scored, tokenizer, len(result["expert_load"][0]))
     write_json(os.path.join(out, "routing.json"), result)
     draw_routing(result, out)
-    words = [[tokenizer.decode([token]) for token in s.tokens.tolist()] for s in scored]
-    num_experts = len(result["expert_load"][0])
-    lines = token_lines(words, torch.cat([s.experts for s in scored]), num_experts)
-    draw_tokens(lines, num_experts, os.path.join(out, "routing_tokens.png"))
-    return coloured(lines, num_experts)
+
+
+def frequent_tokens(scored: list, tokenizer, num_experts: int, most: int = 8) -> list:
+    """Of each layer and expert: [token as text, how often it went there], the most frequent ones first."""
+    counts = {}  # (layer, expert) -> Counter
+    for s in scored:
+        for token, layers in zip(s.tokens.tolist(), s.experts.tolist(), strict=True):  # [L][K]
+            for layer, chosen in enumerate(layers):
+                for expert in chosen:
+                    counts.setdefault((layer, expert), Counter())[token] += 1
+    layers = range(scored[0].experts.shape[1])
+    found = [[counts.get((layer, e), Counter()).most_common(most) for e in range(num_experts)] for layer in layers]
+    return [[[[tokenizer.decode([t]), n] for t, n in of] for of in layer] for layer in found]
 
 
 def warnings_of(result: dict, vocab_size: int) -> list[str]:
@@ -94,94 +93,3 @@ def describe(result: dict) -> str:
     for name, value, what in rows:
         lines.append(f"{name:14}{rounded(value) if isinstance(value, float) else value:>10} {what}")
     return "\n".join([*lines, *(f"warning: {text}" for text in result["warnings"]), CAUTION])
-
-
-def token_lines(samples: list[list[str]], experts: Tensor, num_experts: int, shown=300, most=6) -> list:
-    """A text with its experts and each expert's most frequent tokens, as lines of (text, expert or None).
-
-    samples  lists of tokens, N in all, as the tokenizer decodes them one by one; a gap follows each sample.
-             The first `shown` tokens are shown, all are counted.
-    experts  int64 [N, L, K]: the first of a token is its colour, all of them are counted
-    """
-    words = [visible(token) for tokens in samples for token in tokens]
-    ends = set(itertools.accumulate(map(len, samples)))  # a sample ends before these
-    total, lines = Counter(words), [[(text, None)] for text in EXPLAINED.split("\n")]
-    for layer, chosen in enumerate(experts.transpose(0, 1).tolist()):  # [N][K]
-        lines += [[(f"layer {layer}", None)], *wrap(words[:shown], [used[0] for used in chosen[:shown]], ends), []]
-        counts = [Counter() for _ in range(num_experts)]
-        for word, used in zip(words, chosen, strict=True):
-            for expert in used:
-                counts[expert][word] += 1
-        for expert, count in enumerate(counts):
-            frequent = sorted(count.items(), key=lambda item: (-item[1], item[0]))[:most]
-            text = "  ".join(f"{w if w.strip() else '␣' * len(w)} {n}/{total[w]}" for w, n in frequent)
-            share = count.total() / experts[:, layer].numel()
-            lines.append([(f" {expert:3} ", expert), (f" {share:5.1%}  {text}"[: WIDTH - 5], None)])
-        lines.append([])
-    return lines
-
-
-def visible(token: str) -> str:
-    """Every character takes room: line ends and tabs as signs, what cannot be printed as a box."""
-    signs = {"\n": "↵", "\t": "→", "\r": "↵"}
-    token = "".join(signs.get(c, c if c.isprintable() else "□") for c in token) or "□"
-    return token if columns(token) <= WIDTH else token[: WIDTH // 2 - 1] + "…"
-
-
-def columns(text: str) -> int:
-    return sum(2 if unicodedata.east_asian_width(c) in "WF" else 0 if unicodedata.combining(c) else 1 for c in text)
-
-
-def wrap(words: list[str], experts: list[int], ends) -> list[list]:
-    """Lines of (word, expert), none wider than WIDTH; a gap without an expert behind the first n words, n in `ends`."""
-    lines, room = [], 0
-    for n, (word, expert) in enumerate(zip(words, experts, strict=True), start=1):
-        if columns(word) > room:
-            lines.append([])
-            room = WIDTH
-        lines[-1].append((word, expert))
-        room -= columns(word)
-        if n in ends and room:
-            lines[-1].append((" ", None))
-            room -= 1
-    return lines
-
-
-def colour(expert: int, num_experts: int) -> tuple[float, float, float]:
-    """Neighbours in number are far apart in hue; light enough for black letters."""
-    hue = expert / num_experts if num_experts <= 12 else (expert * 0.6180339887) % 1
-    return colorsys.hls_to_rgb(hue, 0.78 if expert % 2 else 0.7, 0.9)
-
-
-def coloured(lines: list, num_experts: int) -> str:
-    """The lines of `token_lines` for a terminal."""
-
-    def painted(text, expert):
-        if expert is None:
-            return text
-        rgb = ";".join(str(round(255 * x)) for x in colour(expert, num_experts))
-        return f"\x1b[30;48;2;{rgb}m{text}\x1b[0m"
-
-    return "\n".join("".join(painted(*part) for part in line) for line in lines)
-
-
-def draw_tokens(lines: list, num_experts: int, path: str):
-    """The same as a PNG, a cell of a monospaced font for each character."""
-    cell, height = 0.602 / 8, 1.45 / 8  # inches, for letters of 9 points, an eighth of an inch
-    figure = new_figure((len(lines) + 1) * height, (WIDTH + 2) * cell)
-    from matplotlib.font_manager import findfont, get_font  # after new_figure, which chooses the backend
-
-    font = get_font(findfont("DejaVu Sans Mono"))
-    figure.set_layout_engine("none")
-    axis = figure.add_axes((0, 0, 1, 1))
-    axis.set(xlim=(-1, WIDTH + 1), ylim=(len(lines) + 0.5, -0.5))
-    axis.axis("off")
-    for y, line in enumerate(lines):
-        x = 0
-        for text, expert in line:
-            if expert is not None:
-                axis.barh(y + 0.5, columns(text), height=1, left=x, color=colour(expert, num_experts))
-            drawn = "".join(c if font.get_char_index(ord(c)) else "□" * columns(c) for c in text)
-            axis.text(x, y + 0.5, drawn, family="DejaVu Sans Mono", size=9, va="center", parse_math=False)
-            x += columns(text)
-    save(figure, path)

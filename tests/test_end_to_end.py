@@ -202,7 +202,7 @@ def test_the_commands_in_a_notebook_and_on_a_poor_terminal(tmp_path):
     summary = summary_of(tmp_path / "r")
     assert 50 < summary["perplexity"] < 500  # four steps from a uniform guess over 257
     assert f", {summary['test_samples']} windows) after 4 steps" in done.stdout
-    done = command("eval_routing.py", "r --samples 1 --decisions 2 --show-tokens", tmp_path, **environment)
+    done = command("eval_routing.py", "r --samples 1 --decisions 2", tmp_path, **environment)
     assert done.returncode == 0, done.stderr
     routing = json.loads((tmp_path / "r" / "routing.json").read_text())
     wanted = "mrr hit1 chance_mrr chance_hit1 samples original_score perturbed_score robustness top1_histogram"

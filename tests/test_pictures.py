@@ -1,17 +1,12 @@
-"""support/pictures.py: the right points in the right panels; support/routing_text.py: the colours of the experts."""
+"""support/pictures.py: the right points in the right panels."""
 
 import json
 import random
-import re
 
 import pytest
-import torch
 from matplotlib.image import imread
 
-from support import pictures, routing_text
-
-WORDS = [["The", " cat", " sat"], [" on", " the", " mat", "\n", " cat"]]
-EXPERTS = torch.tensor([[0, 2], [1, 2], [0, 2], [2, 2], [0, 2], [1, 2], [2, 2], [1, 0]])[..., None]  # [N, L, K]
+from support import pictures
 
 
 def make_run(folder, algo="erl", seed=0, dataset="pydocs", rows=None, **config):
@@ -103,27 +98,3 @@ def test_runs_of_one_algorithm_are_told_apart_by_what_differs(tmp_path):
     twin, other = make_run(tmp_path / "twin", erl_grad="all"), make_run(tmp_path / "other", dataset="addition")
     for second in (twin, other):  # the same seed twice, two data sets
         assert pictures.main([folders[0], second]) == 2
-
-
-def pieces(text, num_experts):
-    """(text, expert) of every coloured piece."""
-    colours = [routing_text.colour(e, num_experts) for e in range(num_experts)]
-    by_colour = {";".join(str(round(255 * x)) for x in c): e for e, c in enumerate(colours)}
-    return [(t, by_colour[c]) for c, t in re.findall(r"\x1b\[30;48;2;([\d;]+)m(.*?)\x1b\[0m", text)]
-
-
-def test_each_token_has_its_experts_colour_in_every_layer(tmp_path):
-    lines = routing_text.token_lines(WORDS, EXPERTS, 3)
-    first, second = routing_text.coloured(lines, 3).split("layer 1")
-    words = [w.replace("\n", "↵") for part in WORDS for w in part]
-    legend = [(f" {e:3} ", e) for e in range(3)]
-    for layer, text in enumerate((first, second)):
-        assert pieces(text, 3) == [*zip(words, EXPERTS[:, layer, 0].tolist(), strict=True), *legend]
-    assert " cat 2/2" in first and " cat 1/2" in second
-
-
-def test_counts_are_of_all_tokens_shown_or_not():
-    experts = torch.tensor([[[0, 1]], [[1, 0]], [[0, 2]], [[2, 1]]])
-    lines = routing_text.token_lines([["a", "b", "a", "a"]], experts, 3, shown=1)
-    shares = [" 37.5%  a 2/3  b 1/1", " 37.5%  a 2/3  b 1/1", " 25.0%  a 2/3"]
-    assert [line[1][0] for line in lines if len(line) == 2] == shares
