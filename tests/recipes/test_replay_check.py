@@ -44,10 +44,6 @@ def batch(lengths, side):
 LENGTHS = [T, T - 3, T - 7, T - 5]
 
 
-def kinds(findings):
-    return [(f.kind, f.rows) for f in findings]
-
-
 @pytest.mark.parametrize("side", ["left", "right"])
 def test_a_clean_record_passes(model, side):
     tokens, attention, mask = batch(LENGTHS, side)
@@ -63,20 +59,25 @@ def test_a_clean_record_passes(model, side):
 @pytest.mark.parametrize("by", [-1, 1])
 def test_each_bug_is_found(model, side, by):
     """An offset, padding on the other side, another row, layers in another order, other log-probabilities."""
-    every = [0, 1, 2, 3]
     tokens, attention, mask = batch(LENGTHS, side)
     experts, live, log_probs = look(model, tokens, attention)
-    (finding,) = check_replay(experts.roll(by, 1), log_probs, live, log_probs, mask)
-    assert (finding.kind, finding.rows) == ("offset", every) and f"t {'+' if by > 0 else '-'} 1 " in str(finding)
-    found = check_replay(experts, log_probs.roll(by, 1), live, log_probs, mask)
-    assert kinds(found) == [("log-prob offset", every)]
-    assert [f.kind for f in check_replay(experts, 1.5 * log_probs, live, log_probs, mask)] == ["log-probs"]
-    assert [f.kind for f in check_replay(experts, log_probs / 0, live, log_probs, mask)] == ["log-probs"]
-    assert kinds(check_replay(experts.flip(2), log_probs, live, log_probs, mask)) == [("not in the top-K", every)]
+
+    def wrong(experts, log_probs):
+        return check_replay(experts, log_probs, live, truth, mask)
+
+    truth, unknown = log_probs, "of other weights, another dtype, or a wrong layer, expert or token"
+    assert wrong(experts.roll(by, 1), truth) == [f"row {i}: experts are moved by {by:+d}" for i in range(B)]
+    assert wrong(experts, truth.roll(by, 1)) == [f"row {i}: log_probs are moved by {by:+d}" for i in range(B)]
+    assert wrong(experts.flip(2), truth) == [f"row {i}: experts are {unknown}" for i in range(B)]
+    for broken in (1.5 * truth, truth / 0):
+        assert wrong(experts, broken) == [f"row {i}: log_probs are {unknown}" for i in range(B)]
 
     other = look(model, *batch(LENGTHS, "left" if side == "right" else "right")[:2])[0]
-    assert kinds(check_replay(other, log_probs, live, log_probs, mask)) == [("left padding", [1, 2, 3])]
+    paddings = [n if side == "right" else -n for n in (0, 3, 7, 5)]
+    expected = [f"row {i}: experts are with another padding {n:+d}" for i, n in enumerate(paddings) if n]
+    assert wrong(other, truth) == expected
 
     tokens, attention, mask = batch([T] * B, side)
-    experts, live, log_probs = look(model, tokens, attention)
-    assert kinds(check_replay(experts[[1, 0, 2, 3]], log_probs, live, log_probs, mask)) == [("other row", [0, 1])]
+    experts, live, truth = look(model, tokens, attention)
+    swapped = [f"row {i}: experts are those of row {1 - i}" for i in range(2)]
+    assert wrong(experts[[1, 0, 2, 3]], truth) == swapped
