@@ -356,10 +356,10 @@ def mean_metrics(updates: list[dict]) -> dict:
 # --------------------------------------------------------------------------------------------------------------- A run
 
 
-def run(args, *, explore=explore, lm_losses=lm_losses, initial_model=initial_model, load_task=load_task) -> dict:
+def run(args, *, explore=explore) -> dict:
     """One training run from its arguments (see `parse`) to summary.json, whose content it returns.
 
-    Experiments put functions of their own in the place of the four that are named here.
+    A control of ERL puts a function of its own in the place of `explore` (see support/demo.py).
     """
     with as_user_error():
         device, generative = pick_device(args.device), args.algo in METHODS

@@ -5,7 +5,8 @@
 A row of NAME.csv is a run: its arm, its start (a seed and the model trained from it, from which all arms begin),
 versions, the settings that differ within the experiment, named as flags, and its figures. An empty cell is a figure
 that a run does not have. What all runs of an experiment share is in settings.csv, what an arm does in arms.csv. `again`
-marks a run that was run once more, on another machine. Starts below 100 were for tuning and decide nothing.
+marks a run that was run once more, on another machine. Starts below 100 were for tuning and decide nothing. The code of
+these runs has gone: `python -m results.mechanism` at commit d3a08cb made the erl-* rows, the others name theirs.
 """
 
 import csv

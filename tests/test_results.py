@@ -5,18 +5,15 @@ import math
 import random
 import shutil
 import statistics
-from types import SimpleNamespace
 
 import pytest
 import torch
 
-import train
 from baselines import gmpo_loss
-from moe import GPT, SIZES, MoEConfig
 from rais import rais_loss
-from results import mechanism, moving_routes, rows
+from results import moving_routes, rows
 from results.rows import PLANNED, confirmatory, differences, holm, interval, sign_flip_p, verdicts
-from support.tasks import Batch, rng
+from support.tasks import rng
 
 # ---- the rows
 
@@ -118,80 +115,7 @@ def test_only_pairs_of_ten_confirmatory_starts_count():
     assert len(differences(found["erl-text"] + again, contrasts[0].arm, contrasts[0].control, contrasts[0].figure)) == 9
 
 
-# ---- the runs
-
-
-@pytest.mark.parametrize("name", mechanism.EXPERIMENTS)
-def test_every_arm_is_a_command_line_that_the_program_understands(name):
-    start, then, arms, *_ = mechanism.EXPERIMENTS[name]
-    for flags in (start, *(f"{then} {flags}" for flags, _ in arms.values())):
-        train.check_options(train.parse(f"{flags} --seed 1".split()))
-    assert {row["arm"] for row in rows.read_table("arms")} >= set(arms) - {"erl-weighted-random"}
-
-
-def small_model(**size) -> GPT:
-    c = MoEConfig(vocab_size=257, context=32, n_layer=2, n_head=2, n_embd=16, n_expert=8, **size)
-    return GPT(c, rng("small"))
-
-
-def test_mean_log_p_is_what_a_constant_advantage_is_on_average():
-    model, args = small_model(), train.parse(["--algo", "lm"])
-    every = torch.ones(2, 32, dtype=torch.bool)
-    batch = Batch(torch.randint(257, (2, 33), generator=rng("tokens")), every, every)
-    ((plain, _),) = train.lm_losses(model, batch, args, 0, False)
-    ((more, _),) = mechanism.mean_log_p_losses(model, batch, args, 0, False)
-    P = model(batch.tokens[:, :-1])[1].logits.double().softmax(-1)
-    drawn = sum(0.5 * -(-0.13 * P[..., e].log()).mean() for e in range(8)) / 8  # delta -A log P, A = -0.13
-    assert (more - plain).item() == pytest.approx(drawn.item(), rel=1e-3) != 0
-
-
-def test_rows_and_windows_take_turns_in_eight_alphabets():
-    args = train.parse("--algo lm --dataset pydocs --batch-size 4".split())
-    plain, task = (load(args, 256, False) for load in (mechanism.load_task, mechanism.task_in_alphabets))
-    table = {}  # (alphabet, byte) -> letter: from the batches, and then as it must be in the windows
-    for step in range(6):
-        for row, (ours, theirs) in enumerate(zip(plain.batch(step).tokens, task.batch(step).tokens, strict=True)):
-            for byte, letter in zip(ours.tolist(), theirs.tolist(), strict=True):
-                assert table.setdefault(((4 * step + row) % 8, byte), letter) == letter
-    assert all(letter == byte for (alphabet, byte), letter in table.items() if alphabet == 0)
-    assert all(len({x for (a, _), x in table.items() if a == n}) == sum(a == n for a, _ in table) for n in range(8))
-    assert sum(letter == byte for (alphabet, byte), letter in table.items() if alphabet) < len(table) / 20
-    for name, text in plain.held_out.items():
-        written = task.held_out[name].tokens
-        for i, (byte, letter) in enumerate(zip(text.tokens[:8192].tolist(), written[:8192].tolist(), strict=True)):
-            assert table.setdefault((i // 256 % 8, byte), letter) == letter
-
-
-def test_the_right_expert_is_the_one_of_the_windows_alphabet():
-    model, T = small_model(), 32
-    windows = [(torch.randint(257, (T + 1,), generator=rng("window", i)), None) for i in range(16)]
-    with torch.no_grad():
-        experts = [model(tokens[None, :-1])[1].experts.flatten() for tokens, _ in windows]
-    share = sum((e == i % 8).float().mean().item() for i, e in enumerate(experts)) / len(windows)
-    found = mechanism.right_experts(model, windows)
-    assert found["right_expert"] == pytest.approx(share) and 0 < share < 0.5
-    assert 200 < found["right_route_perplexity"] < 300  # it knows nothing
-    shape = SimpleNamespace(moe_blocks=[1], top_k=1)
-    assert mechanism.routes_by_row(torch.tensor([3, 5]), 4, shape).experts.unique().tolist() == [3, 5]
-
-
-def test_a_start_and_an_arm_run_and_leave_their_rows(tmp_path, monkeypatch):
-    monkeypatch.setitem(SIZES, "tiny", dict(n_layer=2, n_head=2, n_embd=16, context=64))
-    monkeypatch.setattr(rows, "FOLDER", tmp_path)
-    monkeypatch.setattr(mechanism, "WINDOWS", 2)
-    start, then, *rest = mechanism.EXPERIMENTS["erl-still"]
-    short = "--steps 2 --checkpoint-every 1 --eval-samples 1 --test-samples 1"
-    monkeypatch.setitem(mechanism.EXPERIMENTS, "erl-still", (f"{start} {short}", f"{then} {short}", *rest))
-    monkeypatch.chdir(tmp_path)
-    for _ in range(2):  # the second time there is nothing left to do
-        mechanism.main("erl-still --starts 3 --arms erl-router-random lm".split())
-    begun, credited, moe = rows.read_rows("erl-still")
-    assert (begun["arm"], credited["arm"], moe["arm"]) == ("start", "erl-router-random", "lm")
-    wanted = "perplexity best_perplexity mrr router_entropy load_max original_score right_expert"
-    assert {*wanted.split(), "best_of_99_score", "perplexity_at_1", "right_route_perplexity"} <= credited.keys()
-    assert credited["windows"] == 2 and credited["--algo"] == "erl" and credited["start"] == credited["--seed"] == 3
-    assert (tmp_path / "runs/results/erl-still/3/start/summary.json").exists()  # the start's model stays
-    assert not (tmp_path / "runs/results/erl-still/3/lm").exists()
+# ---- E3
 
 
 def test_e3s_report_is_that_of_its_rows():

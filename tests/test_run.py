@@ -215,12 +215,13 @@ def finished(micro):
     train.run(args_of(f"--algo lm {LITTLE} --pretrain-steps 1 --steps 2 --checkpoint-every 1 --out r"))
 
 
-def test_a_run_does_not_resume_with_other_flags_or_records(finished):
+def test_a_run_does_not_resume_with_other_flags_or_records(finished, monkeypatch):
     with pytest.raises(UserError, match="--lr was 0.0003 when r began"):
         args_of("--resume --out r --lr 1")
     real = train.load_task
+    monkeypatch.setattr(train, "load_task", lambda *a: real(*a)._replace(fingerprint="other"))
     with pytest.raises(UserError, match="records of pydocs have changed"):
-        train.run(args_of("--resume --out r"), load_task=lambda *a: real(*a)._replace(fingerprint="other"))
+        train.run(args_of("--resume --out r"))
 
 
 def test_a_run_of_an_earlier_version_resumes_as_it_was_or_not_at_all(finished):
@@ -277,7 +278,8 @@ def test_broken_numbers_are_never_saved(where, micro, monkeypatch):
                 loss = model.wte.weight.sum()
             yield (loss * torch.nan, {"loss": loss * torch.nan}) if where == "loss" else (loss, metrics)
 
+    monkeypatch.setattr(train, "lm_losses", losses)
     args = args_of(f"--algo lm {LITTLE} --pretrain-steps 0 --steps 2 --checkpoint-every 1 --eval-every 9 --out r")
     with pytest.raises(UserError, match="nan at step 1|not finite at step 1"):
-        train.run(args, lm_losses=losses)
+        train.run(args)
     assert not os.path.exists("r/checkpoint")
