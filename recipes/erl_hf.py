@@ -181,8 +181,9 @@ def train(args, accelerator):
         order = torch.randperm(len(windows), generator=rng(args.seed, "order", epoch))
         return windows[order[first : first + args.batch_size]].to(accelerator.device)
 
+    size = sum(p.numel() for p in model.parameters())
     say(f"{text}: {len(windows)} windows to train on, {len(tests)} of the test split")
-    estimate(model, batch(0), tests, args, accelerator, step)
+    say(f"{size / 1e6:.0f} M parameters: {16 * size / 1e9:.1f} GB a process, a checkpoint of {12 * size / 1e9:.1f} GB")
     with open(log_of(args, step) if accelerator.is_main_process else os.devnull, "a") as log:
 
         def write(**figures):
@@ -212,25 +213,6 @@ def train(args, accelerator):
             model.save_pretrained(aside)
             tokenizer.save_pretrained(aside)
     return figures
-
-
-def estimate(model, tokens, tests, args, accelerator, done):
-    """Run one window each way and say what the whole will take. It changes no weight and no random draw."""
-    clock = [time.perf_counter()]
-    with torch.no_grad():
-        next_token_log_probs(model, tests[:1].to(accelerator.device))
-    clock.append(time.perf_counter())
-    next(window_losses(model, tokens[:1], args, 0, [0]))[0].backward()
-    clock.append(time.perf_counter())
-    model.zero_grad()
-    share = args.batch_size / accelerator.num_processes
-    seconds = (args.steps - done) * share * (clock[2] - clock[1])
-    seconds += 2 * len(tests) / accelerator.num_processes * (clock[1] - clock[0])
-    size = sum(p.numel() for p in model.parameters())
-    accelerator.print(
-        f"{args.steps - done} steps of {args.batch_size} x {args.context} tokens, {size / 1e6:.0f} M parameters: about "
-        f"{seconds / 60:.1f} minutes, {16 * size / 1e9:.1f} GB a process and a checkpoint of {12 * size / 1e9:.1f} GB"
-    )
 
 
 def main(argv=None) -> int:

@@ -490,7 +490,6 @@ def main():
     p.add_argument("--setting", choices=TEXTS, default="a-new")
     p.add_argument("--check", action="store_true", help="the checks of the setting instead of its arms")
     p.add_argument("--starts", type=int, nargs="+", default=range(7))
-    p.add_argument("--draws", type=int, nargs="+", default=[0], help="of the new router")
     p.add_argument("--all-rates", action="store_true", help="not only the rates that start 0 chose")
     args = p.parse_args()
     name = "checks" if args.check else "e1"
@@ -516,7 +515,7 @@ def main():
         found = [] if rows or not args.check else [run_check(*where)]
         every = args.check or args.all_rates
         chosen = {} if every else chosen_rates([r for r in read_rows(name) if r["setting"] == args.setting])
-        for draw, rate in itertools.product(args.draws, () if args.check else RATES):
+        for draw, rate in itertools.product((0,), () if args.check else RATES):
             arms = {
                 arm for arm in ARMS if chosen.get(arm, rate) == rate and (args.setting, arm) != ("real", "published")
             }
