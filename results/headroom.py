@@ -287,9 +287,9 @@ def prepare(folder: pathlib.Path, start: int, text: str, data_dir) -> tuple[Deci
     return tuple(Decisions(*part) for part in torch.load(kept))
 
 
-def new_router(start: int, draw: int, decisions: Decisions, std: float = 0.1) -> Tensor:
+def new_router(start: int, decisions: Decisions, std: float = 0.1) -> Tensor:
     shape = decisions.log_probs.shape[-1], decisions.inputs.shape[-1]  # [E, D]
-    return std * torch.randn(shape, generator=rng(start, "new last router", draw))
+    return std * torch.randn(shape, generator=rng(start, "new last router", 0))
 
 
 def run_check(folder: pathlib.Path, start: int, text: str, data_dir) -> dict:
@@ -299,7 +299,7 @@ def run_check(folder: pathlib.Path, start: int, text: str, data_dir) -> dict:
     def nats(arm, weight):
         return min(score(train_last_router(arm, weight, train, r), test, *routes)["nats"] for r in RATES)
 
-    ends = {f"nats_{arm}": nats(arm, new_router(start, 0, train)) for arm in ("none", "exact")}
+    ends = {f"nats_{arm}": nats(arm, new_router(start, train)) for arm in ("none", "exact")}
     ends["headroom"] = ends["nats_none"] - ends["nats_exact"]
     if text == "smollm2":
         return ends
@@ -312,16 +312,16 @@ def run_check(folder: pathlib.Path, start: int, text: str, data_dir) -> dict:
     return found | ends
 
 
-def run_arms(folder: pathlib.Path, start: int, text: str, data_dir, draw: int, rate: float, arms: set):
+def run_arms(folder: pathlib.Path, start: int, text: str, data_dir, rate: float, arms: set):
     """Rows of those arms at one rate."""
     (train, test), means = prepare(folder, start, text, data_dir), []
     routes = draw_routes(test.log_probs)
     for arm in ARMS:
         if arm in arms or arm == "erl" and "constant" in arms:  # `constant` takes the means of `erl`
-            weight = new_router(start, draw, train, 1.0 if arm == "published" else 0.1)
-            weight = train_last_router(arm, weight, train, rate, (start, draw), means)
+            weight = new_router(start, train, 1.0 if arm == "published" else 0.1)
+            weight = train_last_router(arm, weight, train, rate, (start, 0), means)
             if arm in arms:
-                yield {"draw": draw, "arm": arm, "rate": rate} | score(weight, test, *routes)
+                yield {"draw": 0, "arm": arm, "rate": rate} | score(weight, test, *routes)
 
 
 def run_free(folder: pathlib.Path, start: int, text: str, data_dir, arm: str, rate: float) -> dict:
@@ -370,12 +370,12 @@ PAIRS = (("erl", "random-credit"), ("ratio-uniform", "erl"), ("draw-router", "er
 
 
 def figures_of(rows, figure: str, tuning: bool = False) -> dict[tuple, dict]:
-    """(arm, rate) -> start -> a figure, the mean over the draws of a start."""
-    found = defaultdict(lambda: defaultdict(list))
+    """(arm, rate) -> start -> a figure."""
+    found = defaultdict(dict)
     for r in rows:
         if (r["start"] == 0) == tuning:
-            found[r["arm"], r["rate"]][r["start"]].append(r[figure])
-    return {arm: {start: statistics.fmean(values) for start, values in of.items()} for arm, of in found.items()}
+            found[r["arm"], r["rate"]][r["start"]] = r[figure]
+    return found
 
 
 def chosen_rates(rows) -> dict[str, float]:
@@ -515,12 +515,11 @@ def main():
         found = [] if rows or not args.check else [run_check(*where)]
         every = args.check or args.all_rates
         chosen = {} if every else chosen_rates([r for r in read_rows(name) if r["setting"] == args.setting])
-        for draw, rate in itertools.product((0,), () if args.check else RATES):
-            arms = {
-                arm for arm in ARMS if chosen.get(arm, rate) == rate and (args.setting, arm) != ("real", "published")
-            }
-            arms -= {r["arm"] for r in rows if (r["draw"], r["rate"]) == (draw, rate)}
-            found = itertools.chain(found, run_arms(*where, draw, rate, arms) if arms else ())
+        for rate in () if args.check else RATES:
+            arms = {arm for arm in ARMS if chosen.get(arm, rate) == rate}
+            arms -= {"published"} if args.setting == "real" else set()
+            arms -= {r["arm"] for r in rows if r["rate"] == rate}
+            found = itertools.chain(found, run_arms(*where, rate, arms) if arms else ())
         for row in found:
             add_row(name, {"setting": args.setting, "start": start} | row | versions())
 

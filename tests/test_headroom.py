@@ -50,7 +50,7 @@ def test_exact_credit_finds_a_right_expert_and_a_constant_advantage_does_not():
     shares = {}
     for arm in ("exact", "erl", "constant"):
         means = [-0.5] * headroom.STEPS if arm == "constant" else []
-        weight = headroom.train_last_router(arm, headroom.new_router(0, 0, decisions), decisions, 3e-3, (0,), means)
+        weight = headroom.train_last_router(arm, headroom.new_router(0, decisions), decisions, 3e-3, (0,), means)
         shares[arm] = ((inputs @ weight.T).argmax(-1, keepdim=True) == right).float().mean().item()
     assert shares["exact"] > 0.8 and shares["erl"] > 0.3 and shares["constant"] < 0.2, shares
 
