@@ -26,7 +26,7 @@ from scipy import stats
 import train
 from baselines import gmpo_loss
 from rais import router_shift
-from results.rows import add_row, heading, interval, line, read_rows, versions
+from results.rows import add_row, heading, interval, line, means_table, read_rows, versions
 from support.errors import UserError
 
 FOLDER, WORK = pathlib.Path(__file__).parent, pathlib.Path("runs", "e3")
@@ -53,9 +53,29 @@ SAMPLER = {
     "bf16-rais": ("RAIS over GRPO", "--algo rais --base grpo"),
 }
 PAIRS = (("rais", "gmpo"), ("rais", "rais-yoked"), ("erpo", "gspo"), ("gmpo-again", "gmpo"))
-FIGURES = ("area", "late_reward", "accuracy", "gamma", "kept_routes", "kept_decisions", "entropy", "router_entropy")
+FIGURES = (
+    "collapsed",
+    "area",
+    "late_reward",
+    "accuracy",
+    "gamma",
+    "kept_routes",
+    "kept_decisions",
+    "entropy",
+    "router_entropy",
+)
 FIGURES = (*FIGURES, "clip_share", "load_max")
-ENGINE = ("area", "late_reward", "accuracy", "gamma", "kept_routes", "engine_gap", "update_gap", "clip_share")
+ENGINE = (
+    "collapsed",
+    "area",
+    "late_reward",
+    "accuracy",
+    "gamma",
+    "kept_routes",
+    "engine_gap",
+    "update_gap",
+    "clip_share",
+)
 
 
 def yoked_loss(log_probs, old_log_probs, advantages, response_mask, router_log_probs, old_router_log_probs):
@@ -120,7 +140,7 @@ def report(rows: list[dict]) -> str:
         "Made by `python results/moving_routes.py report` from `e3.csv`; see PLAN.md. Start 0 is for tuning.",
     ]
     for rate in RATES:
-        lines += ["", f"## Learning rate {rate:g}", "", *means_table(rows, rate, LABELS, FIGURES)]
+        lines += ["", f"## Learning rate {rate:g}", "", *table_at(rows, rate, LABELS, FIGURES)]
     lines += ["", "## Paired within a start", ""]
     lines += heading(
         "arm", "less", "starts", "`area`, mean of both rates", *(f"at {r:g}" for r in RATES), "`accuracy`", "collapses"
@@ -140,20 +160,15 @@ def report(rows: list[dict]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def means_table(rows: list[dict], rate: float, labels: dict[str, str], figures) -> list[str]:
-    lines = heading("arm", "what it is", "starts", "collapsed", *(f"`{f}`" for f in figures))
-    for arm, label in labels.items():
-        if of := [r for r in rows if r["arm"] == arm and r["rate"] == rate and r["start"]]:
-            whole = [r for r in of if "area" in r]
-            cells = [f"{statistics.fmean(r[f] for r in whole):.3f}" for f in figures]
-            lines.append(line(f"`{arm}`", label, len(of), sum(r["collapsed"] for r in of), *cells))
-    return lines
+def table_at(rows: list[dict], rate: float, labels: dict[str, str], figures) -> list[str]:
+    arms = [{"arm": arm, "about": label} for arm, label in labels.items()]
+    return means_table([r for r in rows if r["rate"] == rate and r["start"]], arms, figures)
 
 
 def sampler_lines(rows: list[dict]) -> list[str]:
     """The table with the bfloat16 sampler: no verdicts, differences from GRPO with the same sampler."""
     lines = ["", f"## A sampler in bfloat16, learning rate {RATES[0]:g} (exploratory)", ""]
-    lines += means_table(rows, RATES[0], {arm: label for arm, (label, _) in SAMPLER.items()}, ENGINE)
+    lines += table_at(rows, RATES[0], {arm: label for arm, (label, _) in SAMPLER.items()}, ENGINE)
     lines.append("")
     for arm, control in [("bf16", "grpo"), *((arm, "bf16") for arm in SAMPLER if arm != "bf16")]:
         found = [differences(rows, arm, control, figure, RATES[:1]) for figure in ("area", "accuracy")]

@@ -76,7 +76,7 @@ def confirmatory(rows: list[dict]) -> list[dict]:
 
 def by_start(rows: list[dict], arm: str, figure: str) -> dict[int, float]:
     """start -> a figure of an arm; runs without it and repeated runs are left out."""
-    found = {row["start"]: row[figure] for row in rows if row["arm"] == arm and figure in row and not row["again"]}
+    found = {row["start"]: row[figure] for row in rows if row["arm"] == arm and figure in row and not row.get("again")}
     return dict(sorted(found.items()))
 
 
@@ -217,7 +217,7 @@ def means_table(rows: list[dict], arms: list[dict], figures: list[str]) -> list[
     here = [figure for figure in figures if any(figure in row for row in rows)]
     lines = heading("arm", "what it is", "starts", *(f"`{figure}`" for figure in here))
     for arm in arms:
-        if starts := {row["start"] for row in rows if row["arm"] == arm["arm"] and not row["again"]}:
+        if starts := {row["start"] for row in rows if row["arm"] == arm["arm"] and not row.get("again")}:
             found = [by_start(rows, arm["arm"], figure).values() for figure in here]
             cells = [shown(v) + (f" ({len(v)} starts)" if 0 < len(v) < len(starts) else "") for v in found]
             lines.append(line(f"`{arm['arm']}`", arm["about"], len(starts), *cells))
