@@ -1,7 +1,8 @@
 """A routing.json: written down with its pictures, in words for a terminal, and why its figures may mean little."""
 
 import os
-from collections import Counter
+
+import torch
 
 from support.pictures import draw_routing, rounded
 from support.run import write_json
@@ -26,15 +27,16 @@ def write_results(result: dict, scored: list, tokenizer, out: str):
 
 def frequent_tokens(scored: list, tokenizer, num_experts: int, most: int = 8) -> list:
     """Of each layer and expert: [token as text, how often it went there], the most frequent ones first."""
-    counts = {}  # (layer, expert) -> Counter
-    for s in scored:
-        for token, layers in zip(s.tokens.tolist(), s.experts.tolist(), strict=True):  # [L][K]
-            for layer, chosen in enumerate(layers):
-                for expert in chosen:
-                    counts.setdefault((layer, expert), Counter())[token] += 1
-    layers = range(scored[0].experts.shape[1])
-    found = [[counts.get((layer, e), Counter()).most_common(most) for e in range(num_experts)] for layer in layers]
-    return [[[[tokenizer.decode([t]), n] for t, n in of] for of in layer] for layer in found]
+    tokens, experts = (
+        torch.cat([getattr(s, name) for s in scored]) for name in ("tokens", "experts")
+    )  # [N], [N, L, K]
+
+    def of(layer: int, expert: int) -> list:
+        found, counts = tokens[(experts[:, layer] == expert).any(-1)].unique(return_counts=True)
+        top = counts.sort(descending=True, stable=True).indices[:most]
+        return [[tokenizer.decode([t]), n] for t, n in zip(found[top].tolist(), counts[top].tolist(), strict=True)]
+
+    return [[of(layer, expert) for expert in range(num_experts)] for layer in range(experts.shape[1])]
 
 
 def warnings_of(result: dict, vocab_size: int) -> list[str]:

@@ -340,7 +340,7 @@ def test_frequent_tokens_are_counted_for_each_layer_and_expert():
     tokens, experts = torch.tensor([97, 98, 97, 97]), torch.tensor([[[0], [2]], [[1], [2]], [[0], [1]], [[1], [2]]])
     sample = eval_routing.Scored(torch.zeros(100), tokens, experts, torch.zeros(4, 2, 3))
     first, second = frequent_tokens([sample, sample], data.load_tokenizer("bytes"), 3)
-    assert first == [[["a", 4]], [["b", 2], ["a", 2]], []] and second == [[], [["a", 2]], [["a", 4], ["b", 2]]]
+    assert first == [[["a", 4]], [["a", 2], ["b", 2]], []] and second == [[], [["a", 2]], [["a", 4], ["b", 2]]]
 
 
 @pytest.mark.parametrize("top_k", [1, 2])
