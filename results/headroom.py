@@ -483,6 +483,14 @@ def report(rows: list[dict], checks: list[dict], free: list[dict], prob: list[di
     return "\n".join(lines) + "\n"
 
 
+def draw_shares(rows: list[dict], path: pathlib.Path):
+    """Share recovered and entropy against the rate."""
+    both = shares(rows)[0], figures_of(rows, "entropy")
+    panels = [{LABELS[arm]: [ends(x[arm, rate]) for rate in RATES] for arm in DRAWN} for x in both]
+    titles, level = ("share of the learnable gain recovered", "router entropy (nats)"), (1, "exact credit, best rate")
+    draw_panels(path, RATES, "learning rate of the router", titles, panels, level)
+
+
 def main():
     p = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     p.add_argument("folder", help="of the starts, or `report`")
@@ -494,18 +502,9 @@ def main():
     args = p.parse_args()
     name = "checks" if args.check else "e1"
     if args.folder == "report":
-        rows = read_rows("e1")
-        (FOLDER / "e1.md").write_text(report(rows, *map(read_rows, ("checks", "e1-free", "e1-prob"))))
-        shown = [r for r in rows if r["setting"] == "a-new"]
-        panels = [
-            {LABELS[a]: [ends(x[a, r]) for r in RATES] for a in DRAWN}
-            for x in (shares(shown)[0], figures_of(shown, "entropy"))
-        ]
-        titles, level = (
-            ("share of the learnable gain recovered", "router entropy (nats)"),
-            (1, "exact credit, best rate"),
-        )
-        return draw_panels(FOLDER / "real-router.png", RATES, "learning rate of the router", titles, panels, level)
+        (FOLDER / "e1.md").write_text(report(*map(read_rows, ("e1", "checks", "e1-free", "e1-prob"))))
+        draw_shares([r for r in read_rows("e1") if r["setting"] == "a-new"], FOLDER / "real-router.png")
+        return draw_shares([r for r in read_rows("e1") if r["setting"] == "real"], FOLDER / "smollm2.png")
     for start in args.starts:
         where = pathlib.Path(args.folder, str(start)), start, TEXTS[args.setting], args.data_dir
         if args.setting in FREE and not args.check:
