@@ -60,10 +60,9 @@ class FakeHub(http.server.ThreadingHTTPServer):
         """Keys "owner/name" or "owner/name:config"."""
         super().__init__(("127.0.0.1", 0), Handler)
         self.url = f"http://127.0.0.1:{self.server_address[1]}"
-        self.files = {  # of each repository, by its name in an address of the API
-            f"models/{name}": {p.name: p.read_bytes() for p in folder.iterdir()}
-            for name, folder in dict(models).items()
-        }
+        self.files = {}  # of each repository, by its name in an address of the API
+        for name, folder in dict(models).items():
+            self.files[f"models/{name}"] = {p.name: p.read_bytes() for p in folder.iterdir()}
         for name, splits in repositories.items():
             repository, _, config = name.partition(":")
             self.files[f"datasets/{repository}"] = published(splits, config)

@@ -6,6 +6,7 @@ import os
 import resource
 import subprocess
 import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -14,16 +15,13 @@ import torch
 pytest.importorskip("accelerate", reason="pip install -r recipes/requirements.txt")
 transformers = pytest.importorskip("transformers", minversion="5.6", reason="pip install -r recipes/requirements.txt")
 
-from tiny_hf import save_tiny_llama  # noqa: E402
+from tiny_hf import save_tiny_moe  # noqa: E402
 
 import erl  # noqa: E402
 from erl import erl_objective, explore  # noqa: E402
 from moe import GPT, MoEConfig, Routes, mix_experts, router_losses, token_log_probs  # noqa: E402
 from recipes import erl_hf  # noqa: E402
-from recipes.hf_routing import find_routers  # noqa: E402
 from recipes.hf_text import load_model, load_windows  # noqa: E402
-
-ROOT = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
 
 def arguments(**changes):
@@ -49,6 +47,8 @@ class TopKRouter(torch.nn.Module):
 
 
 class SparseMLP(torch.nn.Module):
+    """moe.py's block of experts with a gate in it, as transformers has them."""
+
     def __init__(self, moe):
         super().__init__()
         self.gate, self.experts = TopKRouter(moe.router, moe.config), moe.experts
@@ -59,8 +59,6 @@ class SparseMLP(torch.nn.Module):
 
 
 class LikeTransformers(torch.nn.Module):
-    """A copy of moe.py's model, with blocks of experts and an interface as transformers has them."""
-
     dtype = torch.float32
 
     def __init__(self, model: GPT):
@@ -100,11 +98,8 @@ def test_the_same_weights_in_moe_py_give_the_same_loss_and_gradient(gradient, to
     theirs = LikeTransformers(ours)
     tokens, mask = torch.randint(0, 50, (2, 13), generator=draw), torch.ones(2, 12, dtype=torch.bool)
     mask[1, 9:] = False
-    args, results = arguments(gradient=gradient), []
-    for model, forward in (
-        (ours, forward_of_moe(ours, tokens, mask, gradient)),
-        (theirs, erl_hf.make_forward(theirs, tokens, mask, args)),
-    ):
+    hf_forward, results = erl_hf.make_forward(theirs, tokens, mask, arguments(gradient=gradient)), []
+    for model, forward in ((ours, forward_of_moe(ours, tokens, mask, gradient)), (theirs, hf_forward)):
         paths = explore(forward, mask, top_k, generator=torch.Generator().manual_seed(1))
         ((loss, metrics),) = erl_objective(forward, paths)
         loss.backward()
@@ -120,13 +115,7 @@ def test_the_same_weights_in_moe_py_give_the_same_loss_and_gradient(gradient, to
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """A tiny Llama, upcycled, with experts that differ."""
-    parent = save_tiny_llama(tmp_path_factory.mktemp("llama"))
-    model, _ = load_model(parent)
-    for _, block in find_routers(model):
-        torch.nn.init.normal_(block.experts.down_proj, std=0.3, generator=torch.Generator().manual_seed(1))
-    model.save_pretrained(parent)
-    return parent
+    return save_tiny_moe(tmp_path_factory.mktemp("moe"))
 
 
 @pytest.fixture(scope="module")
@@ -151,8 +140,7 @@ def test_the_sum_over_windows_is_the_loss_of_the_batch(tiny, gradient, monkeypat
     mask = torch.ones(3, 24, dtype=torch.bool)
     forward = erl_hf.make_forward(model, tokens, mask, arguments(gradient=gradient, aux=0.0))
     draws = [erl.random_routes(3, 24, 2, 8, 1, 0.6, generator=erl_hf.rng(0, "routes", 0, i)) for i in range(3)]
-    routes = tuple(torch.stack([d[k] for d in draws], 1).flatten(0, 1) for k in (0, 1))  # pass first, then window
-
+    routes = tuple(torch.stack(of_all, 1).flatten(0, 1) for of_all in zip(*draws, strict=True))  # pass, then window
     model.zero_grad()
     monkeypatch.setattr(erl, "random_routes", lambda *_, **__: routes)
     ((loss, whole),) = erl_objective(forward, explore(forward, mask, 1, rounding_units=erl_hf.ROUNDING_UNITS))
@@ -166,7 +154,7 @@ def test_the_sum_over_windows_is_the_loss_of_the_batch(tiny, gradient, monkeypat
             close(grads[name], p.grad)
 
     _, lm = gradient_of(model, tokens, arm="lm", aux=0.0)
-    routers = {n for n, p in model.named_parameters() if any(p is r.weight for r, _ in find_routers(model))}
+    routers = {n for n in lm if n.endswith("mlp.gate.weight")}
     gaps = {n: (grads[n] - lm[n]).abs().amax().item() for n in lm if lm[n].numel()}
     moved = {n for n, gap in gaps.items() if gap > 1e-5 * lm[n].abs().amax() + 1e-9}
     assert routers <= moved and (moved == routers) == (gradient == "router")
@@ -190,34 +178,29 @@ def command(folder, out, *more):
 
 
 def log(out):
-    return [{k: v for k, v in json.loads(x).items() if k != "seconds"} for x in open(out / "metrics.jsonl")]
-
-
-def weights(out):
-    return torch.load(out / "checkpoint.pt")
+    return [json.loads(x) | {"seconds": None} for x in open(out / "metrics.jsonl")]
 
 
 def test_stopped_and_continued_is_the_same_to_the_last_bit(folder, tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)  # the token cache
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     assert erl_hf.main(command(folder, whole, "--steps", "4")) == 0
-    step, count = erl_hf.step_gradient, []
+    step_gradient = erl_hf.step_gradient
 
-    def stopping(*a):
-        count.append(1)
-        if len(count) == 4:  # after the checkpoint of step 2 and the line of step 3
+    def stopping(model, tokens, args, step, accelerator):
+        if step == 3:  # after the checkpoint of step 2 and the line of step 3
             raise KeyboardInterrupt
-        return step(*a)
+        return step_gradient(model, tokens, args, step, accelerator)
 
-    monkeypatch.setattr(erl_hf, "step_gradient", stopping)
-    assert erl_hf.main(command(folder, parts, "--steps", "4")) == 130
-    monkeypatch.setattr(erl_hf, "step_gradient", step)
+    with monkeypatch.context() as m:
+        m.setattr(erl_hf, "step_gradient", stopping)
+        assert erl_hf.main(command(folder, parts, "--steps", "4")) == 130
     assert erl_hf.main(command(folder, parts, "--steps", "4", "--resume")) == 0
-    a, b = weights(whole), weights(parts)
+    a, b = (torch.load(out / "checkpoint.pt") for out in (whole, parts))
     assert a["optimizer"]["param_groups"][0]["lr"] == pytest.approx(1e-3 / 4)  # of the last of four steps
     assert a["step"] == b["step"] == 4
-    for one, other in ((a["model"], b["model"]), (a["optimizer"]["state"], b["optimizer"]["state"])):
-        torch.testing.assert_close(one, other, rtol=0, atol=0)
+    one, other = ((x["model"], x["optimizer"]["state"]) for x in (a, b))
+    torch.testing.assert_close(one, other, rtol=0, atol=0)
     first, *_, last = log(whole)
     assert log(whole) == log(parts) and [line["step"] for line in log(whole)] == [0, 1, 2, 3, 4, 4]
     assert last["perplexity"] < first["perplexity"]
@@ -235,14 +218,15 @@ def test_two_processes_compute_what_one_does(folder, tmp_path, monkeypatch):
     line = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "-m"]
     line += ["recipes.erl_hf", *command(folder, tmp_path / "two", "--steps", "2")]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": ""}
-    done = subprocess.run(line, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=240)
+    how = dict(cwd=Path(__file__).parents[2], capture_output=True, text=True, timeout=240)
+    done = subprocess.run(line, env=environment, **how)
     assert done.returncode == 0, done.stderr[-3000:]
     one, two = log(tmp_path / "one"), log(tmp_path / "two")
     assert len(one) == len(two) == 4 and one[1]["rl_loss"] != 0
     for x, y in zip(one, two, strict=True):
         for name in ("loss", "rl_loss", "grad_norm", "perplexity"):
             assert y.get(name, 0) == pytest.approx(x.get(name, 0), rel=1e-4, abs=1e-6)
-    a, b = weights(tmp_path / "one")["model"], weights(tmp_path / "two")["model"]
+    a, b = (torch.load(tmp_path / name / "checkpoint.pt")["model"] for name in ("one", "two"))
     close(b["model.layers.1.mlp.gate.weight"], a["model.layers.1.mlp.gate.weight"], 1e-3)
 
 
