@@ -58,17 +58,14 @@ class SparseMLP(torch.nn.Module):
         return mix_experts(x.flatten(0, 1), experts, weights, *self.experts.parameters()).view_as(x), None
 
 
-class LikeTransformers(torch.nn.Module):
-    dtype = torch.float32
-
-    def __init__(self, model: GPT):
-        super().__init__()
-        self.gpt = copy.deepcopy(model)
-        for i in model.config.moe_blocks:
-            self.gpt.blocks[i].mlp = SparseMLP(self.gpt.blocks[i].mlp)
-
-    def forward(self, input_ids, attention_mask=None, use_cache=False):
-        return SimpleNamespace(logits=self.gpt.head(self.gpt(input_ids)[0]))
+def like_transformers(model: GPT):
+    """A copy of moe.py's model with such blocks, which takes and returns what a model of transformers does."""
+    inner = copy.deepcopy(model)
+    for i in model.config.moe_blocks:
+        inner.blocks[i].mlp = SparseMLP(inner.blocks[i].mlp)
+    outer = torch.nn.ModuleList([inner])
+    outer.forward = lambda input_ids, **_: SimpleNamespace(logits=inner.head(inner(input_ids)[0]))
+    return outer
 
 
 def forward_of_moe(model: GPT, tokens, mask, gradient):
@@ -95,7 +92,7 @@ def test_the_same_weights_in_moe_py_give_the_same_loss_and_gradient(gradient, to
     ours, draw = GPT(config, torch.Generator().manual_seed(0)), torch.Generator().manual_seed(1)
     for i in config.moe_blocks:  # experts that differ
         torch.nn.init.normal_(ours.blocks[i].mlp.experts.w_out, std=0.3, generator=draw)
-    theirs = LikeTransformers(ours)
+    theirs = like_transformers(ours)
     tokens, mask = torch.randint(0, 50, (2, 13), generator=draw), torch.ones(2, 12, dtype=torch.bool)
     mask[1, 9:] = False
     hf_forward, results = erl_hf.make_forward(theirs, tokens, mask, arguments(gradient=gradient)), []
