@@ -27,8 +27,9 @@ def test_scores_are_mean_log_probabilities_along_the_routes(folder):
     tokens = torch.arange(1, 14)
     routes = hub.draw_routes(12, 0, "x")
     scored = hub.score_text(tokens, routes, 7)
-    assert scored.values.shape == (108,) and scored.experts.shape == (12, 2, 1)
-    assert scored.router_log_probs.shape == (12, 2, hub.n_expert) and torch.equal(scored.tokens, tokens[:-1])
+    assert scored.values.shape == (108,) and scored.router_log_probs.shape == (12, 2, hub.n_expert)
+    assert torch.equal(scored.experts, scored.router_log_probs.topk(1).indices)
+    assert torch.equal(scored.tokens, tokens[:-1])
     assert not routes.forced[0].any() and routes.forced[-1].all()
     with torch.no_grad():
         own = model(tokens[None, :-1]).logits.log_softmax(-1)[0].gather(-1, tokens[1:, None]).mean()
