@@ -217,9 +217,8 @@ def test_replay_holds_through_backward(tmp_path):
         if checkpointing:
             trainer.model.gradient_checkpointing_enable({"use_reentrant": False})  # as train() does
         batch = first_batches(trainer)[0]
-        with torch.no_grad():
-            for layer in trainer.model.model.layers:
-                layer.mlp.gate.weight.copy_(layer.mlp.gate.weight.flip(0))
+        for layer in trainer.model.model.layers:
+            layer.mlp.gate.weight.data = layer.mlp.gate.weight.data.flip(0)
         batch["old_per_token_logps"] = trainer._forward(trainer.model, batch)[0].detach()  # ratio near 1: no clip
         trainer.create_optimizer()
         trainer._step = 1  # the second pass over the generation
