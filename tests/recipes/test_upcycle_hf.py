@@ -62,7 +62,7 @@ def test_routers_are_fresh_and_any_route_computes_what_the_parent_computes():
 
 
 OTHERS = [("qwen3", dict(head_dim=8)), ("gpt2", dict(n_embd=24)), ("llama", dict(mlp_bias=True))]
-OTHERS += [("mistral", dict(sliding_window=8)), ("granite", dict(residual_multiplier=0.3))]
+OTHERS += [("mistral", dict(sliding_window=48)), ("granite", dict(residual_multiplier=0.3))]
 
 
 @pytest.mark.parametrize("kind, changes", OTHERS)
