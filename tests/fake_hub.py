@@ -9,7 +9,6 @@ import http.server
 import io
 import json
 import os
-import re
 import subprocess
 import sys
 import textwrap
@@ -43,95 +42,70 @@ RECORDS = {  # as the hub's tables have them, columns that we do not use include
 }
 
 
-def parquet(rows: list[dict]) -> bytes:
-    buffer = io.BytesIO()
-    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), buffer)
-    return buffer.getvalue()
+def published(splits: dict[str, list[dict]], config: str) -> dict[str, bytes]:
+    """The files of a data set, in a folder of its configuration's name."""
+    folder, files = config or "data", {}
+    for split, rows in splits.items():
+        buffer = io.BytesIO()
+        pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), buffer)
+        files[f"{folder}/{split}-00000-of-00001.parquet"] = buffer.getvalue()
+    paths = [{"split": s, "path": f"{folder}/{s}-*"} for s in splits]
+    card = {"configs": [{"config_name": config or "default", "data_files": paths}]}
+    # YAML holds JSON: the card is a YAML header that says which files belong to which split
+    return files | {"README.md": f"---\n{json.dumps(card)}\n---\n".encode()}
 
 
-class FakeHub:
+class FakeHub(http.server.ThreadingHTTPServer):
     def __init__(self, repositories: dict[str, dict[str, list[dict]]], models=()):
-        """Keys "owner/name", "owner/name:config" (then the files lie in a folder of that name)."""
-        self.models = {
-            name: {p.name: p.read_bytes() for p in folder.iterdir()} for name, folder in dict(models).items()
-        }
-        self.files: dict[str, dict[str, bytes]] = {}
+        """Keys "owner/name" or "owner/name:config"."""
+        super().__init__(("127.0.0.1", 0), Handler)
+        self.url = f"http://127.0.0.1:{self.server_address[1]}"
+        self.files = {}  # of each repository, by its name in an address of the API
+        for name, folder in dict(models).items():
+            self.files[f"models/{name}"] = {p.name: p.read_bytes() for p in folder.iterdir()}
         for name, splits in repositories.items():
             repository, _, config = name.partition(":")
-            folder = config or "data"
-            files = {f"{folder}/{split}-00000-of-00001.parquet": parquet(rows) for split, rows in splits.items()}
-            paths = [{"split": s, "path": f"{folder}/{s}-*"} for s in splits]
-            card = {"configs": [{"config_name": config or "default", "data_files": paths}]}
-            # YAML holds JSON: the card is a YAML header that says which files belong to which split
-            self.files[repository] = files | {"README.md": f"---\n{json.dumps(card)}\n---\n".encode()}
-        hub = self
-
-        class Handler(http.server.BaseHTTPRequestHandler):
-            def do_GET(self):
-                hub._answer(self)
-
-            do_HEAD = do_POST = do_GET
-
-            def log_message(self, *args):
-                pass
-
-        self.server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-        self.url = f"http://127.0.0.1:{self.server.server_address[1]}"
-        threading.Thread(target=self.server.serve_forever, daemon=True).start()
-
-    def __enter__(self):
-        return self
+            self.files[f"datasets/{repository}"] = published(splits, config)
+        threading.Thread(target=self.serve_forever, daemon=True).start()
 
     def __exit__(self, *_):
-        self.server.shutdown()
-        self.server.server_close()
+        self.shutdown()
+        self.server_close()
 
-    def _answer(self, request) -> None:
-        body = request.rfile.read(int(request.headers.get("content-length") or 0))
-        path = urllib.parse.unquote(urllib.parse.urlsplit(request.path).path)
-        sets = {f"datasets/{repository}": files for repository, files in self.files.items()}
-        for repository, files in (sets | {f"models/{name}": files for name, files in self.models.items()}).items():
-            if path.startswith(f"/{repository.removeprefix('models/')}/resolve/"):
+
+class Handler(http.server.BaseHTTPRequestHandler):
+    def log_message(self, *args):
+        pass
+
+    def do_GET(self):
+        path = urllib.parse.unquote(urllib.parse.urlsplit(self.path).path)
+        for repository, files in self.server.files.items():
+            resolve, api = f"/{repository.removeprefix('models/')}/resolve/", f"/api/{repository}"
+            if path.startswith(resolve):
                 if name := next((f for f in files if path.endswith("/" + f)), None):
-                    return self._send(request, files[name], name)
-            elif path == f"/api/{repository}" or path.startswith(f"/api/{repository}/revision/"):
-                info = {"id": repository, "sha": COMMIT, "private": False, "disabled": False, "gated": False}
-                info |= {"tags": [], "downloads": 0, "likes": 0}
-                info |= {"siblings": [{"rfilename": f, "size": len(files[f])} for f in files]}
-                return self._send(request, json.dumps(info).encode(), "")
-            elif match := re.fullmatch(rf"/api/{repository}/(tree|paths-info)/(.*)", path):
-                oids = {f: hashlib.sha1(b).hexdigest() for f, b in files.items()}
-                entries = [{"type": "file", "path": f, "size": len(files[f]), "oid": oids[f]} for f in files]
-                folders = sorted({f.rpartition("/")[0] for f in files} - {""})
-                entries += [{"type": "directory", "path": f, "oid": "0" * 40, "size": 0} for f in folders]
-                if match[1] == "paths-info":
-                    form = urllib.parse.parse_qs(body.decode())
-                    wanted = form.get("paths") or json.loads(body or b"{}").get("paths", [])
-                    entries = [e for e in entries if e["path"] in wanted]
-                else:  # tree/<revision>[/<folder>]: an entry of that folder, or of those below it
-                    folder = next((f for f in folders if match[2].endswith("/" + f)), "")
-                    entries = [e for e in entries if e["path"].startswith(folder + "/" if folder else "")]
-                return self._send(request, json.dumps(entries).encode(), "")
-        request.send_response(404)
-        request.send_header("X-Error-Code", "EntryNotFound" if "/resolve/" in path else "RepoNotFound")
-        request.send_header("Content-Length", "0")
-        request.end_headers()
+                    return self.answer(files[name], ETag=f'"{hashlib.sha1(files[name]).hexdigest()}"')
+            elif path == api or path.startswith(api + "/revision/"):
+                info = {"id": repository, "sha": COMMIT, "siblings": [{"rfilename": f} for f in files]}
+                return self.answer(json.dumps(info).encode())
+            elif path.startswith(api + "/tree/"):  # tree/<revision>[/<folder>]: the files in that folder
+                folder = path.removeprefix(api + "/tree/").partition("/")[2]
+                entries = [{"type": "file", "path": f, "size": len(x), "oid": COMMIT} for f, x in files.items()]
+                entries += [{"type": "directory", "path": os.path.dirname(f), "oid": COMMIT} for f in files]
+                entries = [e for e in entries if e["path"] and os.path.dirname(e["path"]) == folder]
+                return self.answer(json.dumps(entries).encode())
+        self.answer(b"", 404, **{"X-Error-Code": "EntryNotFound" if "/resolve/" in path else "RepoNotFound"})
 
-    def _send(self, request, content: bytes, name: str) -> None:
-        start, end = 0, len(content)
-        if ranged := re.fullmatch(r"bytes=(\d+)-(\d*)", request.headers.get("Range") or ""):
-            start, end = int(ranged[1]), int(ranged[2] or len(content) - 1) + 1
-        request.send_response(206 if ranged else 200)
-        request.send_header("Content-Length", str(len(content[start:end])))
-        request.send_header("Content-Type", "application/json" if not name else "application/octet-stream")
-        if ranged:
-            request.send_header("Content-Range", f"bytes {start}-{end - 1}/{len(content)}")
-        if name:
-            request.send_header("ETag", f'"{hashlib.sha1(content).hexdigest()}"')
-            request.send_header("X-Repo-Commit", COMMIT)
-        request.end_headers()
-        if request.command != "HEAD":
-            request.wfile.write(content[start:end])
+    do_HEAD = do_GET
+
+    def answer(self, content: bytes, status=200, **headers):
+        self.send_response(status)
+        self.send_header("Content-Length", str(len(content)))
+        self.send_header("X-Repo-Commit", COMMIT)
+        for name, value in headers.items():
+            self.send_header(name, value)
+        self.end_headers()
+        if self.command != "HEAD":
+            self.wfile.write(content)
 
 
 def in_a_new_python(code, home, **env):

@@ -61,19 +61,19 @@ def good(log_probs, advantages, response_mask, *, sharpness: float = 2.0, power:
     return (log_probs * response_mask).sum() * sharpness, {}
 
 
-@pytest.mark.parametrize("loss", [good, functools.partial(grpo_loss, clip_high=0.4)])
-def test_a_method_of_ones_own_runs_and_is_resumed(loss, micro, monkeypatch):
-    a_method(monkeypatch, loss)
-    assert train.main(f"--algo new {LITTLE} --pretrain-steps 1 --steps 1 --eval-samples 2 --out r".split()) == 0
+def test_a_method_of_ones_own_runs_and_is_resumed(micro, monkeypatch):
+    a_method(monkeypatch, good)
+    flags = f"--algo new {LITTLE} --level 2 --power -3 --pretrain-steps 1 --steps 1 --eval-samples 2 --out r"
+    assert train.main(flags.split()) == 0
     args = args_of("--resume --out r")
-    if loss is good:
-        assert (args.sharpness, args.power, args.level) == (2.0, 0, 1)
-        assert args_of(f"--algo new {LITTLE} --level 2 --power -3").power == -3
-        with pytest.raises(ValueError, match="sharpness must be at least 0"):
-            train.check_options(args_of("--algo new --sharpness -1"))
-    else:
-        assert args.clip_high == 0.4
+    assert (args.sharpness, args.power, args.level) == (2.0, -3, 2)
     train.run(args)
+    with pytest.raises(ValueError, match="sharpness must be at least 0"):
+        train.check_options(args_of("--algo new --sharpness -1"))
+    a_method(monkeypatch, functools.partial(grpo_loss, clip_high=0.4))
+    args = args_of("--algo new")
+    train.check_options(args)
+    assert args.clip_high == 0.4
 
 
 def asks_for_more(log_probs, advantages, something):
@@ -84,16 +84,16 @@ def option_is_a_flag(log_probs, *, seed: int = 0):
     return log_probs.sum(), {}
 
 
-@pytest.mark.parametrize(
-    ("loss", "says"),
-    [
-        (lambda log_probs: log_probs.sum(), "must return (loss, metrics): a 0-d tensor with gradient, and a dict"),
-        (lambda log_probs: (log_probs.sum(1), {}), "must return (loss, metrics)"),
-        (lambda log_probs: (log_probs.detach().sum(), {}), "must return (loss, metrics)"),
-        (asks_for_more, "something"),
-        (option_is_a_flag, "--seed is a flag of the program"),
-    ],
-)
+LOSSES = [
+    (lambda log_probs: log_probs.sum(), "must return (loss, metrics): a 0-d tensor with gradient, and a dict"),
+    (lambda log_probs: (log_probs.sum(1), {}), "must return (loss, metrics)"),
+    (lambda log_probs: (log_probs.detach().sum(), {}), "must return (loss, metrics)"),
+    (asks_for_more, "something"),
+    (option_is_a_flag, "--seed is a flag of the program"),
+]
+
+
+@pytest.mark.parametrize(("loss", "says"), LOSSES)
 def test_a_method_that_does_not_fit_is_refused_before_any_work(loss, says, micro, monkeypatch, capsys):
     a_method(monkeypatch, loss)
     assert train.main(f"--algo new {LITTLE} --pretrain-steps 1 --steps 1 --out r".split()) == 2
@@ -101,62 +101,56 @@ def test_a_method_that_does_not_fit_is_refused_before_any_work(loss, says, micro
     assert says in error and error.count("\n") == 1
 
 
-@pytest.mark.parametrize(
-    ("flags", "says"),
-    [
-        ("--algo gmpo --mismatch icepop", "weights must be above 0"),
-        ("--algo dppo --mismatch tis", "dppo compares with the sampler itself"),
-        ("--algo erl --ratio uniform --clip-eps 0.2", 'ratio "uniform"'),
-        ("--algo erl --draw router --top-k 2", 'top_k 1, "router"'),
-        ("--algo grpo --clip-low -1", "clip_low"),
-        ("--algo lm --alpha 0.3", "is an option of --algo erl or erpo"),
-        ("--algo lm --steps 1 --epochs 1", "say the same thing"),
-        ("--algo lm --n-expert 1", "leaves nothing to route"),
-        ("--algo grpo --prompts-per-step 6", "not divisible by --minibatches"),
-        ("--algo erl --freeze-router", "leave ERL nothing to learn"),
-        ("--algo lm --dataset math500", "is a test set"),
-        ("--algo lm --dataset wikitext", "did you mean wikitext2?"),
-        ("--algo erppo", "did you mean erpo?"),
-        ("--algo lm --steps 0", "at least 1"),
-        ("--algo lm --out .", "is not empty"),
-        ("--dataset pydocs", "--algo is missing"),
-        ("--resume", "--resume needs --out"),
-        ("--resume --out nowhere", "holds no run"),
-    ],
-)
-def test_what_does_not_fit_is_one_sentence_before_any_work(flags, says, micro, capsys):
+MISTAKES = {
+    "--algo gmpo --mismatch icepop": "weights must be above 0",
+    "--algo dppo --mismatch tis": "dppo compares with the sampler itself",
+    "--algo erl --ratio uniform --clip-eps 0.2": 'ratio "uniform"',
+    "--algo erl --draw router --top-k 2": 'top_k 1, "router"',
+    "--algo grpo --clip-low -1": "clip_low",
+    "--algo lm --alpha 0.3": "is an option of --algo erl or erpo",
+    "--algo lm --steps 1 --epochs 1": "say the same thing",
+    "--algo lm --n-expert 1": "leaves nothing to route",
+    "--algo grpo --prompts-per-step 6": "not divisible by --minibatches",
+    "--algo erl --freeze-router": "leave ERL nothing to learn",
+    "--algo lm --dataset math500": "is a test set",
+    "--algo lm --dataset wikitext": "did you mean wikitext2?",
+    "--algo erppo": "did you mean erpo?",
+    "--algo lm --steps 0": "at least 1",
+    "--algo lm --out .": "is not empty",
+    "--dataset pydocs": "--algo is missing",
+    "--resume": "--resume needs --out",
+    "--resume --out nowhere": "holds no run",
+}
+
+
+@pytest.mark.parametrize("flags", MISTAKES)
+def test_what_does_not_fit_is_one_sentence_before_any_work(flags, micro, capsys):
     open("something", "w").close()
     assert train.main(flags.split()) == 2
     error = capsys.readouterr().err
-    assert says in error and error.startswith("train.py: ") and error.count("\n") == 1
+    assert MISTAKES[flags] in error and error.startswith("train.py: ") and error.count("\n") == 1
 
 
-def test_defaults_follow_the_data_and_the_algorithm(micro):
-    text, task, answers = (
-        args_of(f"--algo {f}") for f in ("erl", "erl --dataset samsum", "rais --dataset gsm8k --dtype bfloat16")
-    )
+def test_defaults_follow_the_data_the_algorithm_and_the_model(micro):
+    text, task = args_of("--algo erl"), args_of("--algo erl --dataset samsum")
     assert (text.alpha, text.delta, text.top_k, text.tokenizer, text.lr) == (0.6, 0.5, 1, "bytes", 3e-4)
     assert (task.alpha, task.delta, task.beams) == (0.7, 2.0, 6)  # ERL table 7
-    assert (answers.top_k, answers.prompts_per_step, answers.rollout_dtype) == (2, 16, "bfloat16")
     assert args_of("--algo erl --dataset samsum --alpha 0.3").alpha == 0.3
+    answers = args_of("--algo rais --dataset gsm8k --dtype bfloat16")
+    assert (answers.top_k, answers.prompts_per_step, answers.rollout_dtype) == (2, 16, "bfloat16")
     paper = args_of("--algo erl --preset paper --n-perturb 2")
     assert (paper.lr, paper.epochs, paper.erl_grad, paper.batch_size, paper.n_perturb) == (1e-5, 15.0, "all", 4, 2)
     assert args_of("--algo erpo --entropy-alpha 0.5").alpha == 0.5  # an older name of the flag
-
-
-def test_a_model_that_goes_on_brings_its_size_and_needs_no_first_phase(micro):
-    save_checkpoint("m.safetensors", GPT(MoEConfig(n_expert=1, **MICRO | {"n_embd": 64}), rng(0)))
-    args = args_of("--algo lm --init m.safetensors")
-    assert (args.pretrain_steps, args.lr) == (0, 3e-4)
+    save_checkpoint("m.safetensors", GPT(MoEConfig(n_expert=1, **MICRO), rng(0)))  # it needs no first phase
+    started = args_of("--algo lm --init m.safetensors")
+    assert (started.pretrain_steps, started.lr) == (0, 3e-4)
     assert args_of("--algo lm --init m.safetensors --pretrain-steps 3").pretrain_steps == 3
 
 
-@pytest.mark.parametrize("text", ["0", "2", "0.5", "-0.1", "2.1", "nan", "inf", "x"])
-def test_a_number_is_finite_within_its_bounds_or_refused(text):
+def test_a_number_is_finite_within_its_bounds_or_refused():
     check = number(float, low=0, high=2)
-    if text in ("0", "2", "0.5"):
-        assert check(text) == float(text)
-    else:
+    assert [check(text) for text in ("0", "2", "0.5")] == [0, 2, 0.5]
+    for text in ("-0.1", "2.1", "nan", "inf", "x"):
         with pytest.raises(argparse.ArgumentTypeError, match="must be|not a number"):
             check(text)
 

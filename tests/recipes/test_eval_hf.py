@@ -8,7 +8,7 @@ import torch
 
 pytest.importorskip("transformers", minversion="5.6", reason="pip install -r recipes/requirements.txt")
 
-from tiny_hf import save_tiny_llama  # noqa: E402
+from tiny_hf import save_tiny_llama, save_tiny_moe  # noqa: E402
 
 from recipes import eval_hf  # noqa: E402
 from recipes.hf_routing import Routes, find_routers  # noqa: E402
@@ -18,14 +18,7 @@ from support.tasks import rng  # noqa: E402
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """An upcycled model whose experts differ."""
-    parent = save_tiny_llama(tmp_path_factory.mktemp("llama"))
-    model, tokenizer = load_model(parent)
-    for _, block in find_routers(model):
-        torch.nn.init.normal_(block.experts.down_proj, std=0.3, generator=torch.Generator().manual_seed(1))
-    out = str(tmp_path_factory.mktemp("moe"))
-    model.save_pretrained(out), tokenizer.save_pretrained(out)
-    return out
+    return save_tiny_moe(tmp_path_factory.mktemp("moe"))
 
 
 def test_scores_are_mean_log_probabilities_along_the_routes(folder):
@@ -34,8 +27,9 @@ def test_scores_are_mean_log_probabilities_along_the_routes(folder):
     tokens = torch.arange(1, 14)
     routes = hub.draw_routes(12, 0, "x")
     scored = hub.score_text(tokens, routes, 7)
-    assert scored.values.shape == (108,) and scored.experts.shape == (12, 2, 1)
-    assert scored.router_log_probs.shape == (12, 2, hub.n_expert) and torch.equal(scored.tokens, tokens[:-1])
+    assert scored.values.shape == (108,) and scored.router_log_probs.shape == (12, 2, hub.n_expert)
+    assert torch.equal(scored.experts, scored.router_log_probs.topk(1).indices)
+    assert torch.equal(scored.tokens, tokens[:-1])
     assert not routes.forced[0].any() and routes.forced[-1].all()
     with torch.no_grad():
         own = model(tokens[None, :-1]).logits.log_softmax(-1)[0].gather(-1, tokens[1:, None]).mean()
@@ -55,22 +49,17 @@ def test_a_forced_expert_takes_the_place_and_the_weight_of_the_own_one(folder, t
     for router, _ in find_routers(model):
         router.top_k = top_k
     hub, tokens = eval_hf.HubModel(model), torch.arange(1, 14)
-    with torch.no_grad():
-        _, router_log_probs, experts = hub.forward(tokens[None])
+    _, _, experts = hub.forward(tokens[None])
     for layer, length in itertools.product(range(2), (2, 12)):
         found = hub.score_decision(tokens[: length + 1], layer)
         own = experts[0, length - 1, layer].tolist()
-        router, block = find_routers(model)[layer]
         expected = []
         for e in [own[0], *(e for e in range(hub.n_expert) if e not in own)]:
 
-            def replace(module, args, output, e=e, last=length - 1):
-                logits, weights, chosen = output
-                chosen = chosen.clone()
-                chosen[last, 0] = e
-                return logits, weights, chosen
+            def replace(module, args, output, e=e):
+                output[2][-1, 0] = e  # the first expert of the last token; its weight stays
 
-            with torch.no_grad(), router.register_forward_hook(replace):
+            with torch.no_grad(), hub.routers[layer].register_forward_hook(replace):
                 logits = model(tokens[None, :length]).logits[0, -1]
             expected.append(logits.log_softmax(-1)[tokens[length]])
         torch.testing.assert_close(found.values.float(), torch.stack(expected), rtol=1e-4, atol=1e-5)
@@ -92,26 +81,22 @@ def test_windows_and_decisions_are_spread_over_the_split(folder, monkeypatch, tm
 
 
 def test_the_program(folder, tmp_path, capsys, monkeypatch):
+    """And of a freshly upcycled model, of copies of one expert: every route scores the same, and MRR is chance."""
     monkeypatch.chdir(tmp_path)
-    line = [folder, "--out", str(tmp_path / "out"), "--samples", "3", "--context", "16", "--dataset", "pydocs"]
-    line += ["--decisions", "6"]
-    assert eval_hf.main(line) == 0
-    result = json.loads((tmp_path / "out" / "routing.json").read_text())
-    assert result["samples"] == 3 and 0.0099 < result["mrr"] <= 1 and len(result["expert_load"]) == 2
-    assert f"{result['mrr']:.4f}" in capsys.readouterr().out
+    results = []
+    for model in (folder, save_tiny_llama(tmp_path / "llama")):
+        flags = "--out out --samples 2 --context 16 --dataset pydocs --decisions 6"
+        assert eval_hf.main([model, *flags.split()]) == 0
+        results.append(json.loads((tmp_path / "out" / "routing.json").read_text()))
+        assert f"{results[-1]['mrr']:.4f}" in capsys.readouterr().out
+        for name in ("ranks", "load", "regret"):
+            picture = tmp_path / "out" / f"routing_{name}.png"
+            assert picture.stat().st_size > 3000
+            picture.unlink()
+    result, copies = results
+    assert result["samples"] == 2 and 0.0099 < result["mrr"] <= 1 and len(result["expert_load"]) == 2
     assert result["regret"]["all"]["decisions"] == 6
-    for name in ("routing_ranks.png", "routing_load.png", "routing_regret.png"):
-        assert (tmp_path / "out" / name).stat().st_size > 3000
     assert sum(n for _, n in result["frequent_tokens"][1][0]) > 0
-
-
-def test_copies_of_one_expert_tie(tmp_path, monkeypatch):
-    """A freshly upcycled model: every route scores the same, and MRR is chance."""
-    monkeypatch.chdir(tmp_path)
-    parent = save_tiny_llama(tmp_path / "llama")
-    args = eval_hf.parse([parent, "--out", "out", "--samples", "2", "--context", "16", "--dataset", "pydocs"])
-    args.decisions = 4
-    result = eval_hf.run(args)
-    assert result["tied_routes"] == [99, 99] and result["mrr"] == pytest.approx(result["chance_mrr"])
-    regret = result["regret"]
+    assert copies["tied_routes"] == [99, 99] and copies["mrr"] == pytest.approx(copies["chance_mrr"])
+    regret = copies["regret"]
     assert regret["all"]["own_rank"] == regret["chance_rank"] and regret["all"]["regret"] < 1e-5

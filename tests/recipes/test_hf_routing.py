@@ -1,13 +1,11 @@
 """Reading and imposing routes, on tiny random models of each family."""
 
-import shutil
-
 import pytest
 import torch
 
 transformers = pytest.importorskip("transformers", minversion="5.6", reason="pip install -r recipes/requirements.txt")
 
-from recipes.hf_routing import Routes, find_routers, gate_weights, impose, record  # noqa: E402
+from recipes.hf_routing import Routes, find_routers, impose, record  # noqa: E402
 
 SMALL = dict(vocab_size=50, hidden_size=32, intermediate_size=24, num_hidden_layers=3, num_attention_heads=4)
 SMALL |= dict(num_key_value_heads=2, num_experts_per_tok=2, max_position_embeddings=64, pad_token_id=0)
@@ -37,150 +35,132 @@ def batch(T=7):
     return torch.randint(1, 50, (2, T), generator=torch.Generator().manual_seed(1))
 
 
-def recorded(model, tokens, **inputs):
-    """-> logits, the record of one forward"""
+def recorded(model, tokens):
+    """The record of one forward."""
     with torch.no_grad(), record(model) as tape:
-        return model(tokens, **inputs).logits, tape
+        model(tokens)
+    return tape
 
 
-def other_routes(tape, E=4):
-    return Routes((tape.experts + 1) % E, torch.ones_like(tape.experts[..., 0], dtype=torch.bool), uniform=False)
+def other_routes(tape):
+    return Routes((tape.experts + 1) % 4, torch.ones_like(tape.experts[..., 0], dtype=torch.bool), uniform=False)
 
 
 @every_family
 @pytest.mark.parametrize("dtype, experts", [(torch.float32, "eager"), (torch.bfloat16, "grouped_mm")])
 def test_own_routes_change_nothing_and_others_do(family, dtype, experts):
+    """With padding, at which impossible experts are not read, and where routes matter to no real position."""
     model, tokens = make(family).to(dtype), batch()
     model.set_experts_implementation(experts)
-    own, tape = recorded(model, tokens)
-    with torch.no_grad():
-        plain = model(tokens).logits
-        with impose(model, tape.routes()), record(model) as again:
-            replayed = model(tokens).logits
-    assert torch.equal(own, plain) and torch.equal(replayed, plain)
-    assert torch.equal(again.experts, tape.experts)
-    L = len(find_routers(model))
-    assert tape.router_log_probs().shape == (2, 7, L, 4) and tape.experts.shape == (2, 7, L, 2)
+    mask = torch.ones_like(tokens, dtype=torch.bool)
+    mask[0, :3] = mask[1, -2:] = False
+
+    def logits():
+        with torch.no_grad():
+            return model(tokens, attention_mask=mask.long()).logits
+
+    plain = logits()
+    with record(model) as tape:
+        own = logits()
+    routes = tape.routes(mask)
+    assert torch.equal(routes.forced, mask[..., None].expand_as(routes.forced))
+    with impose(model, routes._replace(experts=routes.experts.masked_fill(~mask[..., None, None], -1))):
+        with record(model) as again:
+            replayed = logits()
+    assert torch.equal(own, plain) and torch.equal(replayed, plain) and torch.equal(again.experts, tape.experts)
+    others = other_routes(tape)
+    with record(model) as outer, impose(model, others), record(model) as inner:  # in whichever order
+        assert not torch.equal(logits(), plain)
+    assert torch.equal(outer.experts, others.experts) and torch.equal(inner.experts, others.experts)
     assert tape.router_log_probs().dtype == torch.float32
-    with record(model) as outer, impose(model, other_routes(tape)), record(model) as inner:  # in whichever order
-        assert not torch.equal(model(tokens).logits, plain)
-    assert torch.equal(outer.experts, other_routes(tape).experts) and torch.equal(inner.experts, outer.experts)
     if dtype == torch.float32:  # in bfloat16 experts are equal that rounding made so
         assert torch.equal(tape.router_log_probs().topk(2).indices, tape.experts)
+        with impose(model, others._replace(forced=~routes.forced)):
+            torch.testing.assert_close(logits()[mask], plain[mask], rtol=0, atol=1e-6)
 
 
 @every_family
-def test_log_probs_are_of_the_routers_own_inputs(family):
-    """Layer, row and position are where they belong: the inputs are read by other means. router_only trains no more."""
-    model, tokens, seen, routers = make(family), batch(), [], set()
+def test_log_probs_and_weights_by_the_book(family):
+    """Layer, row and position are where they belong: the routers' inputs are read by other means. router_only trains no
+    more. Explored experts weigh 1/K each where the gate renormalises, P_e where it does not; replayed ones as ever."""
+    model, tokens, inputs, weights = make(family), batch(), [], []
     for _, block in find_routers(model):
-        block.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
+        block.register_forward_pre_hook(lambda _, args: inputs.append(args[0]))
     with record(model) as tape:
         model(tokens)
+    log_probs = tape.router_log_probs()
     for layer, (router, _) in enumerate(find_routers(model)):
-        expected = (seen[layer] @ router.weight.T + getattr(router, "bias", 0)).log_softmax(-1)
-        torch.testing.assert_close(tape.router_log_probs()[:, :, layer], expected, rtol=1e-4, atol=1e-5)
-        routers |= {id(p) for p in router.parameters()}
-    torch.testing.assert_close(tape.router_log_probs(router_only=True), tape.router_log_probs(), rtol=0, atol=0)
+        expected = (inputs[layer] @ router.weight.T + getattr(router, "bias", 0)).log_softmax(-1)
+        torch.testing.assert_close(log_probs[:, :, layer], expected, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(tape.router_log_probs(router_only=True), log_probs, rtol=0, atol=0)
     tape.router_log_probs(router_only=True)[..., 0].mean().backward()
-    assert all((p.grad is not None) == (id(p) in routers) for p in model.parameters())
+    trained = {id(p) for p in model.parameters() if p.grad is not None}
+    assert trained == {id(p) for router, _ in find_routers(model) for p in router.parameters()}
+
+    _, block = find_routers(model)[0]
+    block.experts.register_forward_pre_hook(lambda _, args: weights.append(args[2].view(2, 7, 2)))
+    for uniform in (True, False):
+        routes = other_routes(tape)._replace(uniform=uniform)
+        routes.forced[:, 3:] = False
+        with torch.no_grad(), impose(model, routes):
+            model(tokens)
+        imposed, own = (log_probs[:, :, 0].exp().gather(-1, x[:, :, 0]) for x in (routes.experts, tape.experts))
+        if family not in PROB:
+            imposed, own = (x / x.sum(-1, keepdim=True) for x in (imposed, own))
+            imposed = torch.full_like(imposed, 0.5) if uniform else imposed
+        torch.testing.assert_close(weights[-1], torch.where(routes.forced[:, :, :1], imposed, own))
 
 
 @every_family
-def test_weights_of_imposed_experts(family):
-    """By the gate as it is written down; explored ones 1/K each where it renormalises, P_e where it does not."""
-    model, tokens, seen = make(family), batch(), []
-    router, block = find_routers(model)[0]
-    logits, experts = torch.tensor([[1.0, -0.5, 0.2, 2.0]]), torch.tensor([[2, 0]])
-    p = logits.softmax(-1)[:, [2, 0]]
-    torch.testing.assert_close(gate_weights(router, logits, experts), p if family in PROB else p / p.sum())
-
-    _, tape = recorded(model, tokens)
-    P, routes = tape.router_log_probs().exp()[:, :, 0], other_routes(tape)._replace(uniform=True)
-    routes.forced[:, 3:] = False
-    block.experts.register_forward_pre_hook(lambda _, args: seen.append(args[2].view(2, 7, 2)))
-    with torch.no_grad(), impose(model, routes):
-        model(tokens)
-    explored, own = (P.gather(-1, x[:, :, 0]) for x in (routes.experts, tape.experts))
-    if family not in PROB:
-        explored, own = torch.full((2, 7, 2), 0.5), own / own.sum(-1, keepdim=True)
-    torch.testing.assert_close(seen[0], torch.where(routes.forced[:, :, :1], explored, own))
-
-
-@every_family
-def test_padding_is_masked(family):
-    """Impossible experts at padded positions are not read, and no real position depends on the routes there."""
-    model, tokens = make(family), batch()
-    mask = torch.ones_like(tokens)
-    mask[0, :3] = mask[1, -2:] = 0
-    mine = mask.bool()
-    plain, tape = recorded(model, tokens, attention_mask=mask)
-    routes = tape.routes(mask)
-    assert torch.equal(routes.forced, mine[..., None].expand_as(routes.forced))
-    with torch.no_grad():
-        with impose(model, routes._replace(experts=routes.experts.masked_fill(~mine[..., None, None], -1))):
-            replayed = model(tokens, attention_mask=mask).logits
-        with impose(model, Routes((tape.experts + 1) % 4, ~routes.forced)):
-            padded_only = model(tokens, attention_mask=mask).logits
-    assert torch.equal(replayed, plain)
-    torch.testing.assert_close(padded_only[mine], plain[mine], rtol=0, atol=1e-6)
-
-
-@every_family
-@pytest.mark.parametrize("imposed", [False, True])
-def test_gradient_checkpointing(family, imposed):
+def test_gradient_checkpointing(family):
     """The same gradient as without, through log-probabilities and output, and one record although layers run twice."""
-    grads = []
-    for checkpointing in (False, True):
-        model, tokens = make(family).train(), batch()
-        routes = other_routes(recorded(model, tokens)[1])
-        calls = []
-        find_routers(model)[0][0].register_forward_hook(lambda *_, calls=calls: calls.append(1))
-        if checkpointing:
-            model.gradient_checkpointing_enable({"use_reentrant": False})
-        with impose(model, routes if imposed else routes._replace(forced=routes.forced & False)):
-            with record(model) as tape:
-                loss = model(tokens, labels=tokens).loss
-                logs = tape.router_log_probs().gather(-1, routes.experts)
-                (loss + logs.mean()).backward()
-        assert tape.experts.shape == routes.experts.shape and len(calls) == 1 + checkpointing
+    model, tokens, calls, grads = make(family).train(), batch(), [], []
+    routes = other_routes(recorded(model, tokens))
+    routes.forced[:, 3:] = False
+    find_routers(model)[0][0].register_forward_hook(lambda *_: calls.append(1))
+    for calls_so_far in (1, 3):  # the second time with checkpointing
+        model.zero_grad()
+        with impose(model, routes), record(model) as tape:
+            loss = model(tokens, labels=tokens).loss
+            (loss + tape.router_log_probs().gather(-1, routes.experts).mean()).backward()
+        assert tape.experts.shape == routes.experts.shape and len(calls) == calls_so_far
         grads.append({n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None})
+        model.gradient_checkpointing_enable({"use_reentrant": False})
     torch.testing.assert_close(*grads, rtol=1e-4, atol=1e-6)
-    if imposed:
-        assert all(router.weight.grad.abs().sum() > 0 for router, _ in find_routers(model))
+    assert all(router.weight.grad.abs().sum() > 0 for router, _ in find_routers(model))
 
 
-def test_checkpointing_that_would_go_wrong_is_refused():
-    """Layers computed again outside the block would route freely; the reentrant kind cannot be served."""
+def test_what_would_go_wrong_is_refused_and_hooks_are_gone():
+    """Routes of another shape; layers computed again outside the block, which would route freely; the reentrant kind
+    of checkpointing, which cannot be served; a gate that is not known."""
     model, tokens = make("mixtral").train(), batch()
-    routes = other_routes(recorded(model, tokens)[1])
-    model.gradient_checkpointing_enable({"use_reentrant": False})
-    with impose(model, routes):
-        loss = model(tokens, labels=tokens).loss
-    with pytest.raises(torch.utils.checkpoint.CheckpointError):
-        loss.backward()
-    model.gradient_checkpointing_enable({"use_reentrant": True})
-    with pytest.raises(ValueError, match="use_reentrant"):
-        find_routers(model)
-
-
-def test_other_shapes_are_refused_and_hooks_are_gone():
-    model, tokens = make("mixtral"), batch()
-    routes = recorded(model, tokens)[1].routes()
+    tape = recorded(model, tokens)
+    routes = tape.routes()
     for experts in (routes.experts[:, :, :2], routes.experts[..., :1]):
         with pytest.raises(ValueError, match=r"\[B, T, 3, 2\]"), impose(model, routes._replace(experts=experts)):
             pass
     with pytest.raises(ValueError, match="7 positions"), impose(model, routes):
         model(tokens[:, :5])
+    model.gradient_checkpointing_enable({"use_reentrant": False})
+    with impose(model, other_routes(tape)):
+        loss = model(tokens, labels=tokens).loss
+    with pytest.raises(torch.utils.checkpoint.CheckpointError):
+        loss.backward()
     hooks = [hook for m in model.modules() for hook in (*m._forward_hooks.values(), *m._forward_pre_hooks.values())]
     assert not [hook for hook in hooks if hook.__module__ == "recipes.hf_routing"]
+    model.gradient_checkpointing_enable({"use_reentrant": True})
+    config = transformers.AutoConfig.for_model("granitemoe", **(SMALL | dict(num_local_experts=4)))
+    other = transformers.AutoModelForCausalLM.from_config(config)
+    for refused, says in ((model, "use_reentrant"), (other, "is not known")):
+        with pytest.raises(ValueError, match=says):
+            find_routers(refused)
 
 
 @every_family
 def test_generation_is_not_recorded(family):
     """Its forwards have a cache, under whichever name. Without one they are refused: they cannot be told apart."""
     model, tokens = make(family).eval(), batch()
-    expected = recorded(model, tokens)[1].experts
+    expected = recorded(model, tokens).experts
     with record(model) as tape:
         model(tokens)
         model.generate(tokens, max_new_tokens=4, do_sample=False)
@@ -195,14 +175,12 @@ def test_a_compiled_model_that_passes_by_the_routers_is_an_error(how):
     torch._dynamo.reset()
     model, tokens = make("mixtral", num_hidden_layers=2).eval(), batch()
     with torch.no_grad():
-        routes = other_routes(recorded(model, tokens)[1])
+        routes = other_routes(recorded(model, tokens))
         with impose(model, routes):
             expected = model(tokens).logits
         compiled = torch.compile(model, backend="eager") if how == "torch.compile" else model
-        if how == "model.compile":
-            model.compile(backend="eager")  # the backend does not matter to hooks
-        elif how == "block.compile":
-            model.model.layers[1].mlp.compile(backend="inductor" if shutil.which("g++") else "eager")
+        if how != "torch.compile":  # the backend does not matter to hooks
+            {"model.compile": model, "block.compile": model.model.layers[1].mlp}[how].compile(backend="eager")
         compiled(tokens)
         for called in {model, compiled}:  # whichever of the two is handed over
             with pytest.raises(RuntimeError, match="routers never asked.* compiled"), impose(called, routes):
@@ -213,9 +191,3 @@ def test_a_compiled_model_that_passes_by_the_routers_is_an_error(how):
                 tape.experts  # noqa: B018
             with torch.compiler.set_stance("force_eager"), impose(called, routes):
                 torch.testing.assert_close(compiled(tokens).logits, expected)
-
-
-def test_a_gate_that_is_not_known_is_refused():
-    config = transformers.AutoConfig.for_model("granitemoe", **(SMALL | dict(num_local_experts=4)))
-    with pytest.raises(ValueError, match="is not known"):
-        find_routers(transformers.AutoModelForCausalLM.from_config(config))

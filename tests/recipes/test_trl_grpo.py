@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -14,9 +15,8 @@ pytest.importorskip("trl", reason="needs recipes/requirements-trl.txt")
 from trl import GRPOConfig, GRPOTrainer  # noqa: E402
 from trl.experimental.gmpo import GMPOConfig, GMPOTrainer  # noqa: E402
 
-from baselines import mismatch_weights, sapo_loss  # noqa: E402
+from baselines import mismatch_weights  # noqa: E402
 from recipes import trl_grpo  # noqa: E402
-from recipes.replay_check import check_replay  # noqa: E402
 from recipes.trl_grpo import MoEGRPOTrainer, prompts, rule, tiny_model  # noqa: E402
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -44,11 +44,11 @@ def first_batches(trainer):
     return trainer._buffered_inputs
 
 
-def gradients(trainer, batch):
-    """-> loss and every parameter's gradient, through the trainer's own loss."""
+def gradients(trainer, batch, model=None):
+    """-> loss and every parameter's gradient, through the trainer's own loss. model: its model, wrapped."""
     trainer.model.zero_grad()
     with contextlib.ExitStack() as trainer._until_backward:  # as in training_step
-        loss = trainer.compute_loss(trainer.model, batch)
+        loss = trainer.compute_loss(model or trainer.model, batch)
         loss.backward()
     return loss.detach(), {n: p.grad.clone() for n, p in trainer.model.named_parameters() if p.grad is not None}
 
@@ -112,14 +112,17 @@ def rollout(words, trainer):
     return {"prompt_ids": prompt_ids, "completion_ids": ids, "logprobs": log_probs}
 
 
-BOUNDS = [("grpo", "token_truncate", 1.2, None), ("sapo", "token_mask", 1.5, 0.7), ("gspo", "sequence_mask", 1.5, 0.5)]
+WEIGHTS = {  # the loss that takes them, and GRPOConfig's settings
+    "grpo": dict(mode="token_truncate", clip_max=1.2),
+    "sapo": dict(mode="token_mask", clip_max=1.5, clip_min=0.7),
+    "gspo": dict(mode="sequence_mask", clip_max=1.5, clip_min=0.5),
+}
 
 
-@pytest.mark.parametrize("loss, mode, high, low", BOUNDS)
-def test_another_sampler_is_weighed_as_in_trl(tmp_path, loss, mode, high, low):
+@pytest.mark.parametrize("loss", WEIGHTS)
+def test_another_sampler_is_weighed_as_in_trl(tmp_path, loss):
     """TRL's own code for vLLM, without it: the sampler is a rollout_func. Off the policy, with a tool mask."""
-    names = ("mode", "clip_max", "clip_min")
-    sampler = {PREFIX + n: x for n, x in zip(names, (mode, high, low), strict=True)}
+    sampler = {PREFIX + name: value for name, value in WEIGHTS[loss].items()}
     sampler |= dict(rollout_func=rollout, router_aux_loss_coef=0.0, temperature=0.7)
     theirs, config, settings, noise = TRL[loss]
     ours, theirs = make(tmp_path, loss=loss, **sampler), make(tmp_path, theirs, config, **settings, **sampler)
@@ -128,11 +131,9 @@ def test_another_sampler_is_weighed_as_in_trl(tmp_path, loss, mode, high, low):
     reference = theirs._generate_and_score_completions(next(iter(theirs.get_train_dataloader())))  # rows unshuffled
     mask, weights = batch["completion_mask"].bool(), batch["mismatch_weights"]
     torch.testing.assert_close(weights[mask], reference["importance_sampling_ratio"].expand_as(weights)[mask])
-    assert weights[mask].unique().numel() > 2 and (mode == "token_truncate" or (weights[mask] == 0).any())
-    (a, ours_grad), (b, theirs_grad) = (
-        gradients(ours, disturb(batch, noise)),
-        gradients(theirs, disturb(reference, noise)),
-    )
+    assert weights[mask].unique().numel() > 2 and (loss == "grpo" or (weights[mask] == 0).any())
+    a, ours_grad = gradients(ours, disturb(batch, noise))
+    b, theirs_grad = gradients(theirs, disturb(reference, noise))
     assert abs(a - b) < 1e-6 and largest_difference(ours_grad, theirs_grad) < 1e-6
     ours.loss = "erpo"  # the others take them too
     unweighted = gradients(ours, batch | {"mismatch_weights": None})[1]
@@ -140,15 +141,11 @@ def test_another_sampler_is_weighed_as_in_trl(tmp_path, loss, mode, high, low):
 
 
 def test_defaults_are_trls():
-    theirs = {name: field.default for name, field in GRPOConfig.__dataclass_fields__.items()}
-    assert theirs[PREFIX + "mode"] == "sequence_mask"
-    for loss, option, name in (
-        (mismatch_weights, "clip_max", PREFIX + "clip_max"),
-        (mismatch_weights, "clip_min", PREFIX + "clip_min"),
-        (sapo_loss, "tau_positive", "sapo_temperature_pos"),
-        (sapo_loss, "tau_negative", "sapo_temperature_neg"),
-    ):
-        assert inspect.signature(loss).parameters[option].default == theirs[name], option
+    """Those of SAPO are in test_equals_trl."""
+    theirs = {name.removeprefix(PREFIX): x.default for name, x in GRPOConfig.__dataclass_fields__.items()}
+    ours = inspect.signature(mismatch_weights).parameters
+    assert theirs["mode"] == "sequence_mask"
+    assert all(ours[name].default == theirs[name] for name in ("clip_max", "clip_min"))
 
 
 @pytest.mark.parametrize("loss", ["erpo", "rais", "sapo", "gspo-replay"])
@@ -177,26 +174,17 @@ def check_groups(batch):
     torch.testing.assert_close(batch["advantages"], A.flatten())
 
 
-def test_microbatches(tmp_path):
-    """Groups stay whole, with their own raw rewards; what travels with each passes the check that others may copy."""
-    trainer = make(tmp_path, loss="erpo", steps_per_generation=4, gradient_accumulation_steps=4, temperature=0.7)
-    assert len(first_batches(trainer)) == 4
-    for batch in trainer._buffered_inputs:
-        check_groups(batch)
-        log_probs, P = read(trainer.model, batch)
-        routes, mask = batch["old_routes"].experts[:, -P.shape[1] - 1 : -1], batch["completion_mask"].bool()
-        assert check_replay(routes, batch["old_per_token_logps"], P, log_probs, mask, enough=1, tolerance=1e-5) == []
-        assert check_replay(routes.roll(1, 0), batch["old_per_token_logps"], P, log_probs, mask)
-
-
-def test_losses_get_what_the_batch_holds(tmp_path, monkeypatch):
-    """Of both policies and of the position that predicted each token, in rows with padding on the left."""
-    seen = {}
+def test_microbatches_and_what_the_losses_get(tmp_path, monkeypatch):
+    """Groups stay whole, with their own raw rewards. The losses get what both policies say of these rows, at the
+    position that predicted each token, with padding on the left."""
     for name in ("erpo_loss", "rais_loss"):
-        f = getattr(trl_grpo, name)
-        monkeypatch.setattr(trl_grpo, name, lambda *a, f=f, name=name, **k: seen.update({name: (a, k)}) or f(*a, **k))
-    trainer = make(tmp_path, loss="erpo", temperature=0.7)
-    batch = first_batches(trainer)[0]
+        monkeypatch.setattr(trl_grpo, name, Mock(wraps=getattr(trl_grpo, name)))
+    trainer = make(tmp_path, loss="erpo", steps_per_generation=4, gradient_accumulation_steps=4, temperature=0.7)
+    batches = first_batches(trainer)
+    assert len(batches) == 4
+    for batch in batches:
+        check_groups(batch)
+    batch = batches[-1]
     assert (batch["prompt_mask"] == 0).any()
     with torch.no_grad():
         for p in trainer.model.parameters():  # the new policy
@@ -204,7 +192,8 @@ def test_losses_get_what_the_batch_holds(tmp_path, monkeypatch):
     trainer.compute_loss(trainer.model, batch)
     trainer.loss = "rais"
     trainer.compute_loss(trainer.model, batch)
-    (log_probs, old_log_probs, rewards, mask, experts, old_experts, probs, old_probs), options = seen["erpo_loss"]
+    routed, options = trl_grpo.erpo_loss.call_args
+    log_probs, old_log_probs, rewards, mask, experts, old_experts, probs, old_probs = routed
     assert options == {"num_experts": 8, "group_size": G, "weights": None}
     assert torch.equal(rewards, batch["rewards"]) and torch.equal(mask, batch["completion_mask"].bool())
     (new, new_P), (old, old_P) = read(trainer.model, batch), read(tiny_model(0)[0], batch)
@@ -214,8 +203,8 @@ def test_losses_get_what_the_batch_holds(tmp_path, monkeypatch):
         close(chosen.sort(-1).values, P.topk(2).indices.sort(-1).values)
         close(got, P.gather(-1, chosen.clamp(min=0)))
     assert not torch.equal(experts[mask], old_experts[mask])
-    (_, _, advantages, _, router, old_router), _ = seen["rais_loss"]  # both at the experts of the old policy
-    assert torch.equal(advantages, batch["advantages"])
+    _, _, advantages, _, router, old_router = trl_grpo.rais_loss.call_args.args
+    assert torch.equal(advantages, batch["advantages"])  # and the routers, both at the experts of the old policy:
     close(router.exp(), new_P.gather(-1, old_experts)), close(old_router.exp(), old_P.gather(-1, old_experts))
 
 
@@ -228,9 +217,8 @@ def test_replay_holds_through_backward(tmp_path):
         if checkpointing:
             trainer.model.gradient_checkpointing_enable({"use_reentrant": False})  # as train() does
         batch = first_batches(trainer)[0]
-        with torch.no_grad():
-            for layer in trainer.model.model.layers:
-                layer.mlp.gate.weight.copy_(layer.mlp.gate.weight.flip(0))
+        for layer in trainer.model.model.layers:
+            layer.mlp.gate.weight.data = layer.mlp.gate.weight.data.flip(0)
         batch["old_per_token_logps"] = trainer._forward(trainer.model, batch)[0].detach()  # ratio near 1: no clip
         trainer.create_optimizer()
         trainer._step = 1  # the second pass over the generation
@@ -246,42 +234,39 @@ def test_replay_holds_through_backward(tmp_path):
 
 TWO_PROCESSES = """
 import os, sys, torch
-sys.path[:0] = [{tests!r}, {root!r}]
-from test_trl_grpo import G, check_groups, first_batches, make
-from pathlib import Path
-out = Path(sys.argv[1])
-for loss in sys.argv[2:]:
-    batch = torch.load(out / f"{{loss}}.pt", weights_only=False)
+from test_trl_grpo import check_groups, first_batches, gradients, make, move
+out, *losses = sys.argv[1:]
+for loss in losses:
     trainer = make(out, loss=loss, router_aux_loss_coef=0.0)
-    assert trainer.accelerator.num_processes == 2
     check_groups(first_batches(trainer)[0])  # each process has its own rows and their rewards
-    model = trainer.accelerator.prepare(trainer.model)
-    with torch.no_grad():
-        for p in model.parameters():
-            p.mul_(1.01)
-    keep = slice(trainer.accelerator.process_index * G, trainer.accelerator.process_index * G + G)
-    routes = batch.pop("old_routes")
-    mine = {{k: v[keep] if v.dim() else v for k, v in batch.items()}}
-    mine["old_routes"] = routes._replace(experts=routes.experts[keep], forced=routes.forced[keep])
-    trainer.compute_loss(model, mine).backward()
-    grads = {{n: p.grad for n, p in trainer.model.named_parameters() if p.grad is not None}}
-    torch.save(grads, out / f"{{loss}}.{{trainer.accelerator.process_index}}")
+    rank = trainer.accelerator.process_index
+    batch = torch.load(f"{out}/{loss}.pt", weights_only=False)[rank]
+    model = trainer.accelerator.prepare(move(trainer.model))
+    torch.save(gradients(trainer, batch, model)[1], f"{out}/{loss}.{rank}")
 trainer.accelerator.end_training()
 os._exit(0)
 """
 
 
+@torch.no_grad()
+def move(model):
+    for p in model.parameters():
+        p.mul_(1.01)
+    return model
+
+
 def test_two_processes_give_the_gradient_of_one(tmp_path):
+    """Of one process that accumulates over two microbatches, which are the two processes'."""
     ones = {}
     for loss in ("erpo", "gspo-replay"):
-        trainer = make(tmp_path, loss=loss, router_aux_loss_coef=0.0)
-        batch = first_batches(trainer)[0]
-        torch.save(batch, tmp_path / f"{loss}.pt")
-        with torch.no_grad():
-            for p in trainer.model.parameters():
-                p.mul_(1.01)
-        ones[loss] = gradients(trainer, batch)[1]
-    (tmp_path / "two.py").write_text(TWO_PROCESSES.format(tests=str(Path(__file__).parent), root=str(ROOT)))
+        halves = dict(per_device_train_batch_size=G, gradient_accumulation_steps=2)
+        trainer = make(tmp_path, loss=loss, router_aux_loss_coef=0.0, **halves)
+        batches = first_batches(trainer)
+        torch.save(batches, tmp_path / f"{loss}.pt")
+        move(trainer.model)
+        first, second = (gradients(trainer, batch)[1] for batch in batches)
+        ones[loss] = {name: first[name] + second[name] for name in first}
+    (tmp_path / "two.py").write_text(TWO_PROCESSES)
     torchrun(tmp_path / "two.py", tmp_path, *ones)
     for loss, one in ones.items():
         assert all(largest_difference(one, torch.load(tmp_path / f"{loss}.{rank}")) < 1e-6 for rank in (0, 1))
@@ -296,7 +281,8 @@ def torchrun(*command):
     """Both programs leave by os._exit. An interpreter that ends after DDP over gloo is aborted now and then (SIGABRT,
     "terminate called without an active exception", no Python frame), as eight lines of plain torch are."""
     run = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", *map(str, command)]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONFAULTHANDLER": "1"}
+    paths = os.pathsep.join([str(ROOT), str(Path(__file__).parent)])
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONFAULTHANDLER": "1", "PYTHONPATH": paths}
     done = subprocess.run(run, env=environment, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout

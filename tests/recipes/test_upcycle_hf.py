@@ -30,15 +30,11 @@ def make(parent, **changes):
     return model
 
 
-def generator(seed=0):
-    return torch.Generator().manual_seed(seed)
-
-
 @pytest.mark.parametrize("parent", PARENTS)
 @pytest.mark.parametrize("every, top_k, shared", [(1, 1, False), (2, 2, True), (3, 1, True)])
 def test_computes_what_its_parent_computes(parent, every, top_k, shared):
     dense = make(parent)
-    model = upcycle(dense, num_experts=4, top_k=top_k, every=every, shared=shared, generator=generator())
+    model = upcycle(dense, num_experts=4, top_k=top_k, every=every, shared=shared)
     assert largest_gap(dense, model) < 2e-6
     assert dense.config.tie_word_embeddings == (model.lm_head.weight is model.model.embed_tokens.weight)
     blocks = [i for i, layer in enumerate(model.model.layers) if hasattr(layer.mlp, "experts")]
@@ -50,23 +46,23 @@ def test_computes_what_its_parent_computes(parent, every, top_k, shared):
 
 def test_routers_are_fresh_and_any_route_computes_what_the_parent_computes():
     """And once an expert has changed it does not: routes are really imposed."""
-    dense, tokens = make("llama"), torch.arange(20).view(2, 10)
-    model, again, other = (upcycle(dense, num_experts=4, top_k=2, generator=generator(s)) for s in (0, 0, 1))
-    weight, same, another = (torch.stack([r.weight for r, _ in find_routers(m)]) for m in (model, again, other))
+    dense, tokens, weights = make("llama"), torch.arange(20).view(2, 10), []
+    for seed in (1, 0, 0):
+        model = upcycle(dense, num_experts=4, top_k=2, generator=torch.Generator().manual_seed(seed))
+        weights.append(torch.stack([router.weight for router, _ in find_routers(model)]))
+    another, weight, same = weights
     assert torch.equal(weight, same) and not torch.equal(weight, another) and 0.085 < weight.std() < 0.115
     with torch.no_grad():
         with record(model) as tape:
             expected = model(tokens).logits
-        other = tape.routes()._replace(experts=(tape.experts + 1) % 4)
-        with impose(model, other):
+        with impose(model, tape.routes()._replace(experts=(tape.experts + 1) % 4)):
             torch.testing.assert_close(model(tokens).logits, expected)
-        find_routers(model)[0][1].experts.down_proj[2].zero_()
-        with impose(model, other):
+            find_routers(model)[0][1].experts.down_proj[2].zero_()
             assert (model(tokens).logits - expected).abs().max() > 1e-3
 
 
 OTHERS = [("qwen3", dict(head_dim=8)), ("gpt2", dict(n_embd=24)), ("llama", dict(mlp_bias=True))]
-OTHERS += [("mistral", dict(sliding_window=8)), ("granite", dict(residual_multiplier=0.3))]
+OTHERS += [("mistral", dict(sliding_window=48)), ("granite", dict(residual_multiplier=0.3))]
 
 
 @pytest.mark.parametrize("kind, changes", OTHERS)
@@ -79,13 +75,11 @@ def test_other_parents_are_refused(kind, changes):
 
 
 def test_the_program(tmp_path):
-    """What it writes is loaded by transformers, computes the same, and can be trained and sampled."""
+    """What it writes is loaded by transformers, computes the same, and can be sampled."""
     parent = save_tiny_llama(tmp_path / "dense")
     assert main([parent, str(tmp_path / "moe"), "--num-experts", "3", "--shared"]) == 0
     loaded, (dense, _) = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "moe"), load_dense(parent)
     assert largest_gap(dense, loaded) < 2e-6 and loaded.config.num_experts == 3
     tokens = torch.arange(20).view(2, 10)
-    loaded(tokens, labels=tokens).loss.backward()
-    assert loaded.model.layers[1].mlp.experts.down_proj.grad.abs().sum() > 0
     assert loaded.generate(tokens, max_new_tokens=3, do_sample=False, eos_token_id=None).shape == (2, 13)
     assert main([str(tmp_path / "nowhere"), str(tmp_path / "moe2")]) == 2

@@ -6,7 +6,7 @@ OMP_NUM_THREADS=1 python -m pytest tests/recipes/test_verl_losses.py
 
 import inspect
 import sys
-from importlib.metadata import PackageNotFoundError, version
+from importlib.metadata import distributions
 
 import pytest
 import torch
@@ -16,11 +16,8 @@ from recipes import verl_losses
 from recipes.verl_losses import OURS, call, difference, differences, example, load_verl
 from support.errors import UserError
 
-try:
-    INSTALLED = version("verl") == verl_losses.VERSION
-except PackageNotFoundError:
-    INSTALLED = False
-needs_verl = pytest.mark.skipif(not INSTALLED, reason=f"pip install --no-deps verl=={verl_losses.VERSION}")
+installed = any(d.name == "verl" and d.version == verl_losses.VERSION for d in distributions())
+needs_verl = pytest.mark.skipif(not installed, reason=f"pip install --no-deps verl=={verl_losses.VERSION}")
 
 
 @needs_verl
