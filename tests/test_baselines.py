@@ -57,9 +57,6 @@ def gradient(loss, new, *rest, **options):
     return torch.autograd.grad(loss(new, *rest, **options)[0], new)[0]
 
 
-# --------------------------------------------------------------------------------------------------- group_advantages
-
-
 @settings(deadline=None, max_examples=50)
 @given(st.integers(1, 4), st.integers(2, 6), st.data())
 def test_advantages_equal_the_reference(groups, group_size, data):
@@ -93,9 +90,6 @@ def test_rewards_equal_within_rounding_give_exactly_zero():
 def test_group_advantages_refuses_what_has_no_group(rewards, G):
     with pytest.raises(ValueError, match="group_size|rewards"):
         group_advantages(torch.tensor(rewards), G)
-
-
-# ------------------------------------------------------------------------------------------------------------- losses
 
 
 @bases
@@ -199,9 +193,6 @@ def test_losses_refuse_bad_arguments(base):
             loss(new, old, A, mask, **{name: -0.1})
 
 
-# ------------------------------------------------------------------------------------------------------------ weights
-
-
 @settings(deadline=None, max_examples=50)
 @given(seed=seeds, kind=st.sampled_from([*KINDS]), spread=st.sampled_from([0.1, 1.0]), own=st.booleans())
 def test_mismatch_weights_equal_the_reference(seed, kind, spread, own):
@@ -232,9 +223,6 @@ def test_mismatch_weights_refuse_bad_arguments():
             mismatch_weights(old, mu, mask, **options)
     with pytest.raises(ValueError, match="^rollout_log_probs"):
         mismatch_weights(old, mu[:, 1:], mask, kind="tis")
-
-
-# --------------------------------------------------------------------------------------------------- the page of losses
 
 
 def test_the_page_of_losses_has_the_defaults_of_the_code():

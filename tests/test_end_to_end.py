@@ -189,9 +189,6 @@ def test_compile(here, monkeypatch, capsys):
     assert done.returncode == 2 and "--compile needs" in done.stderr.splitlines()[-1], done.stderr[-2000:]
 
 
-# ------------------------------------------------------------------------------------------------- the real commands
-
-
 def test_the_commands_in_a_notebook_and_on_a_poor_terminal(tmp_path):
     """Nothing is patched here: train, then rank; with the backend that notebooks set, in a terminal of ASCII."""
     environment = {"MPLBACKEND": "module://matplotlib_inline.backend_inline", "PYTHONIOENCODING": "ascii"}

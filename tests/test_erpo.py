@@ -64,9 +64,6 @@ def with_gradient(inputs, **options):
     return loss.item(), log_probs.grad, metrics
 
 
-# ------------------------------------------------------------------------------------------------- against the paper
-
-
 @settings(deadline=None, max_examples=50)
 @given(
     seed=seeds,
@@ -121,9 +118,6 @@ def test_one_expert_and_one_layer_is_gspo(seed, G, T, spread):
         assert metrics[name].item() == pytest.approx(value.item(), abs=1e-12), name
 
 
-# --------------------------------------------------------------------------------------------------------- invariances
-
-
 @settings(deadline=None, max_examples=30)
 @given(seed=seeds, kind=kinds)
 def test_names_of_experts_and_the_order_of_tokens_change_nothing(seed, kind):
@@ -136,9 +130,6 @@ def test_names_of_experts_and_the_order_of_tokens_change_nothing(seed, kind):
     (loss, gradient, _), (moved, moved_gradient, _) = (with_gradient(x, entropy_reward=kind) for x in (inputs, other))
     assert moved == pytest.approx(loss, abs=1e-12)
     torch.testing.assert_close(moved_gradient, gradient[:, order])
-
-
-# -------------------------------------------------------------------------------------- rewards, entropies, the ratio
 
 
 def test_first_ratio_is_exactly_one():
@@ -199,9 +190,6 @@ def test_the_entropy_of_small_probabilities():
         inputs["expert_probs"] = torch.full_like(inputs["expert_probs"], P)
         expected = -P * np.log(P) if P else 0
         assert with_gradient(inputs)[2]["expert_entropy"].item() == pytest.approx(expected, rel=1e-9)
-
-
-# ------------------------------------------------------------------------------------------------- types and arguments
 
 
 @pytest.mark.parametrize("probs", [torch.bfloat16, torch.float64])

@@ -27,9 +27,6 @@ def make(seed, B=3, T=5, L=2, K=2, spread=0.3, drift=0.15):
     return *test_baselines.make(seed, B, T, spread), router, old_router
 
 
-# ------------------------------------------------------------------------------------------------------- router_shift
-
-
 @settings(deadline=None, max_examples=40)
 @given(
     st.tuples(st.integers(1, 3), st.integers(1, 4), st.integers(0, 3), st.integers(1, 3)),
@@ -45,9 +42,6 @@ def test_router_shift_equals_the_reference(shape, seed, floor, layers, dtypes):
     assert gamma.dtype == (torch.float64 if torch.float64 in dtypes else torch.float32) and not gamma.requires_grad
     book = reference.router_shift(*(x.detach().double().numpy() for x in (new, old)), floor, layers)
     np.testing.assert_allclose(gamma, book, atol=1e-12 if torch.float64 in dtypes else 1e-6)
-
-
-# ---------------------------------------------------------------------------------------------------------- rais_loss
 
 
 @bases

@@ -28,8 +28,6 @@ from support.errors import UserError
 from support.optimizer import make_optimizer
 from support.tasks import load_task, rng
 
-# --------------------------------------------------------------------------------------- a step on text, by the book
-
 
 def erl_losses(model, batch, args):
     """The losses of a step, one an inner epoch, and the paths that it drew: (loss, metrics, paths)."""
@@ -135,8 +133,6 @@ def test_copies_of_one_expert_are_neither_better_nor_worse(erl_grad, dtype):
         paths = next(erl_losses(model, batch, step_args(erl_grad=erl_grad, dtype=dtype)))[2]
     assert paths.S.any() and (paths.advantages[paths.S.any(-1)] == 0).all()
 
-
-# ------------------------------------------------------------------------------------------------- generated answers
 
 RL = [*train.METHODS, "rais --base gspo", "rais --base grpo"]
 

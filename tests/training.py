@@ -85,11 +85,6 @@ def update_by_the_book(model, loss, rate, moments) -> float:
     return norm
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Run folders
-# ---------------------------------------------------------------------------------------------------------------------
-
-
 def metrics_of(out="r") -> list[dict]:
     return [json.loads(line) for line in Path(out, "metrics.jsonl").read_text().splitlines()]
 
