@@ -1,5 +1,4 @@
-"""Tests of eval_routing.py: ranks and ties by enumeration, scores by plain forwards, regret by a forward written out,
-models whose rank and regret are known by construction, the figures by the book, and the command."""
+"""eval_routing.py: scores by plain forwards, models whose rank and regret are known by construction, the command."""
 
 import itertools
 import json
@@ -99,45 +98,34 @@ def test_routes_are_the_original_33_at_each_alpha_and_full_ones():
         assert abs(share[first : first + 33].mean() - alpha) < 0.02
 
 
+def rank_thrice(model, dataset, item, batch_size):
+    """One sample three times, each with routes of its own: those of the seed 11 and its index."""
+    samples = Samples(data.get_dataset(dataset), BYTES, [item] * 3, 3, 21)
+    args = SimpleNamespace(samples=3, seed=11, batch_size=batch_size, split="test")
+    return eval_routing.rank_samples(args, model, samples)
+
+
 @pytest.mark.parametrize("sizes", [{}, {"top_k": 2, "gate": "prob"}, {"moe_every": 2}])
 def test_text_scores_are_those_of_plain_forwards(sizes):
     model, (tokens, mask) = random_model(**sizes), random_window()
     mask[20:] = False  # the end of a text that is shorter than the context
-    routes = eval_routing.draw_routes(model, 24, 0, "routes", 0)
-    scored = eval_routing.score_text(model, (tokens, mask), routes, 7)
-    for r in (0, 1, 40, 80, 101):
-        one = None if r == 0 else Routes(routes.experts[r : r + 1], routes.forced[r : r + 1])
-        log_probs, _ = log_probs_of(model, tokens[:-1], one)
-        expected = sum(log_probs[t, tokens[t + 1]] for t in range(20)) / 20
-        assert scored.values[r].item() == pytest.approx(expected.item(), abs=1e-5)
     routing = log_probs_of(model, tokens[:20])[1]
-    assert torch.equal(scored.experts, routing.experts[0]) and torch.equal(scored.tokens, tokens[:20])
-    torch.testing.assert_close(scored.router_log_probs, routing.logits[0].log_softmax(-1))
-
-
-@pytest.mark.parametrize("dataset", ["pydocs", "addition"])
-def test_each_sample_has_routes_of_its_own(dataset):
-    """One sample thrice. A prompt is never perturbed but for its last token."""
-    item, example = random_window(), data.Example("9+9=", "111", ("111", "211", "122"))
-    model, text = settled_model(0, writes=[ord("1"), ord("2")]), dataset == "pydocs"
-    samples = Samples(data.get_dataset(dataset), BYTES, [item if text else example] * 3, 3, 21)
-    args = SimpleNamespace(samples=3, seed=11, batch_size=None, split="test")
-    scored = [sample.values for sample in eval_routing.rank_samples(args, model, samples)]
-    for i in range(3):
-        routes = eval_routing.draw_routes(model, 24 if text else 7, 11, "routes", i, first=0 if text else 3)
-        if text:
-            expected = eval_routing.score_text(model, item, routes)
-        else:
-            expected = eval_routing.score_task(model, example, list(b"9+9="), routes, samples)
-        torch.testing.assert_close(scored[i], expected.values)
-    assert scored[0][0] == scored[2][0] and (scored[0] - scored[2]).abs().max() > 1e-3
+    for i, scored in enumerate(rank_thrice(model, "pydocs", (tokens, mask), 7)):
+        routes = eval_routing.draw_routes(model, 24, 11, "routes", i)
+        for r in (0, 1, 40, 80, 101):
+            one = None if r == 0 else Routes(routes.experts[r : r + 1], routes.forced[r : r + 1])
+            log_probs, _ = log_probs_of(model, tokens[:-1], one)
+            expected = sum(log_probs[t, tokens[t + 1]] for t in range(20)) / 20
+            assert scored.values[r].item() == pytest.approx(expected.item(), abs=1e-5)
+        assert torch.equal(scored.experts, routing.experts[0]) and torch.equal(scored.tokens, tokens[:20])
+        torch.testing.assert_close(scored.router_log_probs, routing.logits[0].log_softmax(-1))
 
 
 @pytest.mark.parametrize("top_k", [1, 2])
 def test_a_freshly_upcycled_model_is_indifferent(top_k):
     model, window = upcycle(random_model(n_expert=1), MoEConfig(**SMALL, n_expert=8, top_k=top_k)), random_window()
-    routes, C = eval_routing.draw_routes(model, 24, 0), 9 - top_k
-    result = eval_routing.figures([eval_routing.score_text(model, window, routes)], text=True)
+    scored, C = eval_routing.score_text(model, window, eval_routing.draw_routes(model, 24, 0)), 9 - top_k
+    result = eval_routing.figures([scored], text=True)
     assert (result["tied_routes"], result["better_routes"], result["hit1"]) == ([99], [0], 0.01)
     assert result["mrr"] == pytest.approx(eval_routing.CHANCE_MRR)
     regret = eval_routing.regret_figures([eval_routing.score_decision(model, window[0].tolist(), 1)])["all"]
@@ -164,23 +152,20 @@ def test_a_router_that_is_right_or_wrong_by_construction(chosen):
     assert (found["own_rank"], found["own_best"]) == ((2, 0) if chosen else (1, 1))
 
 
-def test_task_scores_follow_the_routes_of_prompt_end_and_answer():
-    """Expert 0 writes "1", expert 1 "2": the answer says which expert worked at each position that writes."""
-    model, prompt = settled_model(0, writes=[ord("1"), ord("2")]), list(b"9+9=")
-    samples = Samples(data.get_dataset("addition"), BYTES, [], 3, 20)
-    example = data.Example("9+9=", "111", ("111", "211"))
-    routes = eval_routing.draw_routes(model, len(prompt) + 3, 4, first=len(prompt) - 1)
-    scored = eval_routing.score_task(model, example, prompt, routes, samples)
-    for r in range(len(routes.forced)):
-        worked = [int(routes.experts[r, t, 0, 0]) if routes.forced[r, t, 0] else 0 for t in range(7)]
-        answer = "".join("12"[worked[t]] for t in (3, 4, 5))  # the last prompt token writes the first one
-        assert scored.values[r] == float(answer in ("111", "211"))
-    assert scored.values[0] == 1 and 0 < scored.values[1:].mean() < 1
-    assert scored.experts.tolist() == [[[0]]] * 6 and scored.router_log_probs.shape == (6, 1, 2)
-    assert scored.tokens.tolist() == [*prompt, ord("1"), ord("1")]  # the last token written is never read
-    for batch_size in (1, 50):
-        other = eval_routing.score_task(model, example, prompt, routes, samples, batch_size)
-        assert torch.equal(other.values, scored.values)
+@pytest.mark.parametrize("batch_size", [None, 1, 50])
+def test_task_scores_follow_the_routes_of_prompt_end_and_answer(batch_size):
+    """Expert 0 writes "1", expert 1 "2": the answer says which expert worked at each position that writes. A prompt is
+    never perturbed but for its last token."""
+    model, example = settled_model(0, writes=[ord("1"), ord("2")]), data.Example("9+9=", "111", ("111", "211"))
+    for i, scored in enumerate(rank_thrice(model, "addition", example, batch_size)):
+        routes = eval_routing.draw_routes(model, 7, 11, "routes", i, first=3)
+        for r in range(len(routes.forced)):
+            worked = [int(routes.experts[r, t, 0, 0]) if routes.forced[r, t, 0] else 0 for t in range(7)]
+            answer = "".join("12"[worked[t]] for t in (3, 4, 5))  # the last prompt token writes the first one
+            assert scored.values[r] == float(answer in ("111", "211"))
+        assert scored.values[0] == 1 and 0 < scored.values[1:].mean() < 1
+        assert scored.experts.tolist() == [[[0]]] * 6 and scored.router_log_probs.shape == (6, 1, 2)
+        assert bytes(scored.tokens.tolist()) == b"9+9=11"  # the last token written is never read
 
 
 def forward_with(model, tokens, layer, expert):
@@ -433,7 +418,7 @@ def test_compare(runs, undrawn, tmp_path):
     assert any(share is not None and share < 1 for share in sum(text["expert_consistency"], []))
 
 
-@pytest.mark.parametrize("flags", ["nothing", "empty", "text --dataset pydoc", "text --compare dense"])
-def test_mistakes_are_one_sentence(runs, flags, capsys):
-    assert eval_routing.main([*flags.split(), "--device", "cpu"]) == 2
-    assert capsys.readouterr().err.count("\n") == 1
+def test_mistakes_are_one_sentence(runs, capsys):
+    for flags in ("nothing", "empty", "text --dataset pydoc", "text --compare dense"):
+        assert eval_routing.main([*flags.split(), "--device", "cpu"]) == 2
+        assert capsys.readouterr().err.count("\n") == 1
