@@ -6,18 +6,7 @@ from functools import partial
 
 import pytest
 import torch
-from training import (
-    BYTES,
-    EXPLORE,
-    MICRO,
-    OBJECTIVE,
-    args_of,
-    assert_same_gradients,
-    assert_same_weights,
-    make,
-    step_args,
-    update_by_the_book,
-)
+from training import BYTES, MICRO, args_of, assert_same_weights, update_by_the_book
 
 import data
 import train
@@ -26,7 +15,32 @@ from erl import erl_objective, explore
 from moe import GPT, MoEConfig, Routes, router_losses, upcycle
 from support.errors import UserError
 from support.optimizer import make_optimizer
-from support.tasks import load_task, rng
+from support.tasks import Batch, load_task, rng
+
+
+def make(seed=0, dtype=torch.float64, **changes) -> tuple[GPT, Batch]:
+    """A model all of whose parameters matter, and a batch of two rows, one with a prompt and one with padding."""
+    sizes = dict(vocab_size=19, context=10, n_layer=4, n_head=2, n_embd=16, n_expert=4, moe_every=2)
+    model = GPT(MoEConfig(**sizes | changes), rng(seed)).to(dtype)
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            draw = torch.randn(p.shape, generator=rng(seed, name), dtype=torch.float64)
+            p.copy_((0.8 if "router" in name else 0.25) * draw + (1 if "ln_" in name and "weight" in name else 0))
+    B, T = 2, 7
+    tokens = torch.randint(0, sizes["vocab_size"], (B, T + 1), generator=rng(seed, "tokens"))
+    mask, routed = (torch.ones(B, T, dtype=torch.bool) for _ in range(2))
+    mask[0, :2] = False  # a prompt: routed, not learned
+    mask[1, 5:] = routed[1, 5:] = False  # padding
+    return model, Batch(tokens, mask, routed)
+
+
+def assert_same_gradients(model, loss, expected):
+    names, parameters = zip(*model.named_parameters(), strict=True)
+    ours, theirs = (
+        torch.autograd.grad(x, parameters, allow_unused=True, materialize_grads=True) for x in (loss, expected)
+    )
+    for name, a, b in zip(names, ours, theirs, strict=True):
+        torch.testing.assert_close(a, b, msg=lambda text, name=name: f"{name}: {text}")
 
 
 def erl_losses(model, batch, args):
@@ -54,9 +68,7 @@ def erl_by_the_book(model, batch, args, noise=None):
     """The paper's objective of forwards that share nothing: an original one, and one for each of m perturbed passes."""
 
     def forward(routes):
-        passes = [None]
-        if routes is not None:
-            passes = zip(*(x.chunk(args.n_perturb) for x in routes), strict=True)
+        passes = [None] if routes is None else zip(*(x.chunk(args.n_perturb) for x in routes), strict=True)
         log_probs, router, losses = [], [], []
         for one in passes:
             logits, routing = run_model(model, batch.tokens[:, :-1], one and Routes(*one), noise)
@@ -67,12 +79,11 @@ def erl_by_the_book(model, batch, args, noise=None):
                 losses[0] = losses[0] + args.balance_coef * balance.sum() + args.z_coef * z.sum()
             router.append(routing.logits)
             if args.erl_grad == "router":
-                routers = [model.blocks[i].mlp.router.weight for i in model.config.moe_blocks]
-                asked = zip(routing.inputs, routers, strict=True)
-                router[-1] = torch.stack([x.detach() @ w.T for x, w in asked], 2)
+                asked = zip(routing.inputs, model.config.moe_blocks, strict=True)
+                router[-1] = torch.stack([x.detach() @ model.blocks[i].mlp.router.weight.T for x, i in asked], 2)
         return torch.cat(log_probs), torch.cat(router).log_softmax(-1), sum(losses) / len(losses)
 
-    draw, rest = ({name: getattr(args, name) for name in names} for names in (EXPLORE, OBJECTIVE))
+    draw, rest = (train.values_of(options, args) for options in (train.EXPLORE, train.OBJECTIVE))
     paths = explore(forward, batch.mask, args.top_k, generator=rng(args.seed, "routes", 0), **draw)
     for loss, _ in erl_objective(forward, paths, **rest):
         yield loss, paths
@@ -84,19 +95,22 @@ def move(model):
             p.add_((0.5 if "router" in name else 0.02) * torch.randn(p.shape, generator=rng(name), dtype=p.dtype))
 
 
+ERL = "--algo erl --dataset pydocs --delta 0.7 --z-coef 0.001 --balance-coef 0.02 --erl-grad all "
+
+
 @pytest.mark.parametrize(
-    "changes",
+    "flags",
     [
-        dict(erl_grad="all"),
-        dict(erl_grad="router", advantage="log", jitter=0.3),
-        dict(erl_grad="all", top_k=2, wpl=True, jitter=0.3),
-        dict(erl_grad="router", top_k=2, wpl=True),
-        dict(ratio="uniform", clip_eps=None, inner_epochs=1),
-        dict(draw="router", alpha=1.0),
+        "--inner-epochs 2",
+        "--inner-epochs 2 --erl-grad router --advantage log --jitter 0.3",
+        "--inner-epochs 2 --top-k 2 --wpl --jitter 0.3",
+        "--inner-epochs 2 --erl-grad router --top-k 2 --wpl",
+        "--ratio uniform",
+        "--inner-epochs 2 --draw router --alpha 1",
     ],
 )
-def test_erl_is_its_equations_in_value_and_gradient(changes):
-    args = step_args(**dict(inner_epochs=2, balance_coef=0.02) | changes)
+def test_erl_is_its_equations_in_value_and_gradient(flags):
+    args = args_of(ERL + flags)
     model, batch = make(seed=args.top_k, top_k=args.top_k)
     noise = train.jitter(model, batch, args, 0)
     assert (noise is None) == (not args.jitter)
@@ -115,7 +129,7 @@ def test_erl_is_its_equations_in_value_and_gradient(changes):
 @pytest.mark.parametrize("losses", [train.lm_losses, train.erl_losses])
 def test_router_losses_and_reports_count_prompts_and_not_padding(losses):
     model, batch = make()
-    args = step_args(delta=0.0)  # of ERL too L_o is left
+    args = args_of(ERL + "--delta 0")  # of ERL too L_o is left
     loss, metrics = next(losses(model, batch, args, 0, report=True))
     torch.testing.assert_close(loss, next(erl_by_the_book(model, batch, args))[0])
     _, routing = run_model(model, batch.tokens[:, :-1])
@@ -130,7 +144,7 @@ def test_copies_of_one_expert_are_neither_better_nor_worse(erl_grad, dtype):
     dense, batch = make(n_expert=1, top_k=1, dtype=torch.float32, vocab_size=257, n_embd=64)
     model = upcycle(dense, MoEConfig(**{**dense.config.__dict__, "n_expert": 4}), rng(1))
     with torch.autocast("cpu", torch.bfloat16, enabled=dtype == "bfloat16"):
-        paths = next(erl_losses(model, batch, step_args(erl_grad=erl_grad, dtype=dtype)))[2]
+        paths = next(erl_losses(model, batch, args_of(f"{ERL} --erl-grad {erl_grad} --dtype {dtype}")))[2]
     assert paths.S.any() and (paths.advantages[paths.S.any(-1)] == 0).all()
 
 
