@@ -218,9 +218,9 @@ def test_the_page_of_losses_has_the_defaults_of_the_code():
         told[name] = dict(re.findall(r"`(\w+)=([^`]+)`", row))
         for option, value in told[name].items():
             assert value == str(stands_for.get((name, option), known[option])), (name, option)
-        options = {p.name for p in parameters if p.kind == p.KEYWORD_ONLY and p.name != "weights"}
         if name in losses:
-            assert told[name].keys() == options - {"num_experts", "group_size"}, name
+            options = {p.name for p in parameters if p.kind == p.KEYWORD_ONLY}
+            assert told[name].keys() == options - {"num_experts", "group_size", "weights"}, name
             assert all(option.help for option in options_of(*functions).values()), name
     assert {"alpha", "delta", "n_perturb", "clip_eps"} <= told["ERL"].keys()
     assert {*told['"icepop"'], *told['"sequence-mask"']} == {"threshold", "threshold_lower", "clip_min", "clip_max"}

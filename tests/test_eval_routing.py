@@ -249,10 +249,8 @@ def test_figures_by_the_book(text):
     alphas, S, weights = eval_routing.route_alphas().tolist(), 5, [24, 24, 24, 24, 7]
     values = -3 + torch.rand(S, len(alphas), generator=seeded(0), dtype=torch.float64)
     values[0, 0], values[1, 103], values[2, 5] = -1.5, -1.2, values[2, 0]  # own best; a full route best; a tie
-    routers = [(3 * torch.randn(weights[s], 2, 4, generator=seeded(s))).log_softmax(-1) for s in range(S)]
-    scored = [
-        eval_routing.Scored(values[s], torch.zeros(weights[s]), r.topk(2).indices, r) for s, r in enumerate(routers)
-    ]
+    routers = [(3 * torch.randn(n, 2, 4, generator=seeded(n + s))).log_softmax(-1) for s, n in enumerate(weights)]
+    scored = [eval_routing.Scored(v, r[:, 0, 0], r.topk(2).indices, r) for v, r in zip(values, routers, strict=True)]
     result = eval_routing.figures(scored, text=text)
     rows, weights = values.tolist(), weights if text else [1] * S
 
@@ -323,24 +321,17 @@ def test_expert_consistency_by_loops(top_k):
     share, tokens = expert_consistency(*models, rows)
     first, second = (torch.cat([log_probs_of(m, torch.tensor(row))[1].experts[0] for row in rows]) for m in models)
     for layer, e in itertools.product(range(2), range(4)):
-        here = [t for t in range(len(first)) if e in first[t, layer]]
-        assert tokens[layer, e] == len(here)
-        if here:
-            assert share[layer, e].item() == pytest.approx(sum(e in second[t, layer] for t in here) / len(here))
+        stays = [e in second[t, layer] for t in range(len(first)) if e in first[t, layer]]
+        assert tokens[layer, e] == len(stays)
+        assert not stays or share[layer, e].item() == pytest.approx(statistics.fmean(stays))
 
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory):
     """Run folders of random models: "text" and "other" on pydocs, "task" on addition, "dense"; "empty" has no model."""
     folder = tmp_path_factory.mktemp("runs")
-    models = {
-        "text": random_model(0),
-        "other": random_model(9),
-        "task": random_model(3),
-        "empty": None,
-        "dense": random_model(n_expert=1),
-    }
-    for name, model in models.items():
+    models = [random_model(0), random_model(9), random_model(3), random_model(n_expert=1), None]
+    for name, model in zip(("text", "other", "task", "dense", "empty"), models, strict=True):
         (folder / name).mkdir()
         config = {"dataset": "addition" if name == "task" else "pydocs", "tokenizer": "bytes", "data_dir": None}
         (folder / name / "config.json").write_text(json.dumps(config | {"max_new_tokens": 4}))

@@ -163,23 +163,20 @@ class OneStep:
 
     def __init__(self, monkeypatch, flags, reward=uneven, lr=1e-2):
         common = "--dataset addition --max-new-tokens 4 --group-size 4 --prompts-per-step 4"
-        self.args = args_of(f"{common} {flags}")
-        self.args.lr = lr
-        config = MoEConfig(vocab_size=257, top_k=2, gate=self.args.gate, **MICRO)
-        self.model = GPT(config, rng(0))
+        self.args = args_of(f"{common} {flags} --lr {lr}")
+        self.model = GPT(MoEConfig(vocab_size=257, top_k=2, gate=self.args.gate, **MICRO), rng(0))
         with torch.no_grad():
             self.model.wte.weight.mul_(8)  # opinions, so that an update shows
             self.model.wte.weight[BYTES.end] *= 3  # the end token comes often
-        self.task = load_task(self.args, config.context, generative=True)
+        self.task = load_task(self.args, MICRO["context"], generative=True)
         self.optimizer = make_optimizer(self.model, 0.1)
-        self.rollouts, self.forwards, self.losses = [], [], []
+        self.rollouts, self.forwards, self.losses = records = [], [], []
 
         def recorded(*given, real, record):
             record.append((given, real(*given)))
             return record[-1][1]
 
-        records = {"sample": self.rollouts, "policy_forward": self.forwards, "loss_inputs": self.losses}
-        for name, record in records.items():
+        for name, record in zip(("sample", "policy_forward", "loss_inputs"), records, strict=True):
             monkeypatch.setattr(train, name, partial(recorded, real=getattr(train, name), record=record))
         monkeypatch.setattr(data, "reward", reward)
 
