@@ -20,16 +20,12 @@ def make(seed, P=2, G=2, T=6, L=2, K=2, E=4, spread=0.5, changed=0.4, shortest=1
     g = torch.Generator().manual_seed(seed)
     B = P * G
 
-    def route():
-        probs = torch.softmax(torch.randn(B, T, L, E, generator=g, dtype=torch.float64), -1)
-        return probs.topk(K)
-
     def rand(*shape):
         return torch.rand(*shape, generator=g, dtype=torch.float64)
 
     old_log_probs = -3 * rand(B, T)
-    old_probs, old_experts = route()
-    probs, experts = route()
+    routers = torch.randn(2, B, T, L, E, generator=g, dtype=torch.float64).softmax(-1)
+    (old_probs, probs), (old_experts, experts) = routers.topk(K)
     stays = (rand(B, T, L, 1) > changed).expand(B, T, L, K)
     mask = torch.arange(T) < torch.randint(shortest, T + 1, (B, 1), generator=g)
     return dict(
@@ -46,14 +42,10 @@ def make(seed, P=2, G=2, T=6, L=2, K=2, E=4, spread=0.5, changed=0.4, shortest=1
     )
 
 
-NAMES = "log_probs old_log_probs rewards response_mask experts old_experts expert_probs old_expert_probs".split()
-
-
 def by_the_book(inputs, weights=None, alpha=0.2, clips=(0.2, 0.28), kind="relative"):
-    arrays = (inputs[n].detach() for n in NAMES)
-    arrays = (x.double().numpy() if x.is_floating_point() else x.numpy() for x in arrays)
-    weights = None if weights is None else weights.numpy()
-    return reference.erpo(*arrays, inputs["num_experts"], inputs["group_size"], alpha, *clips, kind, weights)
+    *tensors, E, G = inputs.values()
+    arrays = (x.double().numpy() if x.is_floating_point() else x.numpy() for x in tensors)
+    return reference.erpo(*arrays, E, G, alpha, *clips, kind, None if weights is None else weights.numpy())
 
 
 def with_gradient(inputs, **options):

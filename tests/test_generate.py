@@ -29,13 +29,6 @@ def teacher_forced(model, tokens, routes=None, temperature=1.0):
     return log_probs, log_probs.gather(-1, tokens[:, 1:, None]).squeeze(-1), routing
 
 
-def rows_of(rollout):
-    """(row, length of the prompt, length with the response of up to 9 tokens) of each of the PROMPTS."""
-    for b, prompt in enumerate(PROMPTS):
-        response = rollout.tokens[b, len(prompt) : len(prompt) + 9].tolist()
-        yield b, len(prompt), len(prompt) + (response.index(END) + 1 if END in response else len(response))
-
-
 @pytest.mark.parametrize("V", [12, 5000])
 @pytest.mark.parametrize("top_p", [1.0, 0.8, 0.3, 1e-60])  # the last one is 0 as a float32
 def test_a_draw_is_the_inverse_of_the_nucleus_distribution(V, top_p):
@@ -79,13 +72,15 @@ def test_recorded_while_generating_equals_a_teacher_forced_forward(variant, temp
         routes = routes and Routes(routes.experts[:, :T], routes.forced[:, :T], uniform)
         log_probs, picked, routing = teacher_forced(model, rollout.tokens, routes, temperature)
         expected = torch.zeros_like(rollout.response_mask)
-        for b, start, end in rows_of(rollout):
+        for b, start in enumerate(map(len, PROMPTS)):
+            response = rollout.tokens[b, start : start + 9].tolist()
+            end = start + (response.index(END) + 1 if END in response else len(response))
             assert rollout.tokens[b, :start].tolist() == PROMPTS[b] and (rollout.tokens[b, end:] == END).all()
             expected[b, start - 1 : end - 1] = True
             assert torch.equal(rollout.experts[b, : end - 1], routing.experts[b, : end - 1])
             ours, theirs = (x[b, : end - 1] for x in (rollout.expert_log_probs, routing.expert_log_probs()))
             torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=0)
-            assert rollout.responses(END)[b] == [t for t in rollout.tokens[b, start:end].tolist() if t != END]
+            assert rollout.responses(END)[b] == [t for t in response if t != END]
             ends.add(end - start)
         assert torch.equal(rollout.response_mask, expected) and expected[:, -1].any()
         torch.testing.assert_close(rollout.log_probs, picked * expected, atol=1e-5, rtol=0)

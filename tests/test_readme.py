@@ -104,21 +104,15 @@ def test_the_example_to_copy_runs_and_its_number_is_looked_at():
         assert found.failed == failed and found.attempted > 3
 
 
-def added() -> tuple[dict, list]:
-    """What README and docs/data-sets.md tell one to add: their functions by name, and the rows of DATASETS."""
+def test_a_method_and_two_data_sets_as_the_pages_add_them(micro, monkeypatch):
     section = README.split("## Add a method")[1].split("\n## ")[0] + (ROOT / "docs" / "data-sets.md").read_text()
-    rows, names = [], vars(data) | {"problems": SimpleNamespace(), "Example": data.Example}
+    rows, names = [], vars(data) | {"problems": SimpleNamespace()}
     for statement in ast.parse("\n".join(body for _, body in BLOCK.findall(section))).body:
         if isinstance(statement, ast.Expr):
             rows += eval(ast.unparse(statement), names)
         else:
             exec(ast.unparse(statement), names)
             setattr(names["problems"], statement.name, names[statement.name])
-    return names, rows
-
-
-def test_a_method_and_two_data_sets_as_the_pages_add_them(micro, monkeypatch):
-    names, rows = added()
     monkeypatch.setitem(train.METHODS, "reinforce", names["reinforce_loss"])
     monkeypatch.setitem(train.OPTIONS, "reinforce", options_of(names["reinforce_loss"]))
     for row in rows:
