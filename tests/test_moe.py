@@ -225,12 +225,10 @@ def test_router_losses_by_the_book(B, L, top_k, seed):
         np.testing.assert_allclose(got[1][layer], np.mean([math.log(np.exp(row).sum()) ** 2 for row in rows]))
         np.testing.assert_allclose(got[2][layer], load)
     other = logits.masked_fill(~mask[..., None, None], math.nan).requires_grad_()
-    again = router_losses(other, experts, mask)
-    assert all(torch.equal(a, b) for a, b in zip(got, again, strict=True))
-    assert gradients(again[0].sum() + again[1].sum(), [other])[0].isfinite().all()
-    balance, z, load = router_losses(other, experts, mask & False)
-    assert not balance.any() and not z.any() and not load.any()
-    assert not gradients(balance.sum() + z.sum(), [other])[0].any()
+    again, nothing = (router_losses(other, experts, m) for m in (mask, mask & False))
+    assert all(map(torch.equal, got, again)) and not any(x.any() for x in nothing)
+    slope, flat = (gradients(balance.sum() + z.sum(), [other])[0] for balance, z, _ in (again, nothing))
+    assert slope.isfinite().all() and not flat.any()
 
 
 @pytest.mark.parametrize("variant", VARIANTS[1:], ids=str)
@@ -318,14 +316,11 @@ def test_parameter_counts_of_gpt2(variant, total, active):
     with torch.device("meta"):
         model = GPT(MoEConfig(vocab_size=50257, **moe.SIZES["gpt2"], **variant))
     assert model.count_parameters() == (total, active)
-    routers = sum(p.numel() for n, p in model.named_parameters() if "router" in n)
-    assert routers == (0 if variant == dict(n_expert=1) else 36_864)
 
 
 def test_initial_weights_and_their_seed():
     a, b, c = (GPT(MoEConfig(n_embd=64), rng(s)) for s in (0, 0, 1))
-    assert all(torch.equal(x, y) for x, y in zip(a.parameters(), b.parameters(), strict=True))
-    assert not torch.equal(a.wte.weight, c.wte.weight)
+    assert all(map(torch.equal, a.parameters(), b.parameters())) and not torch.equal(a.wte.weight, c.wte.weight)
     layer = a.blocks[1].mlp
     for p, std in ((layer.router.weight, 0.1), (layer.experts.w_in, 0.02), (layer.experts.w_out, 0.02 / math.sqrt(8))):
         assert abs(p.std() / std - 1) < 0.15
