@@ -86,20 +86,13 @@ def erl_by_the_book(model, batch, args, noise=None):
         yield loss, paths
 
 
-ERL = "--algo erl --dataset pydocs --delta 0.7 --z-coef 0.001 --balance-coef 0.02 --erl-grad all "
+# Of a flag that is given twice the last one counts.
+ERL = "--algo erl --dataset pydocs --delta 0.7 --z-coef 0.001 --balance-coef 0.02 --erl-grad all --inner-epochs 2 "
+VARIANTS = ["", "--erl-grad router --advantage log --jitter 0.3", "--top-k 2 --wpl --jitter 0.3"]
+VARIANTS += ["--erl-grad router --top-k 2 --wpl", "--ratio uniform --inner-epochs 1", "--draw router --alpha 1"]
 
 
-@pytest.mark.parametrize(
-    "flags",
-    [
-        "--inner-epochs 2",
-        "--inner-epochs 2 --erl-grad router --advantage log --jitter 0.3",
-        "--inner-epochs 2 --top-k 2 --wpl --jitter 0.3",
-        "--inner-epochs 2 --erl-grad router --top-k 2 --wpl",
-        "--ratio uniform",
-        "--inner-epochs 2 --draw router --alpha 1",
-    ],
-)
+@pytest.mark.parametrize("flags", VARIANTS)
 def test_erl_is_its_equations_in_value_and_gradient(flags):
     args = args_of(ERL + flags)
     model, batch = make(seed=args.top_k, top_k=args.top_k)
@@ -222,13 +215,16 @@ def test_a_step_on_answers_by_the_book(micro, monkeypatch):
 def test_the_share_of_a_minibatch_and_equal_rewards(micro, monkeypatch):
     """Two groups a minibatch, one of them silent: its rows get no forward and still count in the mean over rows."""
     silent = iter([0.0] * 4 + [0, 1, 0, 1] + [1.0] * 8)
-    run = OneStep(monkeypatch, "--algo grpo --minibatches 2", reward=lambda *_: next(silent))
+    run = OneStep(monkeypatch, "--algo cispo --minibatches 2", reward=lambda *_: next(silent))
+    book = copy.deepcopy(run.model)
     report = run.step()
     assert report["updates"] == 1 and report["silent_groups"] == 0.75
-    (inputs,) = run.inputs
+    (inputs,), tokens = run.inputs, run.rollout.tokens[4:8]
     assert len(inputs["log_probs"]) == 4 and inputs["advantages"].abs().sum() > 0
-    loss, _ = train.METHODS["grpo"](**inputs)
-    assert report["loss"] == pytest.approx(loss.item() / 2)  # 4 of the minibatch's 8 rows
+    log_probs = picked_from(run_model(book, tokens[:, :-1])[0], tokens)
+    loss, _ = train.METHODS["cispo"](**inputs | {"log_probs": log_probs})
+    norm = update_by_the_book(book, loss / 2, 0, {})  # 4 of the minibatch's 8 rows
+    assert (report["loss"], report["grad_norm"]) == pytest.approx((loss.item() / 2, norm), rel=1e-4) and norm > 0
 
 
 @pytest.mark.parametrize("replay", ["none", "r2", "r3"])
