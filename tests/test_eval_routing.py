@@ -152,13 +152,14 @@ def test_a_router_that_is_right_or_wrong_by_construction(chosen):
 def test_task_scores_follow_the_routes_of_prompt_end_and_answer(batch_size):
     """Expert 0 writes "1", expert 1 "2": the answer says which expert worked at each position that writes. A prompt is
     never perturbed but for its last token."""
-    model, example = settled_model(0, writes=[ord("1"), ord("2")]), data.Example("9+9=", "111", ("111", "211"))
+    right = "111", "211", "122"
+    model, example = settled_model(0, writes=[ord("1"), ord("2")]), data.Example("9+9=", "111", right)
     for i, scored in enumerate(rank_thrice(model, "addition", example, batch_size)):
         routes = eval_routing.draw_routes(model, 7, 11, "routes", i, first=3)
         for r in range(len(routes.forced)):
             worked = [int(routes.experts[r, t, 0, 0]) if routes.forced[r, t, 0] else 0 for t in range(7)]
             answer = "".join("12"[worked[t]] for t in (3, 4, 5))  # the last prompt token writes the first one
-            assert scored.values[r] == float(answer in ("111", "211"))
+            assert scored.values[r] == float(answer in right)
         assert scored.values[0] == 1 and 0 < scored.values[1:].mean() < 1
         assert scored.experts.tolist() == [[[0]]] * 6 and scored.router_log_probs.shape == (6, 1, 2)
         assert bytes(scored.tokens.tolist()) == b"9+9=11"  # the last token written is never read
