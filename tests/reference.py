@@ -13,9 +13,6 @@ def clipped(ratio, A, low, high):
     return min(ratio * A, min(max(ratio, 1 - low), 1 + high) * A)
 
 
-# ---------------------------------------------------------------------------------------------------------------- ERL
-
-
 def erl_advantage(perturbed_log_probs, original_log_probs, kind="static"):
     out = np.zeros(perturbed_log_probs.shape)
     for index in np.ndindex(*out.shape):
@@ -38,9 +35,6 @@ def erl_loss(new, old, advantages, perturbed, clip_eps=0.2):
                     f -= clipped(ratio, advantages[b, t], clip_eps, clip_eps) / K  # eq. 13
                 losses.append(f)
     return sum(losses) / len(losses) if losses else 0.0  # eq. 14
-
-
-# ---------------------------------------------------------------------------------------------------------- baselines
 
 
 def group_advantages(rewards, group_size):
@@ -101,9 +95,6 @@ def mismatch_weights(old, rollout, mask, kind, low, high):
     return out
 
 
-# --------------------------------------------------------------------------------------------------------------- RAIS
-
-
 def router_shift(new, old, floor=0.8, layers="mean"):
     B, T, L, K = new.shape
     gamma = np.zeros((B, T))
@@ -114,9 +105,6 @@ def router_shift(new, old, floor=0.8, layers="mean"):
                 shift += sum(abs(new[b, t, layer, k] - old[b, t, layer, k]) for k in range(K)) / K
             gamma[b, t] = max(math.exp(-shift / max(L, 1) if layers == "mean" else -shift), floor)
     return gamma
-
-
-# --------------------------------------------------------------------------------------------------------------- ERPO
 
 
 def erpo(new, old, rewards, mask, experts, old_experts, probs, old_probs, E, G, alpha, low, high, kind, weights=None):

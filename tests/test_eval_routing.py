@@ -1,13 +1,9 @@
-"""Tests of eval_routing.py: ranks and ties by enumeration, scores by plain forwards, regret by a forward written out,
-models whose rank and regret are known by construction, the figures by the book, and the command."""
+"""eval_routing.py: scores by plain forwards, models whose rank and regret are known by construction, the command."""
 
 import itertools
 import json
 import math
-import os
 import statistics
-import subprocess
-import sys
 from types import SimpleNamespace
 
 import pytest
@@ -24,6 +20,7 @@ from support.routing_text import frequent_tokens, warnings_of
 from support.samples import Samples, expert_consistency, load_run, load_samples
 from support.tasks import rng
 
+BYTES = data.load_tokenizer("bytes")
 SMALL = dict(vocab_size=257, context=24, n_layer=2, n_head=2, n_embd=16, moe_every=1)
 
 
@@ -62,18 +59,17 @@ def settled_model(chosen, writes):
     return model
 
 
+@torch.no_grad()
 def log_probs_of(model, tokens, routes=None):
     features, routing = model(tokens[None], routes=routes)
-    return model.head(features).detach().double().log_softmax(-1)[0], routing
+    return model.head(features).double().log_softmax(-1)[0], routing
 
 
 def ranks_with_ties_broken(values):
     """The original's rank (index 0) under every possible order in which equal routes may be listed."""
-    ranks = []
-    for order in itertools.permutations(range(len(values))):
-        listed = sorted(range(len(values)), key=lambda route: (-values[route], order[route]))
-        ranks.append(1 + listed.index(0))
-    return ranks
+    routes = range(len(values))
+    listed = (sorted(routes, key=lambda r: (-values[r], order[r])) for order in itertools.permutations(routes))
+    return [1 + routes.index(0) for routes in listed]
 
 
 @given(st.lists(st.integers(0, 3), min_size=2, max_size=6))
@@ -95,48 +91,37 @@ def test_routes_are_the_original_33_at_each_alpha_and_full_ones():
     assert not routes.forced[:, :40].any()
     share = routes.forced[:, 40:].double().mean((1, 2))
     assert share[0] == 0 and (share[100:] == 1).all()
-    for alpha, first in ((0.25, 1), (0.5, 34), (0.75, 67)):
-        assert abs(share[first : first + 33].mean() - alpha) < 0.02
+    assert share[1:100].view(3, 33).mean(1).tolist() == pytest.approx([0.25, 0.5, 0.75], abs=0.02)
+
+
+def rank_thrice(model, dataset, item, batch_size):
+    """One sample three times, each with routes of its own: those of the seed 11 and its index."""
+    samples = Samples(data.get_dataset(dataset), BYTES, [item] * 3, 3, 21)
+    args = SimpleNamespace(samples=3, seed=11, batch_size=batch_size, split="test")
+    return eval_routing.rank_samples(args, model, samples)
 
 
 @pytest.mark.parametrize("sizes", [{}, {"top_k": 2, "gate": "prob"}, {"moe_every": 2}])
 def test_text_scores_are_those_of_plain_forwards(sizes):
     model, (tokens, mask) = random_model(**sizes), random_window()
     mask[20:] = False  # the end of a text that is shorter than the context
-    routes = eval_routing.draw_routes(model, 24, 0, "routes", 0)
-    scored = eval_routing.score_text(model, (tokens, mask), routes, 7)
-    for r in (0, 1, 40, 80, 101):
-        one = None if r == 0 else Routes(routes.experts[r : r + 1], routes.forced[r : r + 1])
-        log_probs, _ = log_probs_of(model, tokens[:-1], one)
-        expected = sum(log_probs[t, tokens[t + 1]] for t in range(20)) / 20
-        assert scored.values[r].item() == pytest.approx(expected.item(), abs=1e-5)
     routing = log_probs_of(model, tokens[:20])[1]
-    assert torch.equal(scored.experts, routing.experts[0]) and torch.equal(scored.tokens, tokens[:20])
-    torch.testing.assert_close(scored.router_log_probs, routing.logits[0].log_softmax(-1).detach())
-
-
-@pytest.mark.parametrize("dataset", ["pydocs", "addition"])
-def test_each_sample_has_routes_of_its_own(dataset):
-    """One sample thrice. A prompt is never perturbed but for its last token."""
-    text = dataset == "pydocs"
-    model = random_model() if text else settled_model(0, writes=[ord("1"), ord("2")])
-    items = [random_window() if text else data.Example("9+9=", "111", ("111", "211", "122"))] * 3
-    samples = Samples(data.get_dataset(dataset), data.load_tokenizer("bytes"), items, 3, 21)
-    args = SimpleNamespace(samples=3, seed=11, batch_size=None, split="test")
-    scored = [sample.values for sample in eval_routing.rank_samples(args, model, samples)]
-    for i, item in enumerate(items):
-        routes = eval_routing.draw_routes(model, 24 if text else 7, 11, "routes", i, first=0 if text else 3)
-        how = (item, routes) if text else (item, list(b"9+9="), routes, samples)
-        expected = (eval_routing.score_text if text else eval_routing.score_task)(model, *how).values
-        torch.testing.assert_close(scored[i], expected)
-    assert scored[0][0] == scored[2][0] and (scored[0] - scored[2]).abs().max() > 1e-3
+    for i, scored in enumerate(rank_thrice(model, "pydocs", (tokens, mask), 7)):
+        routes = eval_routing.draw_routes(model, 24, 11, "routes", i)
+        for r in (0, 1, 40, 80, 101):
+            one = None if r == 0 else Routes(routes.experts[r : r + 1], routes.forced[r : r + 1])
+            log_probs, _ = log_probs_of(model, tokens[:-1], one)
+            expected = sum(log_probs[t, tokens[t + 1]] for t in range(20)) / 20
+            assert scored.values[r].item() == pytest.approx(expected.item(), abs=1e-5)
+        assert torch.equal(scored.experts, routing.experts[0]) and torch.equal(scored.tokens, tokens[:20])
+        torch.testing.assert_close(scored.router_log_probs, routing.logits[0].log_softmax(-1))
 
 
 @pytest.mark.parametrize("top_k", [1, 2])
 def test_a_freshly_upcycled_model_is_indifferent(top_k):
     model, window = upcycle(random_model(n_expert=1), MoEConfig(**SMALL, n_expert=8, top_k=top_k)), random_window()
-    routes, C = eval_routing.draw_routes(model, 24, 0), 9 - top_k
-    result = eval_routing.figures([eval_routing.score_text(model, window, routes)], text=True)
+    scored, C = eval_routing.score_text(model, window, eval_routing.draw_routes(model, 24, 0)), 9 - top_k
+    result = eval_routing.figures([scored], text=True)
     assert (result["tied_routes"], result["better_routes"], result["hit1"]) == ([99], [0], 0.01)
     assert result["mrr"] == pytest.approx(eval_routing.CHANCE_MRR)
     regret = eval_routing.regret_figures([eval_routing.score_decision(model, window[0].tolist(), 1)])["all"]
@@ -163,24 +148,21 @@ def test_a_router_that_is_right_or_wrong_by_construction(chosen):
     assert (found["own_rank"], found["own_best"]) == ((2, 0) if chosen else (1, 1))
 
 
-def test_task_scores_follow_the_routes_of_prompt_end_and_answer():
-    """Expert 0 writes "1", expert 1 "2": the answer says which expert worked at each position that writes."""
-    model = settled_model(0, writes=[ord("1"), ord("2")])
-    tokenizer, prompt = data.load_tokenizer("bytes"), [ord(c) for c in "9+9="]
-    samples = Samples(data.get_dataset("addition"), tokenizer, [], 3, 20)
-    example = data.Example("9+9=", "111", ("111", "211"))
-    routes = eval_routing.draw_routes(model, len(prompt) + 3, 4, first=len(prompt) - 1)
-    scored = eval_routing.score_task(model, example, prompt, routes, samples)
-    for r in range(len(routes.forced)):
-        worked = [int(routes.experts[r, t, 0, 0]) if routes.forced[r, t, 0] else 0 for t in range(7)]
-        answer = "".join("12"[worked[t]] for t in (3, 4, 5))  # the last prompt token writes the first one
-        assert scored.values[r] == float(answer in ("111", "211"))
-    assert scored.values[0] == 1 and 0 < scored.values[1:].mean() < 1
-    assert scored.experts.tolist() == [[[0]]] * 6 and scored.router_log_probs.shape == (6, 1, 2)
-    assert scored.tokens.tolist() == [*prompt, ord("1"), ord("1")]  # the last token written is never read
-    for batch_size in (1, 50):
-        other = eval_routing.score_task(model, example, prompt, routes, samples, batch_size)
-        assert torch.equal(other.values, scored.values)
+@pytest.mark.parametrize("batch_size", [None, 1, 50])
+def test_task_scores_follow_the_routes_of_prompt_end_and_answer(batch_size):
+    """Expert 0 writes "1", expert 1 "2": the answer says which expert worked at each position that writes. A prompt is
+    never perturbed but for its last token."""
+    right = "111", "211", "122"
+    model, example = settled_model(0, writes=[ord("1"), ord("2")]), data.Example("9+9=", "111", right)
+    for i, scored in enumerate(rank_thrice(model, "addition", example, batch_size)):
+        routes = eval_routing.draw_routes(model, 7, 11, "routes", i, first=3)
+        for r in range(len(routes.forced)):
+            worked = [int(routes.experts[r, t, 0, 0]) if routes.forced[r, t, 0] else 0 for t in range(7)]
+            answer = "".join("12"[worked[t]] for t in (3, 4, 5))  # the last prompt token writes the first one
+            assert scored.values[r] == float(answer in right)
+        assert scored.values[0] == 1 and 0 < scored.values[1:].mean() < 1
+        assert scored.experts.tolist() == [[[0]]] * 6 and scored.router_log_probs.shape == (6, 1, 2)
+        assert bytes(scored.tokens.tolist()) == b"9+9=11"  # the last token written is never read
 
 
 def forward_with(model, tokens, layer, expert):
@@ -195,23 +177,20 @@ def forward_with(model, tokens, layer, expert):
         return log_probs_of(model, tokens)[0][-1]
 
 
-FORCED = [{"top_k": 2}, {"top_k": 2, "gate": "prob", "n_shared_expert": 1}]
-FORCED += [{"n_layer": 4, "moe_every": 2, "gate": "straight"}]
-
-
-@pytest.mark.parametrize("sizes", FORCED)
+@pytest.mark.parametrize(
+    "sizes",
+    [dict(top_k=2), dict(top_k=2, gate="prob", n_shared_expert=1), dict(n_layer=4, moe_every=2, gate="straight")],
+)
 def test_a_forced_expert_takes_the_place_and_the_weight_of_the_own_one(sizes):
     tokens, seen = random_window(10)[0], set()
     for layer, length, seed in itertools.product(range(2), (3, 10), range(3)):
-        model = random_model(seed, **sizes)
-        found = eval_routing.score_decision(model, tokens[: length + 1].tolist(), layer)
-        prefix, target = tokens[:length], tokens[length]
-        with torch.no_grad():
-            log_probs, routing = log_probs_of(model, prefix)
-            chosen, own = routing.experts[0, -1, layer].tolist(), log_probs[-1]
-            seen.add(chosen[0])
-            others = [forward_with(model, prefix, layer, e) for e in range(4) if e not in chosen]
-        expected = torch.stack([own[target], *(p[target] for p in others)])
+        model, prefix, target = random_model(seed, **sizes), tokens[:length], tokens[length]
+        found = eval_routing.score_decision(model, [*prefix.tolist(), target.item()], layer)
+        log_probs, routing = log_probs_of(model, prefix)
+        chosen, own = routing.experts[0, -1, layer].tolist(), log_probs[-1]
+        seen.add(chosen[0])
+        others = [forward_with(model, prefix, layer, e) for e in range(4) if e not in chosen]
+        expected = torch.stack([p[target] for p in (own, *others)])
         torch.testing.assert_close(found.values, expected, rtol=1e-5, atol=1e-5)
         assert found.values.std() > 1e-3
         assert found.entropy == pytest.approx(-(own.exp() * own).sum().item(), rel=1e-5)
@@ -219,14 +198,13 @@ def test_a_forced_expert_takes_the_place_and_the_weight_of_the_own_one(sizes):
 
 
 def test_decisions_are_drawn_one_a_row_from_the_predictions_that_count():
-    model, spec = random_model(), data.get_dataset("addition")
+    model, rows = random_model(), [[*b"12+3=15", 256], [*b"4+4=8", 256]]
     examples = [data.Example("12+3=", "15", ("15",)), data.Example("4+4=", "8", ("8",))]
-    samples = Samples(spec, data.load_tokenizer("bytes"), examples, 4, 20)
+    samples = Samples(data.get_dataset("addition"), BYTES, examples, 4, 20)
     scored = eval_routing.score_decisions(SimpleNamespace(seed=3, decisions=12), model, samples)
-    rows = [[*b"12+3=15", 256], [*b"4+4=8", 256]]
     for i, decision in enumerate(scored):
-        row, first = rows[i % 2], (4, 3)[i % 2]  # "=" predicts the answer's first token
-        draw = rng(3, "decisions", i)
+        row, draw = rows[i % 2], rng(3, "decisions", i)
+        first = row.index(ord("="))  # it predicts the answer's first token
         position = int(torch.randint(first, len(row) - 1, (), generator=draw))
         layer = int(torch.randint(2, (), generator=draw))
         expected = eval_routing.score_decision(model, row[: position + 2], layer)
@@ -239,8 +217,7 @@ def test_regret_figures_by_the_book():
     values[0, 1:] = values[0, 0] = -1.0  # all tied
     values[1] = torch.tensor([-0.5, -1.0, -2.0, -3.0])  # the own one is best
     entropies = [2.0, 0.1, 0.5, 1.5, 0.2, 1.0, 3.0, 0.3, 2.5]
-    decisions = [eval_routing.Decision(v, h) for v, h in zip(values, entropies, strict=True)]
-    found = eval_routing.regret_figures(decisions)
+    found = eval_routing.regret_figures([*map(eval_routing.Decision, values, entropies)])
     assert (found["candidates"], found["chance_rank"], found["chance_best"]) == (4, 2.5, 0.25)
     assert found["median_entropy"] == 1.0
     confident = [i for i, h in enumerate(entropies) if h <= 1.0]
@@ -263,19 +240,14 @@ def test_regret_figures_by_the_book():
         assert found[name]["rank_shares"] == pytest.approx(shares, abs=1e-12)
 
 
-def made_up(value, weight, seed):
-    """A sample of `weight` tokens with routers of their own, 4 experts in 2 layers, of which the 2 likeliest work."""
-    log_probs = (3 * torch.randn(weight, 2, 4, generator=seeded(seed))).log_softmax(-1)
-    return eval_routing.Scored(value, torch.zeros(weight, dtype=torch.long), log_probs.topk(2).indices, log_probs)
-
-
 @pytest.mark.parametrize("text", [True, False])
 def test_figures_by_the_book(text):
-    """Load, entropy and max_vio are tested with routing_report; here, what is made of them."""
+    """Of samples of 4 experts in 2 layers, 2 a token. Entropy and max_vio are tested with routing_report."""
     alphas, S, weights = eval_routing.route_alphas().tolist(), 5, [24, 24, 24, 24, 7]
     values = -3 + torch.rand(S, len(alphas), generator=seeded(0), dtype=torch.float64)
     values[0, 0], values[1, 103], values[2, 5] = -1.5, -1.2, values[2, 0]  # own best; a full route best; a tie
-    scored = [made_up(values[s], weights[s], s) for s in range(S)]
+    routers = [(3 * torch.randn(n, 2, 4, generator=seeded(n + s))).log_softmax(-1) for s, n in enumerate(weights)]
+    scored = [eval_routing.Scored(v, r[:, 0, 0], r.topk(2).indices, r) for v, r in zip(values, routers, strict=True)]
     result = eval_routing.figures(scored, text=text)
     rows, weights = values.tolist(), weights if text else [1] * S
 
@@ -301,7 +273,8 @@ def test_figures_by_the_book(text):
     assert result["mrr_standard_error"] == pytest.approx(statistics.stdev(reciprocal) / math.sqrt(S))
     assert result["hit1"] == pytest.approx(sum(b == 0 for b in better) / S) and result["hit1"] > 0
 
-    log_probs, experts = (torch.cat([s[part] for s in scored]) for part in (3, 2))
+    log_probs = torch.cat(routers)
+    experts = log_probs.topk(2).indices
     top1 = log_probs.exp().amax(-1).flatten().tolist()
     bins = [sum(min(int(20 * p), 19) == b for p in top1) / len(top1) for b in range(20)]
     assert result["top1_histogram"] == pytest.approx(bins) and result["routing_decisions"] == len(top1)
@@ -313,19 +286,14 @@ def test_figures_by_the_book(text):
 
 
 @pytest.mark.parametrize(
-    ("top_k", "shares", "collapsed"),
-    [
-        (1, [0.96, 0.02, 0.02], True),
-        (1, [0.94, 0.03, 0.03], False),
-        (2, [0, 0.92, 0.04, 0.04], True),  # beside expert 0: together the two have 0.96 of the slots
-        (2, [0, 0.88, 0.06, 0.06], False),
-    ],
+    ("top_k", "tokens", "collapsed"),  # with two experts a token, beside expert 0: together 0.96 of the slots, or 0.94
+    [(1, [960, 20, 20], True), (1, [940, 30, 30], False), (2, [0, 920, 80], True), (2, [0, 880, 120], False)],
 )
-def test_ranks_that_say_little_are_told(top_k, shares, collapsed):
-    """Of 1,000 tokens of one layer, a share of them at each expert."""
-    experts = torch.cat([torch.full((round(1000 * share), 1, 1), e) for e, share in enumerate(shares)])
+def test_ranks_that_say_little_are_told(top_k, tokens, collapsed):
+    """Of 1,000 tokens of one layer, a number at each expert."""
+    experts = torch.arange(3).repeat_interleave(torch.tensor(tokens))[:, None, None]
     experts = torch.cat([torch.zeros_like(experts), experts], -1)[..., -top_k:]
-    value, even = -2 + torch.rand(108, generator=seeded(0), dtype=torch.float64), torch.zeros(1000, 1, len(shares))
+    value, even = -2 + torch.rand(108, generator=seeded(0), dtype=torch.float64), torch.zeros(1000, 1, 3)
     sample = eval_routing.Scored(value, experts[:, 0, 0], experts, even.log_softmax(-1))
     result = eval_routing.figures([sample], text=True)
     result |= {"step": 5, "score": "perplexity", "dataset": "pydocs", "split": "test"}
@@ -339,7 +307,7 @@ def test_ranks_that_say_little_are_told(top_k, shares, collapsed):
 def test_frequent_tokens_are_counted_for_each_layer_and_expert():
     tokens, experts = torch.tensor([97, 98, 97, 97]), torch.tensor([[[0], [2]], [[1], [2]], [[0], [1]], [[1], [2]]])
     sample = eval_routing.Scored(torch.zeros(100), tokens, experts, torch.zeros(4, 2, 3))
-    first, second = frequent_tokens([sample, sample], data.load_tokenizer("bytes"), 3)
+    first, second = frequent_tokens([sample, sample], BYTES, 3)
     assert first == [[["a", 4]], [["a", 2], ["b", 2]], []] and second == [[], [["a", 2]], [["a", 4], ["b", 2]]]
 
 
@@ -350,18 +318,17 @@ def test_expert_consistency_by_loops(top_k):
     share, tokens = expert_consistency(*models, rows)
     first, second = (torch.cat([log_probs_of(m, torch.tensor(row))[1].experts[0] for row in rows]) for m in models)
     for layer, e in itertools.product(range(2), range(4)):
-        here = [t for t in range(len(first)) if e in first[t, layer]]
-        assert tokens[layer, e] == len(here)
-        if here:
-            assert share[layer, e].item() == pytest.approx(sum(e in second[t, layer] for t in here) / len(here))
+        stays = [e in second[t, layer] for t in range(len(first)) if e in first[t, layer]]
+        assert tokens[layer, e] == len(stays)
+        assert not stays or share[layer, e].item() == pytest.approx(statistics.fmean(stays))
 
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory):
     """Run folders of random models: "text" and "other" on pydocs, "task" on addition, "dense"; "empty" has no model."""
     folder = tmp_path_factory.mktemp("runs")
-    models = {"text": random_model(0), "other": random_model(9), "task": random_model(3), "empty": None}
-    for name, model in (models | {"dense": random_model(n_expert=1)}).items():
+    models = [random_model(0), random_model(9), random_model(3), random_model(n_expert=1), None]
+    for name, model in zip(("text", "other", "task", "dense", "empty"), models, strict=True):
         (folder / name).mkdir()
         config = {"dataset": "addition" if name == "task" else "pydocs", "tokenizer": "bytes", "data_dir": None}
         (folder / name / "config.json").write_text(json.dumps(config | {"max_new_tokens": 4}))
@@ -374,50 +341,47 @@ def runs(tmp_path_factory):
 
 @pytest.fixture
 def undrawn(monkeypatch):
-    monkeypatch.setattr("support.pictures.save", lambda *_: None)  # most of a small run's time
+    """No pictures, which are most of a small run's time."""
+    monkeypatch.setattr("support.pictures.save", lambda *_: None)
 
 
 def evaluate(*argv):
     return eval_routing.run(eval_routing.parse(["--device", "cpu", "--decisions", "6", *map(str, argv)]))
 
 
-def test_the_command(runs, undrawn, tmp_path):
-    command = [sys.executable, eval_routing.__file__, "text", "--samples", "2", "--decisions", "6", "--device", "cpu"]
-    one = os.environ | {"OMP_NUM_THREADS": "1"}  # as the suite has it: another number of threads rounds otherwise
-    done = subprocess.run(command, cwd=runs, env=one, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    assert "0.0519" in done.stdout and "regret" in done.stdout
+def test_the_command(runs, tmp_path, capsys):
+    assert eval_routing.main(["text", "--samples", "2", "--decisions", "6", "--device", "cpu"]) == 0
+    out = capsys.readouterr().out
+    assert "0.0519" in out and "regret" in out
     result = json.loads((runs / "text" / "routing.json").read_text())
     for kind in ("ranks", "robustness", "top1", "load", "regret"):
         assert imread(runs / "text" / f"routing_{kind}.png")[..., :3].std() > 0.03  # not blank
     assert (result["samples"], result["score"], result["step"], result["split"]) == (2, "perplexity", 3, "test")
     assert result["regret"]["all"]["decisions"] == 6 and result["regret"]["candidates"] == 4
-    assert evaluate("text", "--samples", "2", "--out", tmp_path) == result  # by Python; into another folder
+    assert evaluate("text", "--samples", "2", "--out", tmp_path) == result  # into another folder
 
 
 def test_samples_are_windows_of_the_split_in_an_order_drawn_from_the_seed(runs, undrawn, monkeypatch, tmp_path, capsys):
     tokens = random_window(24 * 5 + 7)[0]
-    asked = []
 
     def load_text(name, split, *_, **__):
-        asked.append((name, split))
+        assert (name, split) == ("pydocs", "validation")
         return data.TextSplit(tokens.numpy().astype("uint16"), 127)
 
     monkeypatch.setattr(data, "load_text", load_text)
     model, config, _ = load_run("text")
-    samples = load_samples(eval_routing.parse(["text", "--seed", "4", "--split", "validation"]), model, config)
-    assert asked == [("pydocs", "validation")]
+    flags = ["text", "--split", "validation", "--seed", "4", "--out", tmp_path]
+    samples = load_samples(eval_routing.parse([*map(str, flags)]), model, config)
     order = torch.randperm(5, generator=rng(4, "samples")).tolist()  # the short last window is no sample
     assert [item[0].tolist() for item in samples.items] == [tokens[24 * i : 24 * i + 25].tolist() for i in order]
-    assert evaluate("text", "--out", tmp_path)["samples"] == 5 and "has 5 samples, not 300" in capsys.readouterr().err
+    assert evaluate(*flags)["samples"] == 5 and "has 5 samples, not 300" in capsys.readouterr().err
     tokens = tokens[:9]  # unless there is no other
-    assert evaluate("text", "--out", tmp_path)["samples"] == 1
+    assert evaluate(*flags)["samples"] == 1
 
 
 def test_a_test_set_has_its_own_rules_and_the_run_s_room_for_answers(runs, tmp_path):
     """math500 is what a run on deepscaler is tested on: the same room for prompt and answer as there."""
-    model, config, _ = load_run("text")
-    path = tmp_path / data.get_dataset("math500").files["test"]
+    (model, config, _), path = load_run("text"), tmp_path / data.get_dataset("math500").files["test"]
     path.parent.mkdir(parents=True)
     path.write_text(json.dumps({"problem": "1 + 1?", "answer": "2"}) + "\n")
     args = eval_routing.parse(["text", "--dataset", "math500", "--data-dir", str(tmp_path)])
@@ -427,10 +391,9 @@ def test_a_test_set_has_its_own_rules_and_the_run_s_room_for_answers(runs, tmp_p
 
 
 def test_compare(runs, undrawn, tmp_path):
-    task = evaluate("task", "--samples", "3", "--compare", "task", "--out", tmp_path)
-    assert task["score"] == "accuracy"
-    again = evaluate("task", "--samples", "3", "--compare", "task", "--batch-size", "17", "--out", tmp_path)
-    assert again == task
+    flags = "task", "--samples", "3", "--compare", "task", "--out", tmp_path
+    task = evaluate(*flags)
+    assert task["score"] == "accuracy" and evaluate(*flags, "--batch-size", "17") == task
     examples = data.load_examples("addition", "test")  # all of them, prompt and answer: fewer than 10,000 tokens
     assert task["compared_tokens"] == sum(len(e.prompt + e.answer[:4]) for e in examples)
     tokens = sum(task["expert_consistency_tokens"], [])  # of each expert of each layer
@@ -441,7 +404,7 @@ def test_compare(runs, undrawn, tmp_path):
     assert any(share is not None and share < 1 for share in sum(text["expert_consistency"], []))
 
 
-@pytest.mark.parametrize("flags", ["nothing", "empty", "text --dataset pydoc", "text --compare dense"])
-def test_mistakes_are_one_sentence(runs, flags, capsys):
-    assert eval_routing.main([*flags.split(), "--device", "cpu"]) == 2
-    assert capsys.readouterr().err.count("\n") == 1
+def test_mistakes_are_one_sentence(runs, capsys):
+    for flags in ("nothing", "empty", "text --dataset pydoc", "text --compare dense"):
+        assert eval_routing.main([*flags.split(), "--device", "cpu"]) == 2
+        assert capsys.readouterr().err.count("\n") == 1

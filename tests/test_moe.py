@@ -1,6 +1,5 @@
 """moe.py alone: the model against NumPy loops, routing as a value, experts, head, upcycling."""
 
-import copy
 import math
 from types import SimpleNamespace
 
@@ -54,9 +53,6 @@ def gradients(loss, parameters):
     return torch.autograd.grad(loss, parameters, allow_unused=True, materialize_grads=True)
 
 
-# ---------------------------------------------------------------------------------------------- the forward by the book
-
-
 def softmax(x):
     e = np.exp(x - x.max())
     return e / e.sum()
@@ -87,8 +83,7 @@ def book_forward(model, tokens, routes=None):
                 out[t, s] = weights @ v[: t + 1, s]
         return out @ p[name + ".proj.weight"].T + p[name + ".proj.bias"]
 
-    B, T = tokens.shape
-    L = len(c.moe_blocks)
+    (B, T), L = tokens.shape, len(c.moe_blocks)
     logits = np.zeros((B, T, c.vocab_size))
     router, used = np.zeros((B, T, L, c.n_expert)), np.zeros((B, T, L, c.top_k), int)
     for b in range(B):
@@ -123,19 +118,11 @@ def book_forward(model, tokens, routes=None):
     return logits, router, used
 
 
-VARIANTS = [
-    dict(n_expert=1, top_k=1),
-    dict(top_k=1),
-    dict(top_k=1, gate="prob", n_shared_expert=1),
-    dict(top_k=2),
-    dict(top_k=2, gate="prob"),
-    dict(top_k=1, moe_every=1),
-    dict(top_k=4, n_shared_expert=2, moe_every=3),
-]
-name_of = lambda v: " ".join(f"{k}={x}" for k, x in v.items())  # noqa: E731
+VARIANTS = [dict(n_expert=1, top_k=1), dict(top_k=1, gate="prob", n_shared_expert=1), dict(top_k=2)]
+VARIANTS += [dict(top_k=2, gate="prob"), dict(top_k=1, moe_every=1), dict(top_k=4, n_shared_expert=2, moe_every=3)]
 
 
-@pytest.mark.parametrize("variant", VARIANTS, ids=name_of)
+@pytest.mark.parametrize("variant", VARIANTS, ids=str)
 def test_forward_by_the_book(variant):
     """Along its own routes, along explored ones and along replayed ones."""
     model = make(1, torch.float64, **variant)
@@ -153,24 +140,17 @@ def test_forward_by_the_book(variant):
             np.testing.assert_allclose(out.routing.expert_log_probs().detach(), np.log(P), atol=1e-9)
 
 
-# ------------------------------------------------------------------------------------------------- experts and dispatch
-
-
 def plain_moe(layer, x):
     """The layer with a mask and a loop over the experts, every token through all of them. x [B, T, D]."""
-    c, e = layer.config, layer.experts
-    probs = layer.router(x).softmax(-1)
-    top, chosen = probs.topk(c.top_k)
-    if c.gate != "prob":
+    top, chosen = layer.router(x).softmax(-1).topk(layer.config.top_k)
+    if layer.config.gate != "prob":
         total = top.sum(-1, keepdim=True)
-        top = top / (total if c.gate == "renorm" else total.detach())
+        top = top / (total if layer.config.gate == "renorm" else total.detach())
     out = torch.zeros_like(x)
-    for i in range(c.n_expert):
-        y = F.gelu(x @ e.w_in[i] + e.b_in[i], approximate="tanh") @ e.w_out[i] + e.b_out[i]
-        goes = chosen == i  # [B, T, K]
-        out = out + (top * goes).sum(-1, keepdim=True) * y
-    for s in layer.shared:
-        out = out + F.gelu(x @ s.w_in[0] + s.b_in[0], approximate="tanh") @ s.w_out[0] + s.b_out[0]
+    for networks in (layer.experts, *layer.shared):
+        for i, (w_in, b_in, w_out, b_out) in enumerate(zip(*networks.parameters(), strict=True)):
+            y = F.gelu(x @ w_in + b_in, approximate="tanh") @ w_out + b_out
+            out = out + (y * (top * (chosen == i)).sum(-1, keepdim=True) if networks is layer.experts else y)
     return out
 
 
@@ -185,55 +165,47 @@ def make_layer(seed, dtype=torch.float32, **changes):
 
 @moderate
 @given(
-    st.integers(2, 9),
-    st.integers(1, 3),
-    st.sampled_from(["renorm", "prob", "straight"]),
-    st.integers(0, 2),
+    *(st.integers(2, 9), st.integers(1, 3), st.sampled_from(moe.GATES), st.integers(0, 2)),
     st.sampled_from([1, 3, 12, 700]),  # many slots in float32 go through the loop too
     st.sampled_from([torch.float32, torch.float64]),  # one grouped product, and a loop over experts
     seeds,
 )
 def test_dispatch_equals_a_loop_over_experts(n_expert, top_k, gate, n_shared, T, dtype, seed):
     """Value and all gradients; experts without a token included."""
-    sizes = dict(n_expert=n_expert, top_k=min(top_k, n_expert), n_shared_expert=n_shared)
-    layer = make_layer(seed, dtype, gate=gate, **sizes)
+    top_k = min(top_k, n_expert)
+    layer = make_layer(seed, dtype, gate=gate, n_expert=n_expert, top_k=top_k, n_shared_expert=n_shared)
     x = torch.randn(2, T, 16, generator=rng(seed), dtype=dtype).requires_grad_()
     parameters = [x, *layer.parameters()]
     to = torch.randn(2, T, 16, generator=rng(seed + 1), dtype=dtype)
-    out = layer(x)[0]
-    ours = gradients((out * to).sum(), parameters)
-    plain = plain_moe(layer, x)
+    out, plain = layer(x)[0], plain_moe(layer, x)
     torch.testing.assert_close(out, plain, atol=5e-5, rtol=1e-3)
-    for a, b in zip(ours, gradients((plain * to).sum(), parameters), strict=True):
+    for a, b in zip(*(gradients((y * to).sum(), parameters) for y in (out, plain)), strict=True):
         assert (a - b).norm() <= 1e-4 * (1 + b.norm())
 
 
 def test_bfloat16_dispatch_is_as_exact_as_bfloat16():
     """Biases too: their gradient sums thousands of numbers, which bfloat16 additions would lose."""
     layer = make_layer(5, n_expert=2, top_k=1)
-    x = torch.randn(2, 1500, 16, generator=rng(6))
-    to = torch.rand(2, 1500, 16, generator=rng(7))
+    x, to = torch.randn(2, 1500, 16, generator=rng(6)), torch.rand(2, 1500, 16, generator=rng(7))
     with torch.autocast("cpu", torch.bfloat16):
         out = layer(x)[0]
     assert out.dtype == torch.bfloat16
-    ours = gradients((out.float() * to).sum(), list(layer.experts.parameters()))
-    plain = gradients((plain_moe(layer, x) * to).sum(), list(layer.experts.parameters()))
-    for a, b in zip(ours, plain, strict=True):
+    parameters = list(layer.experts.parameters())
+    for a, b in zip(*(gradients((y * to).sum(), parameters) for y in (out, plain_moe(layer, x))), strict=True):
         assert (a - b).norm() < 0.01 * b.norm()
 
 
-@pytest.mark.parametrize("gate", ["renorm", "straight"])
-def test_renormalised_gates(gate):
+def test_renormalised_gates():
     """They survive experts of probability zero; `straight` has the value of `renorm` to the bit."""
-    logits, experts = torch.tensor([[[0.0, -200.0, -201.0, -300.0]]]), torch.tensor([[[1, 2]]])
-    config, routes = MoEConfig(**SMALL | dict(gate=gate)), Routes(experts, torch.tensor([[True]]), uniform=False)
-    torch.testing.assert_close(choose_experts(logits, config, routes)[1][0, 0], torch.tensor([0.0, -1.0]).softmax(-1))
+    logits, routes = (
+        torch.tensor([[[0.0, -200.0, -201.0, -300.0]]]),
+        Routes(torch.tensor([[[1, 2]]]), torch.ones(1, 1) > 0),
+    )
+    renorm, straight = (MoEConfig(**SMALL, gate=gate) for gate in ("renorm", "straight"))
+    weights = choose_experts(logits, renorm, routes._replace(uniform=False))[1]
+    torch.testing.assert_close(weights[0, 0], torch.tensor([0.0, -1.0]).softmax(-1))
     logits = 3 * torch.randn(2, 50, 4, generator=rng())
-    expected = choose_experts(logits, MoEConfig(**SMALL | dict(gate="renorm")))[1]
-    assert torch.equal(choose_experts(logits, config)[1], expected)
-
-
-# -------------------------------------------------------------------------------------------------------- router losses
+    assert torch.equal(choose_experts(logits, straight)[1], choose_experts(logits, renorm)[1])
 
 
 @moderate
@@ -253,23 +225,18 @@ def test_router_losses_by_the_book(B, L, top_k, seed):
         np.testing.assert_allclose(got[1][layer], np.mean([math.log(np.exp(row).sum()) ** 2 for row in rows]))
         np.testing.assert_allclose(got[2][layer], load)
     other = logits.masked_fill(~mask[..., None, None], math.nan).requires_grad_()
-    again = router_losses(other, experts, mask)
-    assert all(torch.equal(a, b) for a, b in zip(got, again, strict=True))
-    assert gradients(again[0].sum() + again[1].sum(), [other])[0].isfinite().all()
-    balance, z, load = router_losses(other, experts, mask & False)
-    assert not balance.any() and not z.any() and not load.any()
-    assert not gradients(balance.sum() + z.sum(), [other])[0].any()
+    again, nothing = (router_losses(other, experts, m) for m in (mask, mask & False))
+    assert all(map(torch.equal, got, again)) and not any(x.any() for x in nothing)
+    slope, flat = (gradients(balance.sum() + z.sum(), [other])[0] for balance, z, _ in (again, nothing))
+    assert slope.isfinite().all() and not flat.any()
 
 
-# --------------------------------------------------------------------------------------------------- routing is a value
-
-
-@pytest.mark.parametrize("variant", VARIANTS[1:], ids=name_of)
+@pytest.mark.parametrize("variant", VARIANTS[1:], ids=str)
 def test_replaying_its_own_routes_changes_no_bit(variant):
     model = make(3, **variant)
     tokens = words(model)
     first = run(model, tokens)
-    forced = torch.ones_like(first.routing.forced)
+    forced = first.routing.forced | True
     again = run(model, tokens, routes=Routes(first.routing.experts, forced, uniform=False))
     assert torch.equal(first.logits, again.logits)
     assert torch.equal(first.routing.logits, again.routing.logits)
@@ -280,52 +247,14 @@ def test_replaying_its_own_routes_changes_no_bit(variant):
     assert torch.equal(first.logits, run(model, tokens).logits)  # no forward leaves anything behind
 
 
-@moderate
-@given(st.sampled_from(VARIANTS), seeds)
-def test_companions_and_later_tokens_change_nothing(variant, seed):
-    model = make(seed, **variant)
-    tokens = words(model, seed=seed)
-    together = run(model, tokens)
-    alone = run(model, tokens[1:2, :6])
-    torch.testing.assert_close(together.logits[1:2, :6], alone.logits, atol=1e-5, rtol=1e-5)
-    assert torch.equal(together.routing.experts[1:2, :6], alone.routing.experts)
-
-
-def test_route_again_reaches_the_routers_alone():
-    model = make()
-    tokens = words(model)
-    routing = model(tokens)[1]
-    logits = model.route_again(routing.inputs)
-    assert torch.equal(logits, routing.logits)
-    logits.square().sum().backward()
-    for name, p in model.named_parameters():
-        assert (p.grad is not None and p.grad.abs().max() > 0) == ("router" in name), name
-
-
-def test_wrong_routes_are_refused():
-    model = make()
-    tokens = words(model)
-    good = random_routes(model, *tokens.shape)
-    for bad in (Routes(good.experts[:, :-1], good.forced[:, :-1]), Routes(good.experts[..., :1], good.forced)):
-        with pytest.raises(ValueError, match="routes"):
-            model(tokens, routes=bad)
-    with pytest.raises(ValueError, match="context of 12"):
-        model(words(model, 1, 13))
-
-
-# ------------------------------------------------------------------------------------------------- precision and jitter
-
-
 def noise_for(model, tokens):
     shape = (len(model.config.moe_blocks), *tokens.shape, model.config.n_embd)
     return list(0.99 + 0.02 * torch.rand(shape, generator=rng(7)))
 
 
 def test_router_is_float32_under_bfloat16_autocast():
-    """Its logits are those that float32 computes from the same inputs, not bfloat16 numbers in a float32 tensor. So
-    are its losses."""
-    model = make()
-    tokens = words(model)
+    """Its logits and losses are computed in float32, not bfloat16 numbers in a float32 tensor."""
+    model, tokens = make(), words(make())
     with torch.autocast("cpu", torch.bfloat16):
         routing = model(tokens)[1]
         again = model.route_again(routing.inputs)
@@ -335,29 +264,21 @@ def test_router_is_float32_under_bfloat16_autocast():
     expected = routing.inputs[0].float() @ model.blocks[model.config.moe_blocks[0]].mlp.router.weight.T
     torch.testing.assert_close(routing.logits[:, :, 0], expected, atol=1e-6, rtol=1e-6)
     assert torch.equal(again, routing.logits)
-    half = make().bfloat16()
-    features, routing = half(tokens)
+    features, routing = make().bfloat16()(tokens)
     assert features.dtype == torch.bfloat16 and routing.logits.dtype == torch.float32
 
 
 def test_noise_touches_the_router_alone_and_each_layer_has_its_own():
+    """Along forced routes the rest computes the same. What a router sees is recorded, noise and all."""
     model = make(moe_every=1)
     tokens = words(model)
-    noise = noise_for(model, tokens)
-    plain, noisy = run(model, tokens), run(model, tokens, noise=noise)
-    assert not torch.equal(plain.routing.logits, noisy.routing.logits)
-    for layer in range(3):
-        router = model.blocks[layer].mlp.router.weight  # what a router sees is recorded, noise and all
-        torch.testing.assert_close(noisy.routing.logits[:, :, layer], noisy.routing.inputs[layer] @ router.T)
-    assert torch.equal(noisy.routing.inputs[0], plain.routing.inputs[0] * noise[0])
-    routes = random_routes(model, *tokens.shape, alpha=1.0)
-    forced = [run(model, tokens, routes=routes, noise=n) for n in (None, noise)]
-    assert torch.equal(forced[0].logits, forced[1].logits)
-    ratio = forced[1].routing.inputs[2] / forced[0].routing.inputs[2]
-    torch.testing.assert_close(ratio, noise[2], atol=1e-5, rtol=1e-5)
-
-
-# ------------------------------------------------------------------------------------------------------ the output head
+    noise, routes = noise_for(model, tokens), random_routes(model, *tokens.shape, alpha=1.0)
+    plain, noisy = (run(model, tokens, routes=routes, noise=n) for n in (None, noise))
+    assert torch.equal(plain.logits, noisy.logits)
+    for layer, (before, after) in enumerate(zip(plain.routing.inputs, noisy.routing.inputs, strict=True)):
+        assert torch.equal(after, before * noise[layer])
+        router = model.blocks[layer].mlp.router.weight
+        torch.testing.assert_close(noisy.routing.logits[:, :, layer], after @ router.T)
 
 
 def plain_log_probs(features, weight, targets, temperature=1.0):
@@ -381,9 +302,6 @@ def test_the_head_equals_log_softmax(masked):
         torch.testing.assert_close(*slopes, atol=1e-5, rtol=1e-4)
 
 
-# -------------------------------------------------------------------------------------------------- sizes and upcycling
-
-
 @pytest.mark.parametrize(
     "variant, total, active",
     [
@@ -398,14 +316,11 @@ def test_parameter_counts_of_gpt2(variant, total, active):
     with torch.device("meta"):
         model = GPT(MoEConfig(vocab_size=50257, **moe.SIZES["gpt2"], **variant))
     assert model.count_parameters() == (total, active)
-    routers = sum(p.numel() for n, p in model.named_parameters() if "router" in n)
-    assert routers == (0 if variant == dict(n_expert=1) else 36_864)
 
 
 def test_initial_weights_and_their_seed():
     a, b, c = (GPT(MoEConfig(n_embd=64), rng(s)) for s in (0, 0, 1))
-    assert all(torch.equal(x, y) for x, y in zip(a.parameters(), b.parameters(), strict=True))
-    assert not torch.equal(a.wte.weight, c.wte.weight)
+    assert all(map(torch.equal, a.parameters(), b.parameters())) and not torch.equal(a.wte.weight, c.wte.weight)
     layer = a.blocks[1].mlp
     for p, std in ((layer.router.weight, 0.1), (layer.experts.w_in, 0.02), (layer.experts.w_out, 0.02 / math.sqrt(8))):
         assert abs(p.std() / std - 1) < 0.15
@@ -424,21 +339,24 @@ def test_upcycled_model_equals_its_dense_parent(top_k, n_shared):
         torch.testing.assert_close(run(model, tokens, routes=routes).logits, expected, atol=1e-6, rtol=1e-6)
     model.blocks[0].mlp.experts.w_in.data.add_(1)  # a copy, not a view of its parent
     assert dense.blocks[0].mlp.w_in.abs().max() < 2
-    assert torch.equal(upcycle(dense, config, rng()).blocks[0].mlp.router.weight, model.blocks[0].mlp.router.weight)
+    again = upcycle(dense.double(), config, rng())  # in its parent's type, with the routers of the same seed
+    assert again.wte.weight.dtype == torch.float64
+    assert torch.equal(again.blocks[0].mlp.router.weight, model.blocks[0].mlp.router.weight.double())
 
 
-def test_upcycling_takes_a_dense_model_of_the_same_sizes_and_its_dtype():
-    dense = make(n_expert=1, top_k=1)
-    assert upcycle(copy.deepcopy(dense).double(), MoEConfig(**SMALL)).wte.weight.dtype == torch.float64
-    changes = (dict(n_layer=4), dict(vocab_size=24), dict(n_embd=32), dict(context=13), dict(n_head=4))
-    for parent, change in ((make(), {}), *((dense, change) for change in changes)):
+def test_what_is_refused():
+    """Impossible sizes, a parent of other sizes or with experts, routes of other shapes, more tokens than positions."""
+    for name, value in dict(top_k=5, n_head=3, gate="softmax", n_expert=0, n_embd=16.0, moe_every=4).items():
+        with pytest.raises(ValueError, match=name):
+            MoEConfig(**SMALL | {name: value})
+    model, dense = make(), make(n_expert=1, top_k=1)
+    changes = dict(n_layer=4), dict(vocab_size=24), dict(n_embd=32), dict(context=13), dict(n_head=4)
+    for parent, change in ((model, {}), *((dense, change) for change in changes)):
         with pytest.raises(ValueError, match="only the experts may differ"):
             upcycle(parent, MoEConfig(**SMALL | change))
-
-
-@pytest.mark.parametrize(
-    "name, value", dict(top_k=5, n_head=3, gate="softmax", n_expert=0, n_embd=16.0, moe_every=4).items()
-)
-def test_impossible_configurations_are_refused(name, value):
-    with pytest.raises(ValueError, match=name):
-        MoEConfig(**SMALL | {name: value})
+    tokens, (experts, forced, _) = words(model), random_routes(model, 3, 9)
+    for bad in (Routes(experts[:, :-1], forced[:, :-1]), Routes(experts[..., :1], forced)):
+        with pytest.raises(ValueError, match="routes"):
+            model(tokens, routes=bad)
+    with pytest.raises(ValueError, match="context of 12"):
+        model(words(model, 1, 13))

@@ -67,9 +67,9 @@ def test_a_run_on_answers(tmp_path, panels):
 
 
 def test_many_steps_become_few_points_without_a_shift():
-    run = {step: float(step) for step in range(1000, 4000)}
+    run = {step: float(step) for step in range(1005, 4005)}
     steps, mean, low, high = pictures.mean_and_range([run, {s: v + 2 for s, v in run.items()}])
-    assert len(steps) == pictures.POINTS and sum(steps) / len(steps) == pytest.approx(2499.5)
+    assert len(steps) == pictures.POINTS and sum(steps) / len(steps) == pytest.approx(2504.5)
     for step, m, lowest, highest in zip(steps, mean, low, high, strict=True):
         assert (m, lowest, highest) == pytest.approx((step + 1, step, step + 2))
     steps, mean, _, _ = pictures.mean_and_range([{1: 1.0, 2: 2.0, 3: 3.0}, {1: 3.0, 2: 4.0}])

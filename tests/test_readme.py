@@ -38,17 +38,17 @@ def commands_of(page: Path) -> list[str]:
     return [" ".join(command.split(" #")[0].split()) for command in found]
 
 
-COMMANDS = sorted({(page.name, command) for page in PAGES for command in commands_of(page)})
+COMMANDS = sorted({command for page in PAGES for command in commands_of(page)})
 
 
 def test_ci_finds_the_two_commands_that_make_an_environment():
-    lines = [line for line in README.splitlines() if line.startswith("python3 -m venv ")]
-    assert len(lines) == 2 and lines[0].endswith("train.py") and lines[1].endswith("-m pytest")
+    demo, tests = (line for line in README.splitlines() if line.startswith("python3 -m venv "))
+    assert demo.endswith("train.py") and tests.endswith("-m pytest")
     assert "'^python3 -m venv '" in (ROOT / ".ci" / "run").read_text()
 
 
-@pytest.mark.parametrize(("page", "command"), COMMANDS)
-def test_every_command_names_a_program_and_flags_that_exist(page, command, micro, capsys):
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_command_names_a_program_and_flags_that_exist(command, micro, capsys):
     _, program, *argv = shlex.split(command)
     if program == "-m":
         program = argv.pop(0)
@@ -84,11 +84,10 @@ def test_every_flag_that_a_page_names_exists():
 
 
 def test_the_first_rows_of_the_table_run_one_after_the_other(micro, capsys):
-    text = "".join(f"The {i}th line of a text, with a word or two.\n" for i in range(60))
+    Path("data", "wikitext-2").mkdir(parents=True)
     for split in ("train", "valid", "test"):
-        path = Path("data", "wikitext-2", f"wiki.{split}.raw")
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(f"{split}: {text}")
+        text = "".join(f"The {i}th line of {split}, with a word or two.\n" for i in range(60))
+        Path("data", "wikitext-2", f"wiki.{split}.raw").write_text(text)
     for algo in ("erl", "lm"):
         assert train.main(f"--algo {algo} --dataset wikitext2 {MICRO_TEXT} --out {algo}".split()) == 0
         assert eval_routing.main(f"{algo} --samples 2 --decisions 3".split()) == 0
@@ -98,32 +97,22 @@ def test_the_first_rows_of_the_table_run_one_after_the_other(micro, capsys):
     assert "MRR alone misleads" in out and "all 4 steps are done" in err
 
 
-def run_examples(text: str) -> doctest.TestResults:
-    test = doctest.DocTestParser().get_doctest(text, {}, "README.md", "README.md", 0)
-    return doctest.DocTestRunner(verbose=False).run(test, out=lambda _: None)
-
-
 def test_the_example_to_copy_runs_and_its_number_is_looked_at():
-    assert run_examples(README).failed == 0 < run_examples(README).attempted
-    changed = re.sub(r"^0\.\d+$", "0.123", README, flags=re.M)
-    assert changed != README and run_examples(changed).failed == 1
+    for text, failed in ((README, 0), (re.sub(r"^0\.\d+$", "0.123", README, flags=re.M), 1)):
+        example = doctest.DocTestParser().get_doctest(text, {}, "README.md", "README.md", 0)
+        found = doctest.DocTestRunner(verbose=False).run(example, out=lambda _: None)
+        assert found.failed == failed and found.attempted > 3
 
 
-def added() -> tuple[dict, list]:
-    """What README and docs/data-sets.md tell one to add: their functions by name, and the rows of DATASETS."""
+def test_a_method_and_two_data_sets_as_the_pages_add_them(micro, monkeypatch):
     section = README.split("## Add a method")[1].split("\n## ")[0] + (ROOT / "docs" / "data-sets.md").read_text()
-    rows, names = [], vars(data) | {"problems": SimpleNamespace(), "Example": data.Example}
+    rows, names = [], vars(data) | {"problems": SimpleNamespace()}
     for statement in ast.parse("\n".join(body for _, body in BLOCK.findall(section))).body:
         if isinstance(statement, ast.Expr):
             rows += eval(ast.unparse(statement), names)
         else:
             exec(ast.unparse(statement), names)
             setattr(names["problems"], statement.name, names[statement.name])
-    return names, rows
-
-
-def test_a_method_and_two_data_sets_as_the_pages_add_them(micro, monkeypatch):
-    names, rows = added()
     monkeypatch.setitem(train.METHODS, "reinforce", names["reinforce_loss"])
     monkeypatch.setitem(train.OPTIONS, "reinforce", options_of(names["reinforce_loss"]))
     for row in rows:
@@ -168,8 +157,6 @@ def test_every_link_leads_somewhere(page):
 
 
 def test_every_test_that_a_page_names_exists():
-    named = [
-        pair for page in PAGES for pair in re.findall(r"`(?:tests/)?(test_\w+\.py)::(\w+)`", page.read_text("utf-8"))
-    ]
-    gone = [f"{file}::{name}" for file, name in named if f"def {name}(" not in (ROOT / "tests" / file).read_text()]
-    assert named and not gone
+    pages = "".join(page.read_text("utf-8") for page in PAGES)
+    named = re.findall(r"`(?:tests/)?(test_\w+\.py)::(\w+)`", pages)
+    assert named and not [n for file, n in named if f"def {n}(" not in (ROOT / "tests" / file).read_text("utf-8")]

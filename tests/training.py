@@ -13,9 +13,7 @@ import torch
 
 import data
 import train
-from moe import GPT, MoEConfig
 from support.checkpoints import load_checkpoint
-from support.tasks import Batch, rng
 
 ROOT = Path(__file__).parents[1]
 MICRO = dict(n_layer=4, n_head=2, n_embd=32, context=32)
@@ -24,41 +22,6 @@ BYTES = data.load_tokenizer("bytes")
 
 def args_of(flags: str) -> argparse.Namespace:
     return train.parse(shlex.split(flags))
-
-
-def make(seed=0, dtype=torch.float64, **changes) -> tuple[GPT, Batch]:
-    """A model all of whose parameters matter, and a batch of two rows, one with a prompt and one with padding."""
-    sizes = dict(vocab_size=19, context=10, n_layer=4, n_head=2, n_embd=16, n_expert=4, moe_every=2)
-    model = GPT(MoEConfig(**sizes | changes), rng(seed)).to(dtype)
-    with torch.no_grad():
-        for name, p in model.named_parameters():
-            draw = torch.randn(p.shape, generator=rng(seed, name), dtype=torch.float64)
-            p.copy_((0.8 if "router" in name else 0.25) * draw + (1 if "ln_" in name and "weight" in name else 0))
-    B, T = 2, 7
-    tokens = torch.randint(0, sizes["vocab_size"], (B, T + 1), generator=rng(seed, "tokens"))
-    mask, routed = (torch.ones(B, T, dtype=torch.bool) for _ in range(2))
-    mask[0, :2] = False  # a prompt: routed, not learned
-    mask[1, 5:] = routed[1, 5:] = False  # padding
-    return model, Batch(tokens, mask, routed)
-
-
-# What a step on text reads of its arguments: options of the draw, of the objective, and the program's own.
-EXPLORE = dict(n_perturb=3, alpha=0.6, draw="uniform", advantage="static", rounding_units=8.0)
-OBJECTIVE = dict(delta=0.7, ratio="router", clip_eps=0.2, wpl=False, inner_epochs=1)
-COMMON = dict(erl_grad="all", top_k=1, balance_coef=1e-3, z_coef=1e-3, jitter=0.0, seed=0, dtype="float32")
-
-
-def step_args(**changes) -> argparse.Namespace:
-    return argparse.Namespace(**EXPLORE | OBJECTIVE | COMMON | changes)
-
-
-def assert_same_gradients(model, loss, expected):
-    names, parameters = zip(*model.named_parameters(), strict=True)
-    ours, theirs = (
-        torch.autograd.grad(x, parameters, allow_unused=True, materialize_grads=True) for x in (loss, expected)
-    )
-    for name, a, b in zip(names, ours, theirs, strict=True):
-        torch.testing.assert_close(a, b, msg=lambda text, name=name: f"{name}: {text}")
 
 
 def assert_same_weights(ours: dict, theirs: dict):
@@ -83,11 +46,6 @@ def update_by_the_book(model, loss, rate, moments) -> float:
                 p.mul_(1 - rate * 0.1 * matrix)
                 p.sub_(rate * m / (1 - 0.9**n) / ((v / (1 - 0.999**n)).sqrt() + 1e-8))
     return norm
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Run folders
-# ---------------------------------------------------------------------------------------------------------------------
 
 
 def metrics_of(out="r") -> list[dict]:
