@@ -57,6 +57,13 @@ LABELS = {  # the arms of PLAN.md
     "erl-again": "ERL once more, other draws",
 }
 ARMS = tuple(LABELS)
+ABLATIONS = {  # options of `explore` that the paper varies; run by --arms
+    "erl-log": {"advantage": "log"},
+    "erl-alpha-0.1": {"alpha": 0.1},
+    "erl-alpha-0.3": {"alpha": 0.3},
+    "erl-alpha-0.9": {"alpha": 0.9},
+}
+LABELS |= {arm: f"ERL, {', '.join(f'{k} {v}' for k, v in options.items())}" for arm, options in ABLATIONS.items()}
 TEXTS = {"a": "wikitext2", "a-new": "pydocs", "c": "pydocs", "prob": "pydocs", "real": "smollm2"}  # PLAN.md's settings
 FREE = {"c": "e1-free", "prob": "e1-prob"}  # settings where all weights learn: their rows
 BALANCE = {"renorm": 1e-3, "prob": 2e-2}  # by gate: with `prob` and .001 one expert takes nearly all
@@ -121,7 +128,8 @@ def erl_arm(arm: str, forward, mask: Tensor, generator, means: list) -> Tensor:
         return forward(routes)
 
     draw = "router" if arm in ("draw-router", "published") else "uniform"
-    paths = explore(on_one_map, mask, 1, alpha=ALPHA, n_perturb=M, draw=draw, generator=generator)
+    options = {"alpha": ALPHA, "n_perturb": M, "draw": draw} | ABLATIONS.get(arm, {})
+    paths = explore(on_one_map, mask, 1, **options, generator=generator)
     if arm == "erl":
         counted = paths.S.sum(-1)
         means.append(((paths.advantages * counted).sum() / counted.sum()).item())
@@ -316,7 +324,7 @@ def run_arms(folder: pathlib.Path, start: int, text: str, data_dir, rate: float,
     """Rows of those arms at one rate."""
     (train, test), means = prepare(folder, start, text, data_dir), []
     routes = draw_routes(test.log_probs)
-    for arm in ARMS:
+    for arm in (*ARMS, *ABLATIONS):
         if arm in arms or arm == "erl" and "constant" in arms:  # `constant` takes the means of `erl`
             weight = new_router(start, train, 1.0 if arm == "published" else 0.1)
             weight = train_last_router(arm, weight, train, rate, (start, 0), means)
@@ -498,6 +506,7 @@ def main():
     p.add_argument("--setting", choices=TEXTS, default="a-new")
     p.add_argument("--check", action="store_true", help="the checks of the setting instead of its arms")
     p.add_argument("--starts", type=int, nargs="+", default=range(7))
+    p.add_argument("--arms", nargs="+", choices=[*ARMS, *ABLATIONS], default=ARMS, help="where the router is alone")
     p.add_argument("--all-rates", action="store_true", help="not only the rates that start 0 chose")
     args = p.parse_args()
     name = "checks" if args.check else "e1"
@@ -515,7 +524,7 @@ def main():
         every = args.check or args.all_rates
         chosen = {} if every else chosen_rates([r for r in read_rows(name) if r["setting"] == args.setting])
         for rate in () if args.check else RATES:
-            arms = {arm for arm in ARMS if chosen.get(arm, rate) == rate}
+            arms = {arm for arm in args.arms if chosen.get(arm, rate) == rate}
             arms -= {"published"} if args.setting == "real" else set()
             arms -= {r["arm"] for r in rows if r["rate"] == rate}
             found = itertools.chain(found, run_arms(*where, rate, arms) if arms else ())
