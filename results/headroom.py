@@ -62,8 +62,9 @@ ABLATIONS = {  # options of `explore` that the paper varies; run by --arms
     "erl-alpha-0.1": {"alpha": 0.1},
     "erl-alpha-0.3": {"alpha": 0.3},
     "erl-alpha-0.9": {"alpha": 0.9},
+    "ratio-uniform-log": {"advantage": "log"},
 }
-LABELS |= {arm: f"ERL, {', '.join(f'{k} {v}' for k, v in options.items())}" for arm, options in ABLATIONS.items()}
+LABELS |= {arm: ", ".join(f"{k} {v}" for k, v in options.items()) for arm, options in ABLATIONS.items()}
 TEXTS = {"a": "wikitext2", "a-new": "pydocs", "c": "pydocs", "prob": "pydocs", "real": "smollm2"}  # PLAN.md's settings
 FREE = {"c": "e1-free", "prob": "e1-prob"}  # settings where all weights learn: their rows
 BALANCE = {"renorm": 1e-3, "prob": 2e-2}  # by gate: with `prob` and .001 one expert takes nearly all
@@ -137,7 +138,7 @@ def erl_arm(arm: str, forward, mask: Tensor, generator, means: list) -> Tensor:
         paths = random_expert(paths, generator)
     elif arm == "constant":
         paths = constant(paths, means.pop(0))
-    ((loss, _),) = erl_objective(forward, paths, ratio="uniform" if arm == "ratio-uniform" else "router")
+    ((loss, _),) = erl_objective(forward, paths, ratio="uniform" if arm.startswith("ratio-uniform") else "router")
     return loss
 
 
@@ -487,7 +488,7 @@ def report(rows: list[dict], checks: list[dict], free: list[dict], prob: list[di
     lines += router_lines("(a-new)", of["a-new"])
     lines += free_lines("(c)", free, statistics.fmean(shares(of["a-new"])[1].values()))
     lines += free_lines("(c) with the gate `prob` (exploratory)", prob, None) if prob else []
-    lines += router_lines("E2: SmolLM2-135M", of["real"]) if of["real"] else []
+    lines += router_lines("E2: SmolLM2-135M", of["real"])
     return "\n".join(lines) + "\n"
 
 
