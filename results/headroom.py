@@ -64,7 +64,9 @@ ABLATIONS = {  # options of `explore` that the paper varies; run by --arms
     "erl-alpha-0.9": {"alpha": 0.9},
     "ratio-uniform-log": {"advantage": "log"},
 }
-LABELS |= {arm: ", ".join(f"{k} {v}" for k, v in options.items()) for arm, options in ABLATIONS.items()}
+for arm, options in ABLATIONS.items():
+    of_them = "ratio to the uniform draw" if arm.startswith("ratio") else "ERL"
+    LABELS[arm] = ", ".join([of_them, *(f"{name} {value}" for name, value in options.items())])
 TEXTS = {"a": "wikitext2", "a-new": "pydocs", "c": "pydocs", "prob": "pydocs", "real": "smollm2"}  # PLAN.md's settings
 FREE = {"c": "e1-free", "prob": "e1-prob"}  # settings where all weights learn: their rows
 BALANCE = {"renorm": 1e-3, "prob": 2e-2}  # by gate: with `prob` and .001 one expert takes nearly all
@@ -443,7 +445,7 @@ def free_lines(title: str, rows: list[dict], headroom: float | None) -> list[str
     return [*lines, "", *verdicts, f"- `erl-again router` over `erl router`, the noise of a run: {show(again)} nats."]
 
 
-def router_lines(title: str, rows: list[dict]) -> list[str]:
+def router_lines(title: str, rows: list[dict], picture: str) -> list[str]:
     """The section of a setting where the last router is trained alone: shares, verdicts, then shares by rate."""
     rates, of = chosen_rates(rows), {figure: figures_of(rows, figure) for figure in SHOWN}
     share, headroom = shares(rows)
@@ -466,7 +468,8 @@ def router_lines(title: str, rows: list[dict]) -> list[str]:
         mrr, mean = statistics.fmean(of["mrr"][key].values()), ends(share[key])[0]
         verdict = "MRR is no evidence of credit" if mrr >= 0.17 and mean < 0.1 else "no verdict on MRR from it"
         lines.append(f"- `{key[0]}`: MRR {mrr:.3f}, share {mean:.3f}: {verdict}.")
-    lines += ["", "Share recovered at every rate (exploratory), of the starts that ran it:", ""]
+    lines += ["", f"![share recovered and entropy against the rate]({picture})", ""]
+    lines += ["Share recovered at every rate (exploratory), of the starts that ran it:", ""]
     lines += heading("arm", *(f"{rate:g}" for rate in RATES))
     cells = {f"`{arm}`": [share.get((arm, rate), {}) for rate in RATES] for arm in rates}
     for arm, other in PAIRS:
@@ -485,10 +488,10 @@ def report(rows: list[dict], checks: list[dict], free: list[dict], prob: list[di
     for r in checks:
         lines.append(line(*(f"{r[c]:.4g}" if type(r.get(c)) is float else r.get(c, "-") for c in columns)))
     of = {setting: [r for r in rows if r["setting"] == setting] for setting in ("a-new", "real")}
-    lines += router_lines("(a-new)", of["a-new"])
+    lines += router_lines("(a-new)", of["a-new"], "real-router.png")
     lines += free_lines("(c)", free, statistics.fmean(shares(of["a-new"])[1].values()))
     lines += free_lines("(c) with the gate `prob` (exploratory)", prob, None) if prob else []
-    lines += router_lines("E2: SmolLM2-135M", of["real"])
+    lines += router_lines("E2: SmolLM2-135M", of["real"], "smollm2.png")
     return "\n".join(lines) + "\n"
 
 
