@@ -21,7 +21,7 @@ BUDGET = {
     "train.py": 460,  # three policies and their metrics came with the sampler of its own precision
     "eval_routing.py": 355,  # ranks, and counterfactual regret
 }
-FOLDERS = {"support": 2900, "results": 1480, "bench": 660, "recipes": 1550}
+FOLDERS = {"support": 2810, "results": 1300, "bench": 640, "recipes": 1480}
 LONGEST = 405  # lines of any other file
 LONGEST_FUNCTION = 60
 PROGRAMS = ("train", "eval_routing")
@@ -80,11 +80,11 @@ def test_files_stay_within_their_budget():
     lines = {str(p.relative_to(ROOT)): len(p.read_text().splitlines()) for p in files()}
     unknown = [name for name in lines if "/" not in name and name not in BUDGET]
     assert not unknown, f"{unknown} at the top level: give it a budget in this file, or put it into support/"
-    too_long = {n: k for n, k in lines.items() if k > BUDGET.get(n, LONGEST if not n.startswith("results") else 535)}
+    too_long = {n: k for n, k in lines.items() if k > BUDGET.get(n, LONGEST if not n.startswith("results") else 550)}
     assert not too_long, "over the budget of this file"
     for folder, budget in FOLDERS.items():
         assert sum(k for n, k in lines.items() if n.startswith(folder + "/")) <= budget, folder
-    assert sum(lines.values()) <= 9_030  # 8,300 was the wish before E1 (c), E2 and E3
+    assert sum(lines.values()) <= 8_680  # a thousand of them are the experiments E1 to E3
 
 
 def test_functions_stay_short():
