@@ -53,29 +53,9 @@ SAMPLER = {
     "bf16-rais": ("RAIS over GRPO", "--algo rais --base grpo"),
 }
 PAIRS = (("rais", "gmpo"), ("rais", "rais-yoked"), ("erpo", "gspo"), ("gmpo-again", "gmpo"))
-FIGURES = (
-    "collapsed",
-    "area",
-    "late_reward",
-    "accuracy",
-    "gamma",
-    "kept_routes",
-    "kept_decisions",
-    "entropy",
-    "router_entropy",
-)
-FIGURES = (*FIGURES, "clip_share", "load_max")
-ENGINE = (
-    "collapsed",
-    "area",
-    "late_reward",
-    "accuracy",
-    "gamma",
-    "kept_routes",
-    "engine_gap",
-    "update_gap",
-    "clip_share",
-)
+FIGURES = "collapsed area late_reward accuracy gamma kept_routes kept_decisions entropy router_entropy".split()
+FIGURES += ["clip_share", "load_max"]
+ENGINE = "collapsed area late_reward accuracy gamma kept_routes engine_gap update_gap clip_share".split()
 
 
 def yoked_loss(log_probs, old_log_probs, advantages, response_mask, router_log_probs, old_router_log_probs):
@@ -152,11 +132,7 @@ def report(rows: list[dict]) -> str:
         if len(parts[0]) > 1:
             cells = ["{:+.4f} [{:+.4f}, {:+.4f}]".format(*interval(part)) for part in parts]
             lines.append(line(f"`{arm}`", f"`{control}`", len(parts[0]), *cells, mcnemar(rows, arm, control)))
-    lines += [
-        "",
-        *(f"- {text}" for text in verdicts(rows)),
-        *(sampler_lines(rows) if any(r["arm"] in SAMPLER for r in rows) else []),
-    ]
+    lines += ["", *(f"- {text}" for text in verdicts(rows)), *sampler_lines(rows)]
     return "\n".join(lines) + "\n"
 
 
@@ -172,9 +148,8 @@ def sampler_lines(rows: list[dict]) -> list[str]:
     lines.append("")
     for arm, control in [("bf16", "grpo"), *((arm, "bf16") for arm in SAMPLER if arm != "bf16")]:
         found = [differences(rows, arm, control, figure, RATES[:1]) for figure in ("area", "accuracy")]
-        if len(found[0]) > 1:
-            area, accuracy = ("{:+.4f} [{:+.4f}, {:+.4f}]".format(*interval(values)) for values in found)
-            lines.append(f"- `{arm}` less `{control}`, {len(found[0])} starts: `area` {area}, `accuracy` {accuracy}.")
+        area, accuracy = ("{:+.4f} [{:+.4f}, {:+.4f}]".format(*interval(values)) for values in found)
+        lines.append(f"- `{arm}` less `{control}`, {len(found[0])} starts: `area` {area}, `accuracy` {accuracy}.")
     return lines
 
 
