@@ -75,7 +75,7 @@ def test_a_run_of_two_phases_by_the_book(micro):
 
 
 def test_learning_rates():
-    """The schedule; and routers have a rate of their own."""
+    """The schedule; routers have a rate of their own; matrices decay, biases and norms do not."""
     assert learning_rate(0, 1, 0.5) == 0.5
     for steps in (7, 40, 4000):
         expected = [book_rate(s, steps, 0.5) for s in range(steps)]
@@ -85,6 +85,10 @@ def test_learning_rates():
     routers = {p for n, p in model.named_parameters() if "router" in n}
     assert {p for g in groups if g["factor"] == 7 for p in g["params"]} == routers
     assert sum(len(g["params"]) for g in groups) == len(list(model.parameters()))
+    decays = {p for g in groups if g["weight_decay"] for p in g["params"]}
+    assert decays == {
+        p for n, p in model.named_parameters() if not n.endswith(("bias", "b_in", "b_out")) and p.ndim > 1
+    }
 
 
 # ------------------------------------------------------------------------------------------ killed and resumed runs
