@@ -1,4 +1,4 @@
-"""E1 of PLAN.md: how much could routing bring, what of it can be learnt, and does ERL learn it?
+"""E1 and E2 of PLAN.md: how much could routing bring, what of it can be learnt, and does ERL learn it?
 
     python results/headroom.py STARTS --data-dir DIR --setting a-new --check        PLAN.md's checks
     python results/headroom.py STARTS --data-dir DIR --setting a-new --all-rates    its arms
@@ -6,7 +6,8 @@
     python results/headroom.py STARTS --data-dir DIR --setting prob                 the same with the gate `prob`
     python results/headroom.py report                                               tables, verdicts, picture
 
-STARTS/N is a run folder of `train.py --algo lm` with the settings of PLAN.md. A run that has its row is not run again.
+STARTS/N is a run folder of `train.py --algo lm` with the settings of PLAN.md, for `--setting real` what real_model.py
+wrote. A run that has its row is not run again.
 
 With `moe_every = 2` the last block holds experts and no attention follows it: the expert that a token takes there
 changes the prediction of that token alone. So one forward up to the last router, and all E experts applied to every
