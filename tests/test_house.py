@@ -22,7 +22,7 @@ BUDGET = {
     "train.py": 460,  # three policies and their metrics came with the sampler of its own precision
     "eval_routing.py": 355,  # ranks, and counterfactual regret
 }
-FOLDERS = {"support": 2810, "results": 1300, "bench": 640, "recipes": 1480}
+FOLDERS = {"support": 2810, "results": 1260, "bench": 640, "recipes": 1480}
 LONGEST = 405  # lines of any other file
 LONGEST_FUNCTION = 60
 PROGRAMS = ("train", "eval_routing")
@@ -85,7 +85,7 @@ def test_files_stay_within_their_budget():
     assert not too_long, "over the budget of this file"
     for folder, budget in FOLDERS.items():
         assert sum(k for n, k in lines.items() if n.startswith(folder + "/")) <= budget, folder
-    assert sum(lines.values()) <= 8_680  # a thousand of them are the experiments E1 to E3
+    assert sum(lines.values()) <= 8_640  # a thousand of them are the experiments E1 to E3
 
 
 def test_functions_stay_short():
