@@ -1,4 +1,4 @@
-"""Do recorded routes belong where they are replayed? One function, made to be pasted; it needs torch alone.
+"""Do recorded routes belong where they are replayed? A function with two helpers, made to be pasted; torch alone.
 
 For routes that another engine recorded (R3: the sampler's) and for the trainer's own of an earlier forward (R2). Run
 the trainer's forward on a batch with the very weights that sampled it, with nothing imposed, and compare:
@@ -31,15 +31,8 @@ def check_replay(experts, log_probs, live_router_log_probs, live_log_probs, mask
         if not len(at):
             continue
         lead, trail = int(at[0]), mask.shape[1] - 1 - int(at[-1])  # padding before and behind
-        elsewhere = {"with another padding": [s for s in (-lead, trail) if s], "moved by": [-2, -1, 1, 2]}
-        places = {s: f"{how} {s:+d}" for how, shifts in reversed(elsewhere.items()) for s in shifts}
-
-        def agreement(now, then):  # [n, L, K] both
-            return (then[..., :, None] == now[..., None, :]).any(-1).float().mean().item()
-
-        def nearness(now, then):  # [n] both, 0 is equal
-            return -(then - now).abs().float().mean().item()
-
+        places = {s: f"moved by {s:+d}" for s in (-2, -1, 1, 2)}
+        places |= {s: f"with another padding {s:+d}" for s in (-lead, trail) if s}
         for name, record, model, fits, bound in (
             ("experts", experts, live, agreement, enough),
             ("log_probs", log_probs, live_log_probs, nearness, -tolerance),
@@ -47,7 +40,7 @@ def check_replay(experts, log_probs, live_router_log_probs, live_log_probs, mask
             here = fits(model[row, at], record[row, at])
             if here >= bound:
                 continue
-            shares = {}
+            shares = {}  # how well the record fits if it lies elsewhere
             for shift, how in places.items():
                 inside = at[(at + shift >= 0) & (at + shift < len(record[row]))]
                 if 2 * len(inside) >= len(at):
@@ -60,3 +53,13 @@ def check_replay(experts, log_probs, live_router_log_probs, live_log_probs, mask
             why = best if fitting else "of other weights, another dtype, or a wrong layer, expert or token"
             found.append(f"row {row}: {name} are {why}")
     return found
+
+
+def agreement(live, recorded) -> float:
+    """Share of the recorded experts [n, L, K] that are among the live ones."""
+    return (recorded[..., :, None] == live[..., None, :]).any(-1).float().mean().item()
+
+
+def nearness(live, recorded) -> float:
+    """Mean |difference| of log-probabilities [n], negative: 0 is equal. NaN, as padding may hold, is infinitely far."""
+    return -(recorded - live).abs().float().nan_to_num(nan=torch.inf, posinf=torch.inf).mean().item()
