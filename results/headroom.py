@@ -65,9 +65,8 @@ ABLATIONS = {  # options of `explore` that the paper varies; run by --arms
     "erl-alpha-0.9": {"alpha": 0.9},
     "ratio-uniform-log": {"advantage": "log"},
 }
-for arm, options in ABLATIONS.items():
-    of_them = "ratio to the uniform draw" if arm.startswith("ratio") else "ERL"
-    LABELS[arm] = ", ".join([of_them, *(f"{name} {value}" for name, value in options.items())])
+LABELS |= {"erl-log": "ERL, advantage log", "ratio-uniform-log": "ratio to the uniform draw, advantage log"}
+LABELS |= {f"erl-alpha-{alpha}": f"ERL, alpha {alpha}" for alpha in (0.1, 0.3, 0.9)}
 TEXTS = {"a": "wikitext2", "a-new": "pydocs", "c": "pydocs", "prob": "pydocs", "real": "smollm2"}  # PLAN.md's settings
 FREE = {"c": "e1-free", "prob": "e1-prob"}  # settings where all weights learn: their rows
 BALANCE = {"renorm": 1e-3, "prob": 2e-2}  # by gate: with `prob` and .001 one expert takes nearly all
@@ -290,10 +289,8 @@ def load_text(name: str, data_dir, batch_size: int, *key) -> tuple[TextBatches, 
 def prepare(folder: pathlib.Path, start: int, text: str, data_dir) -> tuple[Decisions, Decisions]:
     """A start's decisions on STEPS training batches (at most an epoch) and on the test windows, kept beside it."""
     if not (kept := folder / f"decisions-{text}.pt").exists():
-        (model, _), (batch, windows) = (
-            load_model(find_checkpoint(folder)),
-            load_text(text, data_dir, BATCH, "arms", start),
-        )
+        model, _ = load_model(find_checkpoint(folder))
+        batch, windows = load_text(text, data_dir, BATCH, "arms", start)
         parts = (batch(step).tokens for step in range(min(STEPS, batch.per_epoch // BATCH))), windows.split(16)
         torch.save([tuple(last_decisions(model, part)) for part in parts], kept)
     return tuple(Decisions(*part) for part in torch.load(kept))
@@ -311,17 +308,17 @@ def run_check(folder: pathlib.Path, start: int, text: str, data_dir) -> dict:
     def nats(arm, weight):
         return min(score(train_last_router(arm, weight, train, r), test, *routes)["nats"] for r in RATES)
 
-    ends = {f"nats_{arm}": nats(arm, new_router(start, train)) for arm in ("none", "exact")}
-    ends["headroom"] = ends["nats_none"] - ends["nats_exact"]
+    anew = {f"nats_{arm}": nats(arm, new_router(start, train)) for arm in ("none", "exact")}
+    anew["headroom"] = anew["nats_none"] - anew["nats_exact"]
     if text == "smollm2":
-        return ends
+        return anew
     (model, _), (batch, windows) = load_model(find_checkpoint(folder)), load_text(text, data_dir, 1)
     settled = model.blocks[-1].mlp.router.weight.detach()
     own, random = score(settled, test, *routes), random_perplexity(model, windows)
     found = {"perplexity": math.exp(own["nats"]), "random_cost": random / math.exp(own["nats"]) - 1}
     found |= {f"count_{n}": count_perplexity(batch.tokens, windows, n) for n in (4, 5)}
     found |= {"nats": own["nats"], "regret": own["regret"], "gain_own_router": own["nats"] - nats("exact", settled)}
-    return found | ends
+    return found | anew
 
 
 def run_arms(folder: pathlib.Path, start: int, text: str, data_dir, rate: float, arms: set):
@@ -462,9 +459,8 @@ def router_lines(title: str, rows: list[dict], picture: str) -> list[str]:
     verdict = "holds" if holds else "is refuted here" if ends(erl)[2] < 0.1 else "is not decided here"
     lines += ["", f"- ERL's claim **{verdict}** ({len(erl)} starts)."]
     for arm, other in PAIRS:
-        lines.append(
-            f"- Share of `{arm}` less `{other}`: {show(less(share[arm, rates[arm]], share[other, rates[other]]))}."
-        )
+        difference = less(share[arm, rates[arm]], share[other, rates[other]])
+        lines.append(f"- Share of `{arm}` less `{other}`: {show(difference)}.")
     for key in (arm for arm in rates.items() if arm[0] in ("constant", "random-credit")):
         mrr, mean = statistics.fmean(of["mrr"][key].values()), ends(share[key])[0]
         verdict = "MRR is no evidence of credit" if mrr >= 0.17 and mean < 0.1 else "no verdict on MRR from it"
@@ -524,10 +520,10 @@ def main():
         if args.setting in FREE and not args.check:
             run_all_free(FREE[args.setting], *where)
             continue
-        rows = [r for r in read_rows(name) if (r["setting"], r["start"]) == (args.setting, start)]
+        of_setting = [r for r in read_rows(name) if r["setting"] == args.setting]
+        rows = [r for r in of_setting if r["start"] == start]
         found = [] if rows or not args.check else [run_check(*where)]
-        every = args.check or args.all_rates
-        chosen = {} if every else chosen_rates([r for r in read_rows(name) if r["setting"] == args.setting])
+        chosen = {} if args.check or args.all_rates else chosen_rates(of_setting)
         for rate in () if args.check else RATES:
             arms = {arm for arm in args.arms if chosen.get(arm, rate) == rate}
             arms -= {"published"} if args.setting == "real" else set()

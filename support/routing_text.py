@@ -27,9 +27,8 @@ def write_results(result: dict, scored: list, tokenizer, out: str):
 
 def frequent_tokens(scored: list, tokenizer, num_experts: int, most: int = 8) -> list:
     """Of each layer and expert: [token as text, how often it went there], the most frequent ones first."""
-    tokens, experts = (
-        torch.cat([getattr(s, name) for s in scored]) for name in ("tokens", "experts")
-    )  # [N], [N, L, K]
+    tokens = torch.cat([s.tokens for s in scored])  # [N]
+    experts = torch.cat([s.experts for s in scored])  # [N, L, K]
 
     def of(layer: int, expert: int) -> list:
         found, counts = tokens[(experts[:, layer] == expert).any(-1)].unique(return_counts=True)
