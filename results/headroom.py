@@ -68,6 +68,8 @@ ABLATIONS = {  # options of `explore` that the paper varies; run by --arms
 LABELS |= {"erl-log": "ERL, advantage log", "ratio-uniform-log": "ratio to the uniform draw, advantage log"}
 LABELS |= {f"erl-alpha-{alpha}": f"ERL, alpha {alpha}" for alpha in (0.1, 0.3, 0.9)}
 TEXTS = {"a": "wikitext2", "a-new": "pydocs", "c": "pydocs", "prob": "pydocs", "real": "smollm2"}  # PLAN.md's settings
+CONFIRM = 7  # starts of "real" from this one on read windows of their own, for the claims of PLAN.md's last plan
+CONFIRMED = ("exact", "ratio-uniform-log", "ratio-uniform", "erl", "random-credit")
 FREE = {"c": "e1-free", "prob": "e1-prob"}  # settings where all weights learn: their rows
 BALANCE = {"renorm": 1e-3, "prob": 2e-2}  # by gate: with `prob` and .001 one expert takes nearly all
 # (c), `prob`: an arm, and how far its RL loss reaches (--erl-grad); the rate of all but the routers, theirs on start 0

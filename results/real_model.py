@@ -26,7 +26,7 @@ from tqdm import tqdm
 import data
 from recipes.hf_text import HubTokenizer
 from recipes.upcycle_hf import load_dense
-from results.headroom import Decisions, T
+from results.headroom import CONFIRM, Decisions, T
 from support.head import lm_loss, token_log_probs
 from support.optimizer import learning_rate
 from support.tasks import rng
@@ -47,10 +47,10 @@ def read_corpus(name: str, tokenizer, data_dir) -> np.ndarray:
     return np.array(tokenizer.encode(text[:2_000_000]))
 
 
-def windows_of(tokens: np.ndarray) -> Tensor:
-    """[150, T + 1], evenly spread."""
+def windows_of(tokens: np.ndarray, pool: int) -> Tensor:
+    """[150, T + 1], evenly spread; those of pool 1 lie midway between those of pool 0."""
     count = FOR_EXPERTS + FOR_ROUTERS + FOR_TEST
-    starts = [i * (len(tokens) - T - 1) // count for i in range(count)]
+    starts = [(2 * i + pool) * (len(tokens) - T - 1) // (2 * count) for i in range(count)]
     return torch.stack([torch.from_numpy(tokens[s : s + T + 1].astype("int64")) for s in starts])
 
 
@@ -102,15 +102,16 @@ def main():
     torch.set_num_threads(1)
     model, tokenizer = load_dense("smollm2")
     model, tokenizer = model.eval().requires_grad_(False), HubTokenizer(tokenizer)
-    tokens = torch.stack([windows_of(read_corpus(name, tokenizer, args.data_dir)) for name in CORPORA])  # [E, 150, T+1]
-    if not (kept := args.folder / "hidden.pt").exists():
-        args.folder.mkdir(parents=True, exist_ok=True)
-        torch.save(before_last_mlp(model, tokens.flatten(0, 1)), kept)
-    hidden = torch.load(kept).unflatten(0, tokens.shape[:2])  # [E, 150, T, D]
+    corpora = [read_corpus(name, tokenizer, args.data_dir) for name in CORPORA]
     for start in args.starts:
-        out = args.folder / str(start) / "decisions-smollm2.pt"
+        out, pool = args.folder / str(start) / "decisions-smollm2.pt", int(start >= CONFIRM)
         if out.exists():
             continue
+        tokens = torch.stack([windows_of(corpus, pool) for corpus in corpora])  # [E, 150, T + 1]
+        if not (kept := args.folder / f"hidden-{pool}.pt").exists():
+            args.folder.mkdir(parents=True, exist_ok=True)
+            torch.save(before_last_mlp(model, tokens.flatten(0, 1)), kept)
+        hidden = torch.load(kept).unflatten(0, tokens.shape[:2])  # [E, 150, T, D]
         order = torch.stack([torch.randperm(tokens.shape[1], generator=rng(start, name)) for name in CORPORA])
         each = torch.arange(len(CORPORA))[:, None]
         parts = [(hidden[each, o], tokens[each, o]) for o in order.split((FOR_EXPERTS, FOR_ROUTERS, FOR_TEST), 1)]
