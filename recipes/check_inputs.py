@@ -13,7 +13,7 @@ Needs torch alone. B rows, T positions, L MoE layers, K active experts a token, 
 import torch
 
 
-def check_inputs(*, response_mask=None, num_experts=None, group_size=None, prompts=None, alpha=None, **tensors):
+def check_inputs(*, response_mask=None, num_experts=None, group_size=None, prompts=None, **tensors):
     """ValueError: one sentence about the first argument that looks like something else. Every one may be left out.
 
     tensors  by the losses' names: log_probs, old_log_probs, router_log_probs, old_router_log_probs, expert_probs,
@@ -33,40 +33,27 @@ def check_inputs(*, response_mask=None, num_experts=None, group_size=None, promp
         x = x if response_mask is None else x[response_mask]
         if kind == "experts":
             _check_experts(name, x, num_experts)
-        elif kind == "expert_probs":
-            _check_probs(name, x.double())
-            _check_whole(name, x.double(), num_experts)
-        else:
-            _check_log_probs(name, x.double())
-            if kind == "router_log_probs":
-                _check_whole(name, x.double().exp(), num_experts)
-    if alpha is not None and not 0 <= alpha <= 1:
-        percent = f", a share: {alpha / 100:g} instead of {alpha:g}?" if 1 < alpha <= 100 else f", got {alpha:g}"
-        raise ValueError(f"alpha must lie within [0, 1]{percent}")
+            continue
+        x, log = x.double(), kind != "expert_probs"
+        _check_range(name, x, log)
+        if kind != "log_probs":
+            _check_whole(name, x.exp() if log else x, num_experts)
     _check_groups(rewards, advantages, group_size, prompts)
 
 
-def _check_log_probs(name, x):
+def _check_range(name, x, log):
     if not x.isfinite().all():
         raise ValueError(f"{name} holds NaN or infinity where it counts: a mask or a division by 0 before it?")
     low, high = x.min().item(), x.max().item()
-    if high <= 1e-3:  # a log-softmax in bfloat16 may end a little above 0
+    if high <= 1e-3 if log else low >= 0 and high <= 1.001:  # a log-softmax in bfloat16 may end a little above 0
         return
-    if low >= 0 and high <= 1.001:
-        raise ValueError(f"{name} looks like probabilities, all within [0, 1]: take the logarithm")
-    if low >= 0:
-        raise ValueError(f"{name} is positive throughout, up to {high:.3g}: a negative log-likelihood? Change its sign")
-    raise ValueError(f"{name} looks like logits, from {low:.3g} to {high:.3g}: take log_softmax, then gather")
-
-
-def _check_probs(name, x):
-    if not x.isfinite().all():
-        raise ValueError(f"{name} holds NaN or infinity where it counts")
-    low, high = x.min().item(), x.max().item()
-    if high <= 0 and low < 0:
-        raise ValueError(f"{name} looks like log-probabilities, none above 0: take exp")
-    if low < 0 or high > 1.001:
-        raise ValueError(f"{name} looks like logits, from {low:.3g} to {high:.3g}: take softmax, then gather")
+    looks = f"logits, from {low:.3g} to {high:.3g}: take {'log_softmax' if log else 'softmax'}, then gather"
+    if log and low >= 0:
+        sign = f"a negative log-likelihood, up to {high:.3g}: change its sign"
+        looks = "probabilities, all within [0, 1]: take the logarithm" if high <= 1.001 else sign
+    elif not log and high <= 0:
+        looks = "log-probabilities, none above 0: take exp"
+    raise ValueError(f"{name} looks like {looks}")
 
 
 def _check_whole(name, probs, num_experts):

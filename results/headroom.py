@@ -4,7 +4,7 @@
     python results/headroom.py STARTS --data-dir DIR --setting a-new --all-rates    its arms
     python results/headroom.py STARTS --data-dir DIR --setting c                    all weights learn a new text
     python results/headroom.py STARTS --data-dir DIR --setting prob                 the same with the gate `prob`
-    python results/headroom.py report                                               tables, verdicts, picture
+    python results/headroom_report.py                                               tables, verdicts, pictures
 
 STARTS/N is a run folder of `train.py --algo lm` with the settings of PLAN.md, for `--setting real` what real_model.py
 wrote. A run that has its row is not run again.
@@ -35,14 +35,12 @@ from torch import Tensor
 import data
 from erl import Pass, erl_objective, explore, random_routes
 from moe import GPT, Routes, feed_forward, lm_loss, router_losses, token_log_probs
-from results.bandit import draw_panels
-from results.rows import add_row, heading, interval, line, read_rows, sign_flip_p, versions
+from results.rows import add_row, read_rows, versions
 from support.checkpoints import find_checkpoint, load_model
 from support.controls import constant, random_expert
 from support.optimizer import learning_rate, make_optimizer, set_learning_rate
 from support.tasks import TextBatches, rng
 
-FOLDER = pathlib.Path(__file__).parent
 T, E, RANKED, R = 256, 8, 300, 99  # context, experts, windows whose routes are ranked, perturbed routes of a window
 STEPS, BATCH, RATES = 600, 8, (3e-4, 1e-3, 3e-3, 1e-2, 3e-2)
 ALPHA, M = 0.6, 3
@@ -69,7 +67,6 @@ LABELS |= {"erl-log": "ERL, advantage log", "ratio-uniform-log": "ratio to the u
 LABELS |= {f"erl-alpha-{alpha}": f"ERL, alpha {alpha}" for alpha in (0.1, 0.3, 0.9)}
 TEXTS = {"a": "wikitext2", "a-new": "pydocs", "c": "pydocs", "prob": "pydocs", "real": "smollm2"}  # PLAN.md's settings
 CONFIRM = 7  # starts of "real" from this one on read windows of their own, for the claims of PLAN.md's last plan
-CONFIRMED = ("exact", "ratio-uniform-log", "ratio-uniform", "erl", "random-credit")
 FREE = {"c": "e1-free", "prob": "e1-prob"}  # settings where all weights learn: their rows
 BALANCE = {"renorm": 1e-3, "prob": 2e-2}  # by gate: with `prob` and .001 one expert takes nearly all
 # (c), `prob`: an arm, and how far its RL loss reaches (--erl-grad); the rate of all but the routers, theirs on start 0
@@ -371,15 +368,6 @@ def run_all_free(name: str, folder: pathlib.Path, start: int, text: str, data_di
             add_row(name, {"start": start} | run_free(folder, start, text, data_dir, arm, rate) | versions())
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Verdicts
-# ---------------------------------------------------------------------------------------------------------------------
-
-SHOWN = ("nats", "regret", "random_cost", "mrr", "entropy", "max_load")
-DRAWN = ("erl", "ratio-uniform", "draw-router", "random-credit", "constant")
-PAIRS = (("erl", "random-credit"), ("ratio-uniform", "erl"), ("draw-router", "erl"), ("erl-again", "erl"))
-
-
 def figures_of(rows, figure: str, tuning: bool = False) -> dict[tuple, dict]:
     """(arm, rate) -> start -> a figure."""
     found = defaultdict(dict)
@@ -396,115 +384,9 @@ def chosen_rates(rows) -> dict[str, float]:
     return rates | {"erl-again": rates["erl"]}
 
 
-def shares(rows) -> tuple[dict[tuple, dict], dict]:
-    """(arm, rate) -> start -> share of the headroom recovered; start -> headroom, both ends at their chosen rates."""
-    nats, rates = figures_of(rows, "nats"), chosen_rates(rows)
-    none = nats["none", rates["none"]]
-    headroom = less(none, nats["exact", rates["exact"]])
-    return {k: {s: gain / headroom[s] for s, gain in less(none, x).items()} for k, x in nats.items()}, headroom
-
-
-def less(a: dict, b: dict) -> dict:
-    """Paired differences, by start."""
-    return {start: a[start] - b[start] for start in a if start in b}
-
-
-def ends(values: dict) -> tuple[float, float, float]:
-    return interval(list(values.values()))
-
-
-def show(values: dict) -> str:
-    """The interval; of five starts or more, where a gap is wider than half the range, a sign-flip test of 0 too."""
-    text, ordered = "{:.3f} [{:.3f}, {:.3f}]".format(*ends(values)), sorted(values.values())
-    two_humps = max(b - a for a, b in itertools.pairwise(ordered)) > (ordered[-1] - ordered[0]) / 2
-    return text + (f" (two humps, p {sign_flip_p(ordered):.3f})" if two_humps and len(ordered) > 4 else "")
-
-
-def free_lines(title: str, rows: list[dict], headroom: float | None) -> list[str]:
-    """The section of (c) or `prob`: nats against no router learning and random credit; with a headroom, verdicts.
-
-    What exact credit would still gain says nothing with `prob`, where an expert's weight would change with the router.
-    """
-    of = {figure: {arm: x for (arm, _), x in figures_of(rows, figure).items()} for figure in (*SHOWN, "left")}
-    starts = set.intersection(*(set(of["nats"].get(arm, ())) for arm in FREE_ARMS))  # with every arm
-    of = {f: {arm: {s: x[s] for s in sorted(starts)} for arm, x in arms.items()} for f, arms in of.items()}
-    nats, verdicts, rates = of["nats"], [], {r["rate"] for r in rows if r["start"]}
-    about = f"New text, all weights learn, in {len(starts)} starts; routers' rate {', '.join(map(str, rates))}."
-    lines = ["", f"## {title}", "", about, ""]
-    lines += heading("arm", "gain over `none`", "gain over random credit", *(f"`{figure}`" for figure in of))
-    for arm in FREE_ARMS:
-        name, gradient = f"{arm} -".split()[:2]
-        gains = [less(nats[c], nats[arm]) for c in ("none", f"random-credit {gradient}") if c in nats and c != arm]
-        cells = [show(gain) for gain in gains] + ["-"] * (2 - len(gains))
-        lines.append(line(f"`{arm}`", *cells, *(f"{statistics.fmean(x[arm].values()):.3f}" for x in of.values())))
-        if name == "erl" and headroom is not None:
-            holds = min(ends(gain)[1] for gain in gains) > 0 and max(of["max_load"][arm].values()) <= 0.9
-            said = "holds" if holds else "is refuted" if ends(gains[0])[2] < headroom / 10 else "is not decided"
-            verdicts.append(f"- `{arm}`: ERL's claim **{said}** by the plan's rule.")
-    again = less(nats["erl router"], nats["erl-again router"])
-    return [*lines, "", *verdicts, f"- `erl-again router` over `erl router`, the noise of a run: {show(again)} nats."]
-
-
-def router_lines(title: str, rows: list[dict], picture: str) -> list[str]:
-    """The section of a setting where the last router is trained alone: shares, verdicts, then shares by rate."""
-    rates, of = chosen_rates(rows), {figure: figures_of(rows, figure) for figure in SHOWN}
-    share, headroom = shares(rows)
-    about = f"Learnable headroom in {len(headroom)} starts: {show(headroom)} nats. At chosen rates:"
-    lines = ["", f"## {title}", "", about, ""]
-    lines += heading("arm", "what it is", "rate", "share recovered", *(f"`{figure}`" for figure in SHOWN))
-    for key in rates.items():
-        cells = [f"{statistics.fmean(of[figure][key].values()):.3f}" for figure in SHOWN]
-        lines.append(line(f"`{key[0]}`", LABELS[key[0]], f"{key[1]:g}", show(share[key]), *cells))
-    erl, random = share["erl", rates["erl"]], share["random-credit", rates["random-credit"]]
-    even = max(of["max_load"]["erl", rates["erl"]].values()) <= 0.9
-    holds = ends(erl)[1] > 0.25 and ends(less(erl, random))[1] > 0 and even
-    verdict = "holds" if holds else "is refuted here" if ends(erl)[2] < 0.1 else "is not decided here"
-    lines += ["", f"- ERL's claim **{verdict}** ({len(erl)} starts)."]
-    for arm, other in PAIRS:
-        difference = less(share[arm, rates[arm]], share[other, rates[other]])
-        lines.append(f"- Share of `{arm}` less `{other}`: {show(difference)}.")
-    for key in (arm for arm in rates.items() if arm[0] in ("constant", "random-credit")):
-        mrr, mean = statistics.fmean(of["mrr"][key].values()), ends(share[key])[0]
-        verdict = "MRR is no evidence of credit" if mrr >= 0.17 and mean < 0.1 else "no verdict on MRR from it"
-        lines.append(f"- `{key[0]}`: MRR {mrr:.3f}, share {mean:.3f}: {verdict}.")
-    lines += ["", f"![share recovered and entropy against the rate]({picture})", ""]
-    lines += ["Share recovered at every rate (exploratory), of the starts that ran it:", ""]
-    lines += heading("arm", *(f"{rate:g}" for rate in RATES))
-    cells = {f"`{arm}`": [share.get((arm, rate), {}) for rate in RATES] for arm in rates}
-    for arm, other in PAIRS:
-        pairs = ((share.get((arm, rate), {}), share.get((other, rate), {})) for rate in RATES)
-        cells[f"`{arm}` less `{other}`"] = [less(*pair) for pair in pairs]
-    return lines + [
-        line(name, *(f"{show(x)}, {len(x)} starts" if len(x) > 1 else "-" for x in row)) for name, row in cells.items()
-    ]
-
-
-def report(rows: list[dict], checks: list[dict], free: list[dict], prob: list[dict]) -> str:
-    """All of results/e1.md."""
-    about = "Made by `python results/headroom.py report` from `checks.csv` and `e1*.csv`; see PLAN.md."
-    columns = [c for c in checks[0] if c not in ("torch", "cpu")]
-    lines = ["# E1 and E2", "", about, "", "## Checks", "", *heading(*(f"`{c}`" for c in columns))]
-    for r in checks:
-        lines.append(line(*(f"{r[c]:.4g}" if type(r.get(c)) is float else r.get(c, "-") for c in columns)))
-    of = {setting: [r for r in rows if r["setting"] == setting] for setting in ("a-new", "real")}
-    lines += router_lines("(a-new)", of["a-new"], "real-router.png")
-    lines += free_lines("(c)", free, statistics.fmean(shares(of["a-new"])[1].values()))
-    lines += free_lines("(c) with the gate `prob` (exploratory)", prob, None) if prob else []
-    lines += router_lines("E2: SmolLM2-135M", of["real"], "smollm2.png")
-    return "\n".join(lines) + "\n"
-
-
-def draw_shares(rows: list[dict], path: pathlib.Path):
-    """Share recovered and entropy against the rate."""
-    both = shares(rows)[0], figures_of(rows, "entropy")
-    panels = [{LABELS[arm]: [ends(x[arm, rate]) for rate in RATES] for arm in DRAWN} for x in both]
-    titles, level = ("share of the learnable gain recovered", "router entropy (nats)"), (1, "exact credit, best rate")
-    draw_panels(path, RATES, "learning rate of the router", titles, panels, level)
-
-
 def main():
     p = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    p.add_argument("folder", help="of the starts, or `report`")
+    p.add_argument("folder", help="of the starts")
     p.add_argument("--data-dir", help="as train.py's")
     p.add_argument("--setting", choices=TEXTS, default="a-new")
     p.add_argument("--check", action="store_true", help="the checks of the setting instead of its arms")
@@ -513,10 +395,6 @@ def main():
     p.add_argument("--all-rates", action="store_true", help="not only the rates that start 0 chose")
     args = p.parse_args()
     name = "checks" if args.check else "e1"
-    if args.folder == "report":
-        (FOLDER / "e1.md").write_text(report(*map(read_rows, ("e1", "checks", "e1-free", "e1-prob"))))
-        draw_shares([r for r in read_rows("e1") if r["setting"] == "a-new"], FOLDER / "real-router.png")
-        return draw_shares([r for r in read_rows("e1") if r["setting"] == "real"], FOLDER / "smollm2.png")
     for start in args.starts:
         where = pathlib.Path(args.folder, str(start)), start, TEXTS[args.setting], args.data_dir
         if args.setting in FREE and not args.check:

@@ -143,10 +143,6 @@ def read_config(folder: str) -> dict:
 # ----------------------------------------------------------------------------------------------- The flags of train.py
 
 TEXT = ("dense", "lm", "erl")  # algorithms that learn from the text, or the reference answers, of the data set
-# --preset paper: what the papers state, for their sizes of model. ERL table 7 (text: batch 4, tasks: 8; alpha and delta
-# are the defaults already); ERPO section 5.1 (batches of 128 prompts in 4 minibatches, 8 responses a prompt).
-PAPER_TEXT = {"lr": 1e-5, "weight_decay": 0.1, "epochs": 15.0, "n_perturb": 3, "erl_grad": "all"}
-PAPER_ANSWERS = {"prompts_per_step": 128, "minibatches": 4, "group_size": 8}
 # Flags that an option of a loss had before: still understood.
 ALIASES = {"alpha": "entropy_alpha", "base": "shift_base", "floor": "shift_floor"}
 # What a resumed run may be given anew: it changes where and how fast a run goes, not what it computes.
@@ -173,7 +169,6 @@ def parser(description: str, algo: str | None, options: dict[str, dict[str, Opti
     flag("--dataset", "data set", None, "", tuple(data.DATASETS))
     flag("--data-dir", str, None, "read the set from files below DIR instead of the hub", metavar="DIR")
     flag("--tokenizer", "tokenizer", None, "default: the set's", ("gpt2", "bytes"))
-    flag("--preset", "preset", None, "what ERL table 7 or ERPO section 5.1 states", ("paper",))
     if algo in options:
         own = p.add_argument_group(f"options of {algo}: the keyword arguments of its loss")
 
@@ -293,11 +288,8 @@ def _fill(args, given: set[str], generative: bool):
     args.model = size if size in SIZES else args.model
     if args.steps and args.epochs:
         raise UserError("--steps and --epochs say the same thing: give one of them")
-    special = {"alpha": 0.7, "delta": 2.0} if args.algo == "erl" and not text else {}  # ERL table 7: tasks
-    if args.preset == "paper":
-        special |= PAPER_ANSWERS if generative else PAPER_TEXT | {"batch_size": 4 if text else 8}
-    kept = given | ({"epochs"} if args.steps else set())
-    vars(args).update({name: v for name, v in special.items() if hasattr(args, name) and name not in kept})
+    if args.algo == "erl" and not text:  # ERL table 7: tasks
+        vars(args).update({name: v for name, v in {"alpha": 0.7, "delta": 2.0}.items() if name not in given})
     if size == "gpt2" or locate(args.init)[0] == "gpt2":
         lr = 1e-5  # GPT-2's weights, or what was made from them [ERL table 7]
     elif args.algo == "dense" and not started:

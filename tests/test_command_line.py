@@ -138,8 +138,6 @@ def test_defaults_follow_the_data_the_algorithm_and_the_model(micro):
     assert args_of("--algo erl --dataset samsum --alpha 0.3").alpha == 0.3
     answers = args_of("--algo rais --dataset gsm8k --dtype bfloat16")
     assert (answers.top_k, answers.prompts_per_step, answers.rollout_dtype) == (2, 16, "bfloat16")
-    paper = args_of("--algo erl --preset paper --n-perturb 2")
-    assert (paper.lr, paper.epochs, paper.erl_grad, paper.batch_size, paper.n_perturb) == (1e-5, 15.0, "all", 4, 2)
     assert args_of("--algo erpo --entropy-alpha 0.5").alpha == 0.5  # an older name of the flag
     save_checkpoint("m.safetensors", GPT(MoEConfig(n_expert=1, **MICRO), rng(0)))  # it needs no first phase
     started = args_of("--algo lm --init m.safetensors")

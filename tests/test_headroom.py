@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from moe import GPT, SIZES, MoEConfig, Routes, token_log_probs
-from results import headroom
+from results import headroom, headroom_report
 from support.tasks import rng
 
 
@@ -62,5 +62,5 @@ def test_a_count_of_bytes_is_as_good_as_it_can_be_on_what_it_has_seen():
 
 
 def test_the_report_is_that_of_the_rows():
-    found = headroom.report(*map(headroom.read_rows, ("e1", "checks", "e1-free", "e1-prob")))
-    assert (headroom.FOLDER / "e1.md").read_text() == found
+    found = headroom_report.report(*map(headroom.read_rows, ("e1", "checks", "e1-free", "e1-prob")))
+    assert (headroom_report.FOLDER / "e1.md").read_text() == found

@@ -80,7 +80,9 @@ def test_every_flag_that_a_page_names_exists():
         code = " ".join(re.findall(r"`([^`]+)`", BLOCK.sub("", text)) + [body for _, body in BLOCK.findall(text)])
         flags = re.findall(r"(?<![\w-])--[a-z][\w-]*", code)
         assert not [flag for flag in flags if not {flag, flag.replace("--no-", "--")} & known], page
-    assert train.parse("--algo erl --dataset wikitext2 --init gpt2 --preset paper".split()).preset == "paper"
+    paper = train.parse("--algo erl --dataset wikitext2 --init gpt2 --erl-grad all --epochs 15".split())  # ERL table 7
+    found = paper.lr, paper.batch_size, paper.n_perturb, paper.alpha, paper.delta, paper.clip_eps, paper.weight_decay
+    assert found == (1e-5, 4, 3, 0.6, 0.5, None, 0.1)
 
 
 def test_the_first_rows_of_the_table_run_one_after_the_other(micro, capsys):

@@ -17,7 +17,7 @@ def right(dtype=torch.float32):
     chosen = router.gather(-1, experts).to(dtype)
     mask = torch.arange(T) < torch.randint(1, T + 1, (B, 1), generator=g)
     log_probs = torch.randn(2, B, T, 50, generator=g).log_softmax(-1)[..., 0].masked_fill(~mask, float("nan")).to(dtype)
-    inputs = dict(response_mask=mask, num_experts=E, group_size=G, alpha=0.2, rewards=REWARDS)
+    inputs = dict(response_mask=mask, num_experts=E, group_size=G, rewards=REWARDS)
     inputs |= dict(advantages=group_advantages(REWARDS, G), prompts=torch.arange(2).repeat_interleave(G))
     for i, old in enumerate(("", "old_")):
         inputs[old + "experts"] = experts[i].masked_fill(~mask[:, :, None, None], -1)
@@ -57,7 +57,6 @@ MISTAKES = [
     ("advantages", lambda x: x.roll(1), "mean 0 over groups of 4"),
     ("prompts", lambda x: x.view(2, G).T.flatten(), "rows 0 to 3 are not answers to one prompt"),
     ("group_size", lambda x: 3, "divide the 8 rows"),
-    ("alpha", lambda x: 20, "0.2 instead of 20"),
     ("response_mask", lambda x: x & False, "false everywhere"),
 ]
 

@@ -11,7 +11,7 @@ pytest.importorskip("transformers", minversion="5.6", reason="pip install -r rec
 from tiny_hf import save_tiny_llama, save_tiny_moe  # noqa: E402
 
 from recipes import eval_hf  # noqa: E402
-from recipes.hf_routing import Routes, find_routers  # noqa: E402
+from recipes.hf_routing import Routes, find_routers, next_token_log_probs  # noqa: E402
 from recipes.hf_text import load_model, load_windows  # noqa: E402
 from support.tasks import rng  # noqa: E402
 
@@ -34,8 +34,8 @@ def test_scores_are_mean_log_probabilities_along_the_routes(folder):
     with torch.no_grad():
         own = model(tokens[None, :-1]).logits.log_softmax(-1)[0].gather(-1, tokens[1:, None]).mean()
     torch.testing.assert_close(scored.values[0].float(), own)
-    log_probs, _, experts = hub.forward(tokens[None], Routes(routes.experts[-1:], routes.forced[-1:]))
-    assert torch.equal(experts, routes.experts[-1:])
+    log_probs, tape = next_token_log_probs(model, tokens[None], Routes(routes.experts[-1:], routes.forced[-1:]))
+    assert torch.equal(tape.experts, routes.experts[-1:])
     torch.testing.assert_close(scored.values[-1].float(), log_probs.mean())
     again = hub.score_text(tokens, routes, 108)
     torch.testing.assert_close(again.values, scored.values, rtol=1e-5, atol=1e-5)
@@ -49,7 +49,7 @@ def test_a_forced_expert_takes_the_place_and_the_weight_of_the_own_one(folder, t
     for router, _ in find_routers(model):
         router.top_k = top_k
     hub, tokens = eval_hf.HubModel(model), torch.arange(1, 14)
-    _, _, experts = hub.forward(tokens[None])
+    experts = next_token_log_probs(model, tokens[None])[1].experts
     for layer, length in itertools.product(range(2), (2, 12)):
         found = hub.score_decision(tokens[: length + 1], layer)
         own = experts[0, length - 1, layer].tolist()

@@ -8,7 +8,7 @@ transformers = pytest.importorskip("transformers", minversion="5.6", reason="pip
 from tiny_hf import save_tiny_llama  # noqa: E402
 
 from recipes.hf_routing import find_routers, impose, record  # noqa: E402
-from recipes.upcycle_hf import largest_gap, load_dense, main, upcycle  # noqa: E402
+from recipes.upcycle_hf import largest_gap, load_dense, upcycle  # noqa: E402
 
 SMALL = dict(vocab_size=60, hidden_size=32, intermediate_size=40, num_hidden_layers=5, num_attention_heads=4)
 SMALL |= dict(num_key_value_heads=2, max_position_embeddings=64)
@@ -74,12 +74,11 @@ def test_other_parents_are_refused(kind, changes):
         upcycle(dense, num_experts=2, every=1)
 
 
-def test_the_program(tmp_path):
-    """What it writes is loaded by transformers, computes the same, and can be sampled."""
-    parent = save_tiny_llama(tmp_path / "dense")
-    assert main([parent, str(tmp_path / "moe"), "--num-experts", "3", "--shared"]) == 0
-    loaded, (dense, _) = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "moe"), load_dense(parent)
+def test_a_saved_model_is_loaded_by_transformers(tmp_path):
+    """It computes the same, and can be sampled."""
+    dense, _ = load_dense(save_tiny_llama(tmp_path / "dense"))
+    upcycle(dense, num_experts=3, shared=True).save_pretrained(tmp_path / "moe")
+    loaded = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "moe")
     assert largest_gap(dense, loaded) < 2e-6 and loaded.config.num_experts == 3
     tokens = torch.arange(20).view(2, 10)
     assert loaded.generate(tokens, max_new_tokens=3, do_sample=False, eos_token_id=None).shape == (2, 13)
-    assert main([str(tmp_path / "nowhere"), str(tmp_path / "moe2")]) == 2
