@@ -234,8 +234,6 @@ class Run:
                     advice = f"put the run's own file back, or start a new run with --init {self.out}"
                     raise UserError(f"{shorter}: {advice}")
                 file.truncate(self.state.metrics_bytes)  # lines after the checkpoint will be written again
-            if self.state.best_step >= 0:
-                self.load_best()  # better to hear now that it is gone than after the last step
             often = 0.1 if sys.stderr.isatty() else 30  # seconds between two lines in a file
             bar = tqdm(total=self.total, initial=self.state.step, desc="training", mininterval=often, delay=0.1)
             with self._stops_politely(), bar as self.bar:

@@ -1,6 +1,7 @@
 """A run's folder, its checkpoints and its end: killed and resumed runs, the best weights, what stops a user."""
 
 import errno
+import itertools
 import json
 import os
 import shutil
@@ -114,6 +115,7 @@ def test_a_killed_run_resumes_to_the_same_bytes(name, tmp_path):
         "saving": lambda: at_call(checkpoints.os, "replace", 4, before=True),
         "saved": lambda: at_call(checkpoints.os, "replace", 4),
         "scored": lambda: at_call(runs.Run, "evaluate_if_due", 6),
+        "better": lambda: at_call(runs.Run, "evaluate_if_due", 9),  # best/ is newer than the checkpoint
         "SIGINT": lambda: at_step(4, signal.SIGINT), "SIGTERM": lambda: at_step(7, signal.SIGTERM),
     }}
     if {name!r} != "erl":
@@ -165,7 +167,8 @@ SCORES = [  # of validation: at step 1, at the end of the supervised phase, and 
 
 @pytest.mark.parametrize(("flags", "metric", "scores"), SCORES)
 def test_best_is_of_the_sets_own_metric_since_the_algorithm_began(flags, metric, scores, micro, monkeypatch):
-    validation, last_and_best = iter(scores), iter([0.6, 0.8])
+    """When the run ends, another run's weights in best/, or none, are refused in a sentence."""
+    validation, last_and_best = iter(scores), itertools.cycle([0.6, 0.8])
 
     def evaluate(model, task, name, args, final=False):
         value = next(validation) if name == "validation" else next(last_and_best) if final else 0.7
@@ -176,16 +179,19 @@ def test_best_is_of_the_sets_own_metric_since_the_algorithm_began(flags, metric,
     assert summary["best_step"] == 4 == load_model("r/best/model.safetensors")[1]["step"]
     assert [summary[name + metric] for name in ("validation_", "", "best_")] == [scores[-1], 0.6, 0.8]
     assert summary.get(f"before_{metric}") == (0.7 if metric == "accuracy" else None)
+    save_checkpoint("r/best/model.safetensors", load_model("r/best/model.safetensors")[0], step=4, run="other")
+    for _ in range(2):
+        with pytest.raises(UserError, match="does not hold this run's weights"):
+            train.run(args_of("--resume --out r"))
+        shutil.rmtree("r/best", ignore_errors=True)
 
 
 # -------------------------------------------------------------------------------------------------- what stops a user
 
 
 def test_a_run_that_is_not_what_it_was_does_not_resume(micro, monkeypatch, capsys):
-    """Other flags, other records, an earlier version's flags (or it goes on as it was), files that were cut, and best
-    weights that are gone or another run's."""
-    for out in ("r", "other --seed 1"):
-        train.run(args_of(f"--algo lm {LITTLE} --pretrain-steps 1 --steps 2 --out {out}"))
+    """Other flags, other records, an earlier version's flags (or it goes on as it was), files that were cut."""
+    train.run(args_of(f"--algo lm {LITTLE} --pretrain-steps 1 --steps 2 --out r"))
     with pytest.raises(UserError, match="--lr was 0.0003 when r began"):
         args_of("--resume --out r --lr 1")
     real = train.load_task
@@ -207,12 +213,6 @@ def test_a_run_that_is_not_what_it_was_does_not_resume(micro, monkeypatch, capsy
         assert train.main(["--resume", "--out", "r"]) == 2
         assert says in (error := capsys.readouterr().err) and error.count("\n") == 1
         Path("r", file).write_bytes(whole)
-    for best in ("nothing", "other/best"):
-        shutil.rmtree("r/best", ignore_errors=True)
-        if os.path.exists(best):
-            shutil.copytree(best, "r/best")
-        with pytest.raises(UserError, match="does not hold this run's weights"):
-            train.run(args_of("--resume --out r"))
 
 
 def test_a_full_disk_leaves_the_last_checkpoint(tmp_path, monkeypatch):
