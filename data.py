@@ -72,20 +72,11 @@ def load_tokenizer(name: str, data_dir: str | None = None) -> Tokenizer:
 
 
 def prepare(dataset: str, tokenizer: str, data_dir: str | None = None) -> Tokenizer:
-    """The tokenizer of a run. Where it cannot be had, the set is tried too: one message names all that is missing."""
-    spec = get_dataset(dataset)
+    """The tokenizer of a run on a data set; a set that cannot be read as asked is refused before it is fetched."""
     if data_dir and not os.path.isdir(data_dir):
         raise UserError(f"--data-dir {data_dir}: there is no such folder")
-    source = find_sources(spec, "train", data_dir)["train"]
-    try:
-        return load_tokenizer(tokenizer, data_dir)
-    except UserError as error:
-        try:
-            if spec.files and tokenizer == "gpt2":
-                _read_file(spec, source, data_dir) if data_dir else _read_hub(spec, source)
-        except UserError as another:
-            raise UserError(f"{error}; and {another}") from error
-        raise
+    find_sources(get_dataset(dataset), "train", data_dir)
+    return load_tokenizer(tokenizer, data_dir)
 
 
 def _one_line(error: BaseException) -> str:

@@ -339,10 +339,8 @@ class GPT(nn.Module):
         B, T, _ = x.shape
         L, K, layers = len(self.config.moe_blocks), self.config.top_k, []
         if routes is not None and (routes.experts.shape, routes.forced.shape) != ((B, T, L, K), (B, T, L)):
-            raise ValueError(
-                f"routes for this forward must have experts {[B, T, L, K]} and forced {[B, T, L]}, "
-                f"not {list(routes.experts.shape)} and {list(routes.forced.shape)}"
-            )
+            wanted = f"routes for this forward must have experts {[B, T, L, K]} and forced {[B, T, L]}"
+            raise ValueError(f"{wanted}, not {list(routes.experts.shape)} and {list(routes.forced.shape)}")
         for i, block in enumerate(self.blocks[self.first_moe_block :], self.first_moe_block):
             layer = min(len(layers), L - 1)  # a dense block ignores what it is given
             own = routes and Routes(routes.experts[:, :, layer], routes.forced[:, :, layer], routes.uniform)

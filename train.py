@@ -101,7 +101,7 @@ def erl_losses(model: GPT, batch: Batch, args, step: int, report: bool, explore=
     any: they differ in their routes alone.
     """
     tokens, m, noise = batch.tokens[:, :-1], args.n_perturb, jitter(model, batch, args, step)
-    hidden = model.stem(tokens)  # [B, T, D]
+    hidden, targets = model.stem(tokens), batch.tokens[:, 1:].repeat(m, 1)  # [B, T, D], [m * B, T]
     original, original_metrics = original_pass(model, hidden, batch, args, noise, report)
 
     def forward(routes):
@@ -115,8 +115,12 @@ def erl_losses(model: GPT, batch: Batch, args, step: int, report: bool, explore=
             features, routing = model.branch(shared.repeat(m, 1, 1), Routes(*routes), noise=repeated)
         # "router": the routers are asked again about what they saw, and the gradient stops there.
         logits = model.route_again(routing.inputs) if args.erl_grad == "router" else routing.logits
-        log_probs, perturbed_lm_loss = perturbed_log_probs(model, features, batch, routes[1], args)
-        return log_probs, logits.log_softmax(-1), perturbed_lm_loss
+        if args.wpl:
+            lm_loss, log_probs = masked_lm_loss(model, features, targets, batch.mask.repeat(m, 1))
+        else:  # the RL loss sends no gradient through the head, and reads log p where a decision was replaced
+            with torch.no_grad():
+                lm_loss, log_probs = None, masked_log_probs(model, features, targets, routes[1].any(-1))
+        return log_probs, logits.log_softmax(-1), lm_loss
 
     dtype, generator = getattr(torch, args.dtype), rng(args.seed, "routes", step)
     paths = explore(forward, batch.mask, args.top_k, dtype=dtype, generator=generator, **values_of(EXPLORE, args))
@@ -139,19 +143,6 @@ def original_pass(model: GPT, hidden: Tensor, batch: Batch, args, noise, report:
         if report:
             metrics |= routing_report(routing.logits, mask=batch.routed, experts=routing.experts)
     return Pass(log_probs, routing.logits.detach().log_softmax(-1), loss), metrics
-
-
-def perturbed_log_probs(model: GPT, features, batch: Batch, S, args):
-    """log p [m * B, T] of the next token along perturbed routes, 0 where it is not read, and their LM loss or None.
-
-    The RL loss sends no gradient through the head, and needs it at S alone; the LM loss of wPL needs all of it.
-    """
-    targets = batch.tokens[:, 1:].repeat(args.n_perturb, 1)
-    if args.wpl:
-        loss, log_probs = masked_lm_loss(model, features, targets, batch.mask.repeat(args.n_perturb, 1))
-        return log_probs, loss
-    with torch.no_grad():
-        return masked_log_probs(model, features, targets, S.any(-1)), None
 
 
 def jitter(model: GPT, batch: Batch, args, step: int) -> list[Tensor] | None:

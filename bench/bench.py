@@ -1,6 +1,6 @@
 """Benchmarks: what a mixture of experts, ERL's exploration, rollouts and the losses cost, beside their peers.
 
-    python bench/bench.py step       the program's training step: dense, our MoE, transformers' MoE; a MoE layer
+    python bench/bench.py step       the program's training step, dense and MoE; a MoE layer
     python bench/bench.py erl        the program's ERL step against its LM step
     python bench/bench.py rollout    generation against transformers' GPT-2
     python bench/bench.py loss       ERPO and RAIS at the paper's scale
@@ -30,11 +30,10 @@ begin_program()  # before torch: it sets what torch reads when it is imported
 
 # isort: split
 import torch  # noqa: E402
-import torch.nn as nn  # noqa: E402
 
 import train  # noqa: E402
 from erpo import erpo_loss  # noqa: E402
-from moe import GPT, SIZES, MoEConfig, Routing  # noqa: E402
+from moe import GPT, SIZES, MoEConfig  # noqa: E402
 from rais import rais_loss  # noqa: E402
 from support.arguments import number  # noqa: E402
 from support.generation import generate  # noqa: E402
@@ -207,36 +206,6 @@ def training_step(model: GPT, args, algo: str = "lm", **flags) -> Callable:
     return once
 
 
-class Qwen3MoE(nn.Module):
-    """The MoE block of transformers' Qwen3 in the place of ours, with the same losses around it.
-
-    Three matrices a SwiGLU expert, of 2/3 the width: as many numbers as our two hold.
-    """
-
-    def __init__(self, ours: nn.Module, args):
-        from transformers import Qwen3MoeConfig
-        from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeSparseMoeBlock
-
-        super().__init__()
-        D, E, multiple = ours.config.n_embd, ours.config.n_expert, 8 if args.dtype == "bfloat16" else 4
-        size = dict(hidden_size=D, num_experts=E, moe_intermediate_size=8 * D // 3 // multiple * multiple)
-        options = dict(num_experts_per_tok=1, norm_topk_prob=False, hidden_act="gelu_pytorch_tanh")
-        config = Qwen3MoeConfig(**size, **options, experts_implementation="grouped_mm")
-        self.dtype = getattr(torch, args.dtype)  # of its weights: autocast does not know the grouped product
-        self.block = Qwen3MoeSparseMoeBlock(config).to(self.dtype)
-        with torch.no_grad():
-            for p in self.block.parameters():
-                p.normal_(std=0.02)
-            self.block.gate.weight.copy_(ours.router.weight)  # the same tokens go to the same experts
-        self.block.gate.register_forward_hook(lambda module, inputs, output: setattr(self, "logits", output[0]))
-
-    def forward(self, x, routes=None, noise=None):
-        out = self.block(x.to(self.dtype)).to(x.dtype)
-        logits = self.logits.view(*x.shape[:2], -1).float()
-        experts = logits.topk(1).indices
-        return out, Routing(logits, experts, torch.zeros_like(experts[..., 0], dtype=torch.bool), x)
-
-
 # ------------------------------------------------------------------------------ The benchmarks: each returns its groups
 
 
@@ -244,14 +213,8 @@ def step(args) -> list[Group]:
     """The program's LM step with models that differ in their MoE blocks alone, and one MoE layer on 2,048 tokens."""
     V = 257 if args.model == "tiny" else 50304
 
-    def text(name, n_expert=8, replace=None, goal=None):
-        def make():
-            model = build(args, V, n_expert, gate="prob")  # what Switch and Qwen do with K = 1
-            for i in model.config.moe_blocks if replace else ():
-                model.blocks[i].mlp = replace(model.blocks[i].mlp, args).to(args.device)
-            return training_step(model, args)
-
-        return Arm(name, make, goal)
+    def text(name, n_expert=8, goal=None):  # gate `prob`: what Switch does with K = 1
+        return Arm(name, lambda: training_step(build(args, V, n_expert, gate="prob"), args), goal)
 
     def layer(name, n_expert, goal=None):
         def make():
@@ -269,7 +232,6 @@ def step(args) -> list[Group]:
         return Arm(name, make, goal)
 
     steps = [text("dense", 1), text("ours, 8 experts", goal=0.92 if args.model == "tiny" else 0.8)]
-    steps.append(text("transformers Qwen3-MoE, grouped_mm", replace=Qwen3MoE))
     layers = [layer("8 experts", 8), layer("64 experts", 64, goal=1.6), layer("128 experts", 128)]
     return [
         Group(f"training step, {args.model}, V = {V}, top-1", steps, "speed"),

@@ -52,7 +52,6 @@ LABELS = {  # the arms of PLAN.md
     "draw-router": "experts drawn from the router",
     "random-credit": "ERL, random experts credited",
     "constant": "ERL, a constant advantage",
-    "published": "as the public code, labels shifted",
     "erl-again": "ERL once more, other draws",
 }
 ARMS = tuple(LABELS)
@@ -63,6 +62,7 @@ ABLATIONS = {  # options of `explore` that the paper varies; run by --arms
     "erl-alpha-0.9": {"alpha": 0.9},
     "ratio-uniform-log": {"advantage": "log"},
 }
+LABELS |= {"published": "as the public code, labels shifted"}  # its code is at commit 2791aff
 LABELS |= {"erl-log": "ERL, advantage log", "ratio-uniform-log": "ratio to the uniform draw, advantage log"}
 LABELS |= {f"erl-alpha-{alpha}": f"ERL, alpha {alpha}" for alpha in (0.1, 0.3, 0.9)}
 TEXTS = {"a": "wikitext2", "a-new": "pydocs", "c": "pydocs", "prob": "pydocs", "real": "smollm2"}  # PLAN.md's settings
@@ -122,16 +122,8 @@ def router_loss(logits: Tensor) -> Tensor:
 def erl_arm(arm: str, forward, mask: Tensor, generator, means: list) -> Tensor:
     """L_o + delta * L_p. `means`: ERL's mean advantage at each step; ERL adds to it, `constant` uses it up."""
 
-    def on_one_map(routes):
-        if arm == "published" and routes is not None:  # for each layer and token, an exact count, shared by the rows
-            for S in routes[1].split(len(mask)):  # [B, T, L], the S of `explore` too: the same tensor
-                chosen = torch.randperm(S[0].numel(), generator=generator)[: round(ALPHA * S[0].numel())]
-                S.copy_(torch.zeros(S[0].numel(), dtype=torch.bool).index_fill(0, chosen, True).view_as(S[0]))
-        return forward(routes)
-
-    draw = "router" if arm in ("draw-router", "published") else "uniform"
-    options = {"alpha": ALPHA, "n_perturb": M, "draw": draw} | ABLATIONS.get(arm, {})
-    paths = explore(on_one_map, mask, 1, **options, generator=generator)
+    options = {"alpha": ALPHA, "n_perturb": M, "draw": "router" if arm == "draw-router" else "uniform"}
+    paths = explore(forward, mask, 1, **options | ABLATIONS.get(arm, {}), generator=generator)
     if arm == "erl":
         counted = paths.S.sum(-1)
         means.append(((paths.advantages * counted).sum() / counted.sum()).item())
@@ -145,22 +137,19 @@ def erl_arm(arm: str, forward, mask: Tensor, generator, means: list) -> Tensor:
 
 def last_router_loss(arm: str, weight: Tensor, inputs: Tensor, log_probs: Tensor, generator, means: list) -> Tensor:
     """An arm's loss where the last router alone is trained: all that it needs of the model are the decisions."""
-    noise = 0.01 if arm == "published" else 0.0
+    logits = inputs @ weight.T  # [B, T, E]
+    if arm in ("none", "exact"):
+        return router_loss(logits) + (exact_credit(logits, log_probs) if arm == "exact" else 0)
 
     def forward(routes):
         copies = 1 if routes is None else M
-        x = inputs.repeat(copies, 1, 1) if noise else inputs
-        logits = (x * (1 + noise * (2 * torch.rand(x.shape, generator=generator) - 1)) if noise else x) @ weight.T
-        log_p = (logits if noise else logits.repeat(copies, 1, 1)).log_softmax(-1)  # [B or m * B, T, E]
+        log_p = logits.repeat(copies, 1, 1).log_softmax(-1)  # [B or m * B, T, E]
         experts = log_p.argmax(-1, keepdim=True)
         if routes is not None:
             experts = torch.where(routes[1], routes[0][:, :, 0], experts)
         worth = log_probs.repeat(copies, 1, 1).gather(-1, experts)[..., 0]
         return Pass(worth, log_p[:, :, None], router_loss(logits) if routes is None else None)
 
-    if arm in ("none", "exact"):
-        logits = inputs @ weight.T
-        return router_loss(logits) + (exact_credit(logits, log_probs) if arm == "exact" else 0)
     return erl_arm(arm, forward, torch.ones(inputs.shape[:2], dtype=torch.bool), generator, means)
 
 
@@ -295,9 +284,9 @@ def prepare(folder: pathlib.Path, start: int, text: str, data_dir) -> tuple[Deci
     return tuple(Decisions(*part) for part in torch.load(kept))
 
 
-def new_router(start: int, decisions: Decisions, std: float = 0.1) -> Tensor:
+def new_router(start: int, decisions: Decisions) -> Tensor:
     shape = decisions.log_probs.shape[-1], decisions.inputs.shape[-1]  # [E, D]
-    return std * torch.randn(shape, generator=rng(start, "new last router", 0))
+    return 0.1 * torch.randn(shape, generator=rng(start, "new last router", 0))
 
 
 def run_check(folder: pathlib.Path, start: int, text: str, data_dir) -> dict:
@@ -326,8 +315,7 @@ def run_arms(folder: pathlib.Path, start: int, text: str, data_dir, rate: float,
     routes = draw_routes(test.log_probs)
     for arm in (*ARMS, *ABLATIONS):
         if arm in arms or arm == "erl" and "constant" in arms:  # `constant` takes the means of `erl`
-            weight = new_router(start, train, 1.0 if arm == "published" else 0.1)
-            weight = train_last_router(arm, weight, train, rate, (start, 0), means)
+            weight = train_last_router(arm, new_router(start, train), train, rate, (start, 0), means)
             if arm in arms:
                 yield {"draw": 0, "arm": arm, "rate": rate} | score(weight, test, *routes)
 
@@ -406,7 +394,6 @@ def main():
         chosen = {} if args.check or args.all_rates else chosen_rates(of_setting)
         for rate in () if args.check else RATES:
             arms = {arm for arm in args.arms if chosen.get(arm, rate) == rate}
-            arms -= {"published"} if args.setting == "real" else set()
             arms -= {r["arm"] for r in rows if r["rate"] == rate}
             found = itertools.chain(found, run_arms(*where, rate, arms) if arms else ())
         for row in found:

@@ -120,12 +120,6 @@ def main():
         for x, t in parts[1:]:  # the corpora mixed
             mixed = torch.randperm(t[..., 0].numel(), generator=rng(start, "mixed", t.shape[1]))
             found.append(decisions_of(model, x.flatten(0, 1)[mixed], t.flatten(0, 1)[mixed], trained))
-        dense = decisions_of(model, *(part.flatten(0, 1) for part in parts[2]), [model.model.layers[-1].mlp])
-        nats, best = -dense.log_probs.mean(), -found[1].log_probs.amax(-1).mean()
-        print(
-            f"start {start}: dense {nats:.4f} nats a token, experts one by one "
-            f"{(-found[1].log_probs.mean((0, 1))).tolist()}, the best by the answer {best:.4f}"
-        )
         out.parent.mkdir(exist_ok=True)
         torch.save([tuple(d) for d in found], out)
 
