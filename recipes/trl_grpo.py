@@ -11,17 +11,12 @@ takes, and a loss:
     MoEGRPOTrainer(loss="rais", loss_options={"base": "gspo"}, model=..., reward_funcs=..., args=GRPOConfig(...), ...)
 
 What it adds to TRL's trainer: the old policy's log-probabilities and routes are recorded once a generation batch, a
-microbatch at a time, and travel with it; whole groups stay in one microbatch; ERPO gets the rewards as they are.
-What TRL does stays as it is: generation, rewards, advantages (std + 1e-4, where ours adds 1e-6), tool mask,
-temperature, gradient accumulation, and the auxiliary loss. That one is on unless router_aux_loss_coef=0: by default
-the model's own coefficient (0.001 in Qwen3-MoE) times its load-balancing loss over all tokens, prompts included, is
-added to the loss, so a router moves even where every advantage is 0.
-Clip ranges are loss_options; GRPOConfig settings that this trainer does not read are refused.
-
-Where another engine sampled and TRL keeps its log-probabilities (vLLM, or a rollout_func that returns them), every loss
-gets the weights of baselines.mismatch_weights, by GRPOConfig's vllm_importance_sampling_* settings: a sequence mask
-unless told otherwise. Tested with a rollout_func, against TRL's own GRPO. vLLM itself was not run: not what it returns,
-nor how TRL hands it new weights. Its routes are not known here, so replay R3 is not possible.
+microbatch at a time, and travel with it; whole groups stay in one microbatch; ERPO gets the rewards as they are. Where
+another engine sampled, every loss gets the weights of baselines.mismatch_weights, by GRPOConfig's settings
+vllm_importance_sampling_*. The rest is TRL's, its auxiliary loss included, which moves a router even where every
+advantage is 0 (router_aux_loss_coef=0 switches it off). Clip ranges are loss_options; settings that this trainer does
+not read are refused. vLLM itself was not run, and its routes are not known here, so replay R3 is not possible. More in
+docs/frameworks.md.
 """
 
 import argparse

@@ -4,26 +4,13 @@
     .venv/bin/pip install --no-deps verl==0.9.1
     .venv/bin/python recipes/verl_losses.py
 
-It prints how far grpo_loss, gspo_loss, gmpo_loss, cispo_loss, sapo_loss and dppo_loss are from verl's "vanilla",
-"gspo", "geo_mean", "cispo", "sapo" and "dppo_tv" on random numbers, in value and in gradient; then the same with
-weights for another engine's samples, and rais_loss from the first three with gamma in the old log-probabilities.
+It prints how far our losses are from verl's "vanilla", "gspo", "geo_mean", "cispo", "sapo" and "dppo_tv" on random
+numbers, in value and in gradient; then the same with weights for another engine's samples, and rais_loss from the first
+three with gamma in the old log-probabilities. A log ratio counts at most as 20 here (10 in "gspo").
 
-What to set in verl for this: loss_agg_mode "seq-mean-token-mean" (its default, "token-mean", lets long rows weigh
-more; "sapo" uses no other), the clip ranges, and clip_ratio_c: for "vanilla" so large that its second clip (rows with
-A < 0 and a ratio above 3) never acts, for "dppo_tv" max_ratio. What stays different: all but "geo_mean" average over
-the rows that have a response, ours over all. "gspo" with weights has our value, but the gradient of a token has the
-token's own weight, ours (and TRL's) the mean of the row's. A log ratio counts at most as 20 (10 in "gspo").
-
-What verl 0.9.1 passes to a registered loss (read in verl/workers/utils/losses.py, ppo_loss): old_log_prob, log_prob,
-advantages, response_mask [B, T], loss_agg_mode, config and rollout_is_weights. No routes: ppo_loss keeps three to five
-named fields of the batch and drops the rest before the call. With router replay (modes R2 and R3 of the Megatron
-engine, also in the veomni engine) expert ids travel as routed_experts, and are imposed on the model; router
-log-probabilities are returned by no engine. So ERPO and RAIS cannot be registered as they are. RAIS would need
-  1. from the engine's forward, log P of the recorded experts at the positions that predict the response, [B, T, L, K],
-     once with the old policy beside old_log_probs, and once in training;
-  2. both kept in ppo_loss, up to the call;
-  3. one line, around any registered loss: `old_log_prob - gamma.log()` for old_log_prob (rais.router_shift).
-ERPO would need the experts and their P of both policies, the rewards as they are, and whole groups in a microbatch.
+What to set in verl for this, what stays different, what verl passes to a registered loss (no routes), and what RAIS
+and ERPO would need from it, is in docs/frameworks.md. RAIS would need one line around any registered loss:
+`old_log_prob - gamma.log()` for old_log_prob (rais.router_shift).
 """
 
 import inspect
