@@ -119,8 +119,7 @@ def router_losses(logits: Tensor, experts: Tensor, mask: Tensor | None = None) -
     load [L, E] = f, the share of token slots sent to each expert.
     """
     B, T, L, E = logits.shape
-    if mask is None:
-        mask = torch.ones(B, T, dtype=torch.bool, device=logits.device)
+    mask = torch.ones(B, T, dtype=torch.bool, device=logits.device) if mask is None else mask
     logits = logits.masked_fill(~mask[..., None, None], 0.0)
     valid = mask[..., None, None].expand_as(experts).long()  # [B, T, L, K]
     places = experts + E * torch.arange(L, device=logits.device)[:, None]

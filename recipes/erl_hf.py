@@ -161,9 +161,8 @@ def train(args, accelerator):
     windows, _ = load_windows(args.dataset, "train", tokenizer, args.context, args.data_dir)
     tests, text = load_windows(args.dataset, "test", tokenizer, args.context, args.data_dir, args.eval_windows)
     if not accelerator.num_processes <= args.batch_size <= len(windows):
-        raise UserError(
-            f"--batch-size must be from {accelerator.num_processes} (processes) to {len(windows)} (windows)"
-        )
+        bounds = f"from {accelerator.num_processes} (processes) to {len(windows)} (windows)"
+        raise UserError(f"--batch-size must be {bounds}")
     if accelerator.is_main_process:  # where it refuses, the launcher ends the other processes
         open_folder(args)
     fused = accelerator.device.type in ("cpu", "cuda")  # on a CPU a quarter of the time

@@ -116,14 +116,10 @@ def differences(name, **options):
     """-> {what: difference} of our loss from verl's `name`, of the weighted one, and of RAIS where it is a base."""
     log_probs, old, A, mask, router, old_router, weights = example(**options)
     ours = OURS[name]
-    found = {
-        ours.__name__: difference(lambda x: ours(x, old, A, mask)[0], lambda x: call(name, x, old, A, mask), log_probs),
-        "with weights": difference(
-            lambda x: ours(x, old, A, mask, weights=weights)[0],
-            lambda x: call(name, x, old, A, mask, weights),
-            log_probs,
-        ),
-    }
+    row = old, A, mask
+    found = {ours.__name__: difference(lambda x: ours(x, *row)[0], lambda x: call(name, x, *row), log_probs)}
+    weighted = lambda x: ours(x, *row, weights=weights)[0], lambda x: call(name, x, *row, weights)  # noqa: E731
+    found["with weights"] = difference(*weighted, log_probs)
     if name in BASES:
         shifted = old - router_shift(router, old_router).log()
         found["rais_loss"] = difference(

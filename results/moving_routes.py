@@ -114,21 +114,15 @@ def differences(rows: list[dict], arm: str, control: str, figure: str = "area", 
 
 def report(rows: list[dict]) -> str:
     """All of results/e3.md."""
-    lines = [
-        "# E3",
-        "",
-        "Made by `python results/moving_routes.py report` from `e3.csv`; see PLAN.md. Start 0 is for tuning.",
-    ]
+    about = "Made by `python results/moving_routes.py report` from `e3.csv`; see PLAN.md. Start 0 is for tuning."
+    lines = ["# E3", "", about]
     for rate in RATES:
         lines += ["", f"## Learning rate {rate:g}", "", *table_at(rows, rate, LABELS, FIGURES)]
     lines += ["", "## Paired within a start", ""]
-    lines += heading(
-        "arm", "less", "starts", "`area`, mean of both rates", *(f"at {r:g}" for r in RATES), "`accuracy`", "collapses"
-    )
+    rates, compared = [f"at {r:g}" for r in RATES], ((), ("area", RATES[:1]), ("area", RATES[1:]), ("accuracy",))
+    lines += heading("arm", "less", "starts", "`area`, mean of both rates", *rates, "`accuracy`", "collapses")
     for arm, control in PAIRS:
-        parts = [
-            differences(rows, arm, control, *of) for of in ((), ("area", RATES[:1]), ("area", RATES[1:]), ("accuracy",))
-        ]
+        parts = [differences(rows, arm, control, *of) for of in compared]
         if len(parts[0]) > 1:
             cells = ["{:+.4f} [{:+.4f}, {:+.4f}]".format(*interval(part)) for part in parts]
             lines.append(line(f"`{arm}`", f"`{control}`", len(parts[0]), *cells, mcnemar(rows, arm, control)))

@@ -1,6 +1,6 @@
-"""Rows of runs, and the tables, verdicts and pictures that are made of them and of nothing else.
+"""Rows of runs, and the tables and verdicts that are made of them and of nothing else.
 
-    python results/rows.py        results/*.csv -> results/tables.md, results/erl.png
+    python results/rows.py        results/*.csv -> results/tables.md
 
 A row of NAME.csv is a run: its arm, its start (a seed and the model trained from it, from which all arms begin),
 versions, the settings that differ within the experiment, named as flags, and its figures. An empty cell is a figure
@@ -19,7 +19,6 @@ import subprocess
 from typing import NamedTuple
 
 import torch
-from matplotlib.figure import Figure
 from scipy import stats
 
 FOLDER = pathlib.Path(__file__).parent
@@ -51,10 +50,8 @@ def read_rows(experiment: str) -> list[dict]:
 
 def add_row(experiment: str, row: dict):
     """Append a run to results/EXPERIMENT.csv, unknown columns at the end. Numbers keep eight digits."""
-    row = {
-        k: f"{v:.8g}" if isinstance(v, float) else v if isinstance(v, str) else json.dumps(v) for k, v in row.items()
-    }
-    rows, path = [*read_table(experiment), row], FOLDER / f"{experiment}.csv"
+    text = {k: f"{v:.8g}" if type(v) is float else v if type(v) is str else json.dumps(v) for k, v in row.items()}
+    rows, path = [*read_table(experiment), text], FOLDER / f"{experiment}.csv"
     with open(f"{path}.tmp", "w", newline="") as file:
         columns = dict.fromkeys(column for row in rows for column in row)
         table = csv.DictWriter(file, columns, restval="", lineterminator="\n")
@@ -245,31 +242,9 @@ def tables(rows: dict[str, list[dict]], arms: list[dict]) -> str:
     return "\n\n".join(parts).replace("|\n\n|", "|\n|") + "\n"
 
 
-# ------------------------------------------------------------------------------------------------------------ Pictures
-
-FOUR = {"lm": "black", "erl": "tab:red", "erl-constant": "tab:orange", "erl-level": "tab:green"}
-
-
-def draw_mrr(rows: list[dict], labels: dict[str, str], path):
-    """MRR against the perplexity relative to MoE's of the same start."""
-    figure, base = Figure(figsize=(7.5, 4.8), layout="constrained"), by_start(rows, "lm", "perplexity")
-    axis = figure.subplots()
-    for arm, colour in FOUR.items():
-        mrr, perplexity = by_start(rows, arm, "mrr"), by_start(rows, arm, "perplexity")
-        dots = [(100 * (perplexity[start] / base[start] - 1), mrr[start]) for start in mrr if start in base]
-        axis.scatter(*zip(*dots, strict=True), color=colour, alpha=0.35, s=18)
-        axis.scatter(*map(statistics.fmean, zip(*dots, strict=True)), color=colour, s=150, label=labels[arm], zorder=3)
-    axis.axhline(0.052, color="gray", ls=":", label="MRR of chance")
-    axis.set(xlabel="perplexity above that of the MoE with the same seed [%]", ylabel="MRR of the own route")
-    axis.set_title("A constant advantage, which knows no expert, has the highest MRR on average", fontsize=12)
-    axis.legend(loc="lower right", fontsize=9, title="small: one run; large: mean of ten", title_fontsize=9)
-    figure.savefig(path, dpi=110)
-
-
 def main():
     rows, arms = {name: read_rows(name) for name in EXPERIMENTS}, read_table("arms")
     (FOLDER / "tables.md").write_text(tables(rows, arms))
-    draw_mrr(confirmatory(rows["erl-text"]), {arm["arm"]: arm["about"] for arm in arms}, FOLDER / "erl.png")
     print("\n".join(planned_lines(rows)))
 
 

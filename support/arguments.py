@@ -247,8 +247,7 @@ def parse(argv: list[str], description: str, options: dict[str, dict[str, Option
     if unknown:
         flag = unknown[0].partition("=")[0]
         name = flag.removeprefix("--").replace("-", "_")
-        older = {old: new for new, old in ALIASES.items()}.get(name)
-        if owners := [a for a, theirs in options.items() if name in theirs or a != "erl" and older in theirs]:
+        if owners := [a for a, theirs in options.items() if name in theirs]:
             raise UserError(f"{flag} is an option of --algo {' or '.join(owners)}, not of {args.algo}: leave it out")
         raise UserError(f"unknown flag {flag}: see --help")
     for action in p._actions:  # once more without defaults: what the user gave
