@@ -2,7 +2,6 @@
 
 import pytest
 import torch
-from torch.autograd import gradcheck
 
 import moe
 from support import head
@@ -26,6 +25,7 @@ def case(seed, V=5000, dtype=torch.float32):
 def assert_same(ours, plain, features, weight, seed):
     """Values to 1e-5, and the gradients of their sum with random weights."""
     to = torch.randn(plain.shape, generator=torch.Generator().manual_seed(seed))
+    assert ours.dtype == plain.dtype
     torch.testing.assert_close(ours, plain, atol=1e-5, rtol=1e-5)
     for a, b in zip(*(torch.autograd.grad((x * to).sum(), (features, weight)) for x in (ours, plain)), strict=True):
         torch.testing.assert_close(a, b, atol=1e-5 * max(1, b.abs().max().item()), rtol=1e-5)
@@ -41,40 +41,26 @@ def test_lm_loss_equals_the_plain_one(V, masked):
         assert_same(ours[0], plain[0], features, weight, seed)
         torch.testing.assert_close(ours[1], plain[1], atol=1e-5, rtol=1e-5)
         assert not ours[1].requires_grad and (masked != "all" or ours[0] == 0)
-        with torch.no_grad():
-            torch.testing.assert_close(head.lm_loss(features, weight, targets, mask), plain)
 
 
 @pytest.mark.parametrize("V", [50, 5000])
 @pytest.mark.parametrize("temperature", [1.0, 0.6, 0.0])
 def test_token_log_probs_equal_the_plain_ones(V, temperature):
-    for seed in range(3):
-        features, weight, targets, _ = case(seed, V)
+    """In float32; and in float64 and under autocast, which PyTorch's blocks would leave out."""
+    for seed, dtype in enumerate((torch.float32, torch.float32, torch.float64)):
+        features, weight, targets, _ = case(seed, V, dtype)
         if temperature == 0:  # it counts as MIN_TEMPERATURE: small logits leave float32 its digits
             features, weight = ((x.detach() * 1e-2).requires_grad_() for x in (features, weight))
-        ours, plain = (f(features, weight, targets, temperature) for f in (head.token_log_probs, moe.token_log_probs))
-        assert_same(ours, plain, features, weight, seed)
+        for autocast in (False, dtype == torch.float32):
+            with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+                found = (f(features, weight, targets, temperature) for f in (head.token_log_probs, moe.token_log_probs))
+                assert_same(*found, features, weight, seed)
 
 
 @pytest.mark.parametrize("f", [lambda *x: head.lm_loss(*x)[0], head.token_log_probs])
-def test_gradients_in_float64_and_under_autocast(f):
-    features, weight, targets, _ = case(1, 2000, torch.float64)
-    assert f(features, weight, targets).dtype == torch.float64
-    assert gradcheck(lambda x, w: f(x, w, targets), (features, weight), fast_mode=True)
-    features, weight, targets, _ = case(2)
-    with torch.autocast("cpu", torch.bfloat16):
-        value = f(features, weight, targets)
-    exact = f(features, weight, targets)
-    assert value.dtype == torch.float32 and 0 < (value - exact).abs().max() < 0.2
-    for a, b in zip(*(torch.autograd.grad(x.mean(), (features, weight)) for x in (value, exact)), strict=True):
-        assert a.dtype == torch.float32 and (a - b).norm() < 0.02 * b.norm()
-
-
-@pytest.mark.parametrize("f", [head.lm_loss, head.token_log_probs])
 def test_no_tensor_holds_the_logits_of_all_tokens(f):
     features, weight, targets, _ = case(3)
     with torch.profiler.profile(record_shapes=True) as profile:
-        result = f(features, weight, targets)
-        (result[0] if f is head.lm_loss else result.sum()).backward()
+        f(features, weight, targets).sum().backward()
     shapes = [shape for event in profile.events() for shape in event.input_shapes if len(shape) == 2]
     assert [16, 5000] in shapes and not any(40 in shape and max(shape) >= 500 for shape in shapes)
