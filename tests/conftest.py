@@ -23,8 +23,6 @@ def micro(monkeypatch, tmp_path):
 
 def pytest_terminal_summary(terminalreporter):
     """One line that says why tests were left out."""
-    reasons = sorted(
-        {report.longrepr[2].removeprefix("Skipped: ") for report in terminalreporter.stats.get("skipped", [])}
-    )
-    if reasons:
+    skipped = terminalreporter.stats.get("skipped", [])
+    if reasons := sorted({report.longrepr[2].removeprefix("Skipped: ") for report in skipped}):
         terminalreporter.write_line("left out: " + "; ".join(reasons))

@@ -177,10 +177,10 @@ def forward_with(model, tokens, layer, expert):
         return log_probs_of(model, tokens)[0][-1]
 
 
-@pytest.mark.parametrize(
-    "sizes",
-    [dict(top_k=2), dict(top_k=2, gate="prob", n_shared_expert=1), dict(n_layer=4, moe_every=2, gate="straight")],
-)
+SIZES = [dict(top_k=2), dict(top_k=2, gate="prob", n_shared_expert=1), dict(n_layer=4, moe_every=2, gate="straight")]
+
+
+@pytest.mark.parametrize("sizes", SIZES)
 def test_a_forced_expert_takes_the_place_and_the_weight_of_the_own_one(sizes):
     tokens, seen = random_window(10)[0], set()
     for layer, length, seed in itertools.product(range(2), (3, 10), range(3)):

@@ -98,10 +98,8 @@ def test_a_prompt_of_several_rows_is_read_once():
 
 def test_temperatures_near_zero_are_the_coldest():
     model, how = make(8), dict(max_new_tokens=8, end_token=END)
-    greedy, coldest, *colder = (
-        generate(model, PROMPTS, temperature=t, generator=rng(), **how)
-        for t in (0, MIN_TEMPERATURE, 1e-10, 1e-38, 1e-45)
-    )
+    temperatures = 0, MIN_TEMPERATURE, 1e-10, 1e-38, 1e-45
+    greedy, coldest, *colder = (generate(model, PROMPTS, temperature=t, generator=rng(), **how) for t in temperatures)
     assert all(torch.equal(a, b) for cold in colder for a, b in zip(cold, coldest, strict=True))
     assert coldest.log_probs.isfinite().all() and coldest.entropies.isfinite().all()
     assert torch.equal(coldest.tokens, greedy.tokens)

@@ -197,10 +197,8 @@ def test_bfloat16_dispatch_is_as_exact_as_bfloat16():
 
 def test_renormalised_gates():
     """They survive experts of probability zero; `straight` has the value of `renorm` to the bit."""
-    logits, routes = (
-        torch.tensor([[[0.0, -200.0, -201.0, -300.0]]]),
-        Routes(torch.tensor([[[1, 2]]]), torch.ones(1, 1) > 0),
-    )
+    logits = torch.tensor([[[0.0, -200.0, -201.0, -300.0]]])
+    routes = Routes(torch.tensor([[[1, 2]]]), torch.ones(1, 1) > 0)
     renorm, straight = (MoEConfig(**SMALL, gate=gate) for gate in ("renorm", "straight"))
     weights = choose_experts(logits, renorm, routes._replace(uniform=False))[1]
     torch.testing.assert_close(weights[0, 0], torch.tensor([0.0, -1.0]).softmax(-1))

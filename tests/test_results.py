@@ -1,7 +1,7 @@
 """results/: the rows, statistics whose truth is known, and the runs that stay on small models."""
 
+import itertools
 import math
-import random
 import shutil
 import statistics
 
@@ -11,7 +11,7 @@ import torch
 from baselines import gmpo_loss
 from rais import rais_loss
 from results import moving_routes, rows
-from results.rows import PLANNED, confirmatory, differences, holm, interval, sign_flip_p, verdicts
+from results.rows import confirmatory, differences, holm, interval, sign_flip_p
 from support.tasks import rng
 
 # ---- the rows
@@ -70,36 +70,6 @@ def test_holm_counts_the_tests_that_could_not_run():
     assert holm([0.5, 0.9], 5) == [1.0, 1.0]
 
 
-def synthetic(truth: dict, spread=0.1, starts=range(100, 112)) -> tuple[dict, list]:
-    """Rows in which every planned contrast has truth times four margins, in the paper's direction, and paired noise."""
-    draw, found, contrasts = random.Random(0), {"erl-text": [], "answers": []}, []
-    for i, c in enumerate(PLANNED):
-        contrasts.append(c._replace(arm=f"{i}:{c.arm}", control=f"{i}:{c.control}"))
-        for start in starts:
-            base, shift = 0.3 + draw.random(), 4 * c.margin * c.sign * (truth.get(i, 0) + spread * draw.gauss(0, 1))
-            value = base * math.exp(shift) if c.figure.endswith("perplexity") else base + shift
-            for arm, x in ((contrasts[-1].control, base), (contrasts[-1].arm, value)):
-                found[c.experiment].append({"arm": arm, "start": start, "again": 0, c.figure: x})
-    return found, contrasts
-
-
-def test_verdicts_find_what_is_there():
-    found = [verdict for verdict, _ in verdicts(*synthetic({0: 1, 1: -1, 2: 1}))]
-    assert found == ["same direction", "opposite", "same direction", "no difference", "no difference"]
-    noisy = [verdict for verdict, _ in verdicts(*synthetic({}, spread=1))]
-    assert noisy == ["not decidable here"] * 5
-
-
-def test_only_pairs_of_ten_confirmatory_starts_count():
-    found, contrasts = synthetic({0: 1}, starts=range(95, 109))  # five for tuning, nine that count
-    assert verdicts(found, contrasts)[0] == ("not decidable here", "9 of at least 10 starts ran")
-    found, contrasts = synthetic({0: 1})
-    found["erl-text"] = [row for row in found["erl-text"] if row["arm"][0] != "0" or row["start"] > 102]
-    assert verdicts(found, contrasts)[0] == ("not decidable here", "9 of at least 10 starts ran")
-    again = [row | {"again": 1, "start": 100} for row in found["erl-text"]]
-    assert len(differences(found["erl-text"] + again, contrasts[0].arm, contrasts[0].control, contrasts[0].figure)) == 9
-
-
 # ---- E3
 
 
@@ -108,9 +78,8 @@ def test_e3s_report_is_that_of_its_rows():
 
 
 def test_one_gamma_for_all_tokens_is_the_mean_of_the_update():
-    new, old, router = (
-        torch.randn(2, 3, *more, generator=rng(0, i)).double() for i, more in enumerate(((), (), (2, 1)))
-    )
+    shapes = (2, 3), (2, 3), (2, 3, 2, 1)
+    new, old, router = (torch.randn(shape, generator=rng(0, i)).double() for i, shape in enumerate(shapes))
     A, mask, old_router = torch.tensor([1.0, -1.0]).double(), torch.tensor([[True, True, False]] * 2), router - 0.1
     loss, _ = moving_routes.yoked_loss(new, old, A, mask, router, old_router)  # the same shift everywhere: RAIS itself
     torch.testing.assert_close(loss, rais_loss(new, old, A, mask, router, old_router)[0])
@@ -124,9 +93,8 @@ def test_e3_pairs_starts_at_both_rates_and_counts_collapses_of_one_alone():
     def row(start, arm, rate, area, collapsed=False):
         return {"start": start, "arm": arm, "rate": rate, "area": area, "collapsed": collapsed}
 
-    rows = [
-        row(s, arm, x, s + x * (arm == "rais")) for s in (0, 1, 2) for arm in ("rais", "gmpo") for x in (1e-4, 2e-4)
-    ]
+    runs = itertools.product((0, 1, 2), ("rais", "gmpo"), (1e-4, 2e-4))
+    rows = [row(s, arm, x, s + x * (arm == "rais")) for s, arm, x in runs]
     rows[4]["collapsed"] = True  # start 1, rais
     assert moving_routes.differences(rows, "rais", "gmpo") == pytest.approx([1.5e-4] * 2)  # start 0 is for tuning
     assert moving_routes.differences(rows[:-1], "rais", "gmpo") == pytest.approx([1.5e-4])
