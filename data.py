@@ -72,7 +72,7 @@ def load_tokenizer(name: str, data_dir: str | None = None) -> Tokenizer:
 
 
 def prepare(dataset: str, tokenizer: str, data_dir: str | None = None) -> Tokenizer:
-    """The tokenizer of a run on a data set; a set that cannot be read as asked is refused before it is fetched."""
+    """The tokenizer of a run. Whether the set can be read this way is asked first, which needs no network."""
     if data_dir and not os.path.isdir(data_dir):
         raise UserError(f"--data-dir {data_dir}: there is no such folder")
     find_sources(get_dataset(dataset), "train", data_dir)

@@ -329,9 +329,9 @@ def engine_metrics(old: Policy, rollout: Rollout) -> dict:
 def moved_routes(policy: Policy, routing: Routing, old: Policy, rollout: Rollout, args) -> dict:
     """How far the router, and with three policies the ratio, is from what they were before the updates."""
     experts = {"experts": policy.experts, "old_experts": old.experts}
-    if not same_arithmetic(args):
-        experts["log_probs"] = policy.log_probs, old.log_probs  # the other part of the ratio is engine_metrics'
     report = routing_report(routing.logits, old.expert_log_probs, rollout.response_mask, **experts)
+    if not same_arithmetic(args):  # the other part of the ratio is engine_metrics'
+        report |= ratio_report("update", policy.log_probs, old.log_probs, rollout.response_mask)
     # RAIS's own metrics have the plain names, and 1 in the first update of a batch, where its old policy is the new one
     return {name.replace("gamma", "rollout_gamma").replace("floor", "rollout_floor"): x for name, x in report.items()}
 

@@ -45,7 +45,7 @@ def _check_range(name, x, log):
     if not x.isfinite().all():
         raise ValueError(f"{name} holds NaN or infinity where it counts: a mask or a division by 0 before it?")
     low, high = x.min().item(), x.max().item()
-    if high <= 1e-3 if log else low >= 0 and high <= 1.001:  # a log-softmax in bfloat16 may end a little above 0
+    if (log and high <= 1e-3) or (not log and low >= 0 and high <= 1.001):  # bfloat16 may end a little above 0
         return
     looks = f"logits, from {low:.3g} to {high:.3g}: take {'log_softmax' if log else 'softmax'}, then gather"
     if log and low >= 0:

@@ -41,7 +41,7 @@ def parse(argv=None):
 
 
 class HubModel:
-    """What scoring a text needs of a model: its sizes, and a forward along given routes."""
+    """A model's sizes, and how its routes and its decisions are scored."""
 
     def __init__(self, model):
         self.routers = [router for router, _ in find_routers(model)]

@@ -46,13 +46,13 @@ def load_dense(source: str):
     return AutoModelForCausalLM.from_pretrained(**where, dtype=torch.float32), AutoTokenizer.from_pretrained(**where)
 
 
-def moe_config(dense, num_experts, top_k, every, shared, renorm) -> Qwen2MoeConfig:
+def moe_config(dense, num_experts, top_k, every, shared) -> Qwen2MoeConfig:
     width = dense.intermediate_size
     return Qwen2MoeConfig(
         **{name: getattr(dense, name) for name in KEPT if getattr(dense, name, None) is not None},
         num_experts=num_experts,
         num_experts_per_tok=top_k,
-        norm_topk_prob=renorm,
+        norm_topk_prob=True,
         decoder_sparse_step=every,
         moe_intermediate_size=width,
         shared_expert_intermediate_size=width if shared else 0,
@@ -61,7 +61,7 @@ def moe_config(dense, num_experts, top_k, every, shared, renorm) -> Qwen2MoeConf
 
 
 @torch.no_grad()
-def upcycle(dense, *, num_experts=8, top_k=1, every=2, shared=False, renorm=True, std=0.1, generator=None):
+def upcycle(dense, *, num_experts=8, top_k=1, every=2, shared=False, generator=None):
     """A Qwen2MoeForCausalLM with `num_experts` copies of `dense`'s MLP in blocks every - 1, 2 * every - 1, ...
 
     generator (CPU) draws the routers. ValueError for a model that is not of Llama's type.
@@ -72,7 +72,7 @@ def upcycle(dense, *, num_experts=8, top_k=1, every=2, shared=False, renorm=True
         raise ValueError("a sliding window of attention would be lost: this parent cannot be upcycled")
     if not hasattr(dense.config, "intermediate_size"):
         raise ValueError(f"{type(dense).__name__} has no gated MLP: only a Llama-type model can be upcycled")
-    config = moe_config(dense.config, num_experts, top_k, every, shared, renorm)
+    config = moe_config(dense.config, num_experts, top_k, every, shared)
     model = Qwen2MoeForCausalLM(config).to(dense.dtype)
     source, target, used = dense.state_dict(), model.state_dict(), set()
 
@@ -85,7 +85,7 @@ def upcycle(dense, *, num_experts=8, top_k=1, every=2, shared=False, renorm=True
     for name, value in target.items():
         mlp, _, part = name.partition(".mlp.")
         if part == "gate.weight":
-            torch.nn.init.normal_(value, std=std, generator=generator)
+            torch.nn.init.normal_(value, std=0.1, generator=generator)
         elif part == "shared_expert_gate.weight":
             value.zero_()  # sigmoid(0) = 1/2
         elif part == "experts.gate_up_proj":  # [E, 2 I, D]
@@ -98,7 +98,7 @@ def upcycle(dense, *, num_experts=8, top_k=1, every=2, shared=False, renorm=True
             value.copy_(take(f"{mlp}.mlp.{part.removeprefix('shared_expert.')}"))
     if left := set(source) - used:
         raise ValueError(f"{type(dense).__name__} has {min(left)}: only a Llama-type model can be upcycled")
-    if renorm and (gap := largest_gap(dense, model)) > 1e-3:
+    if (gap := largest_gap(dense, model)) > 1e-3:
         raise ValueError(f"the new model's log-probabilities are off by {gap:.1g}: its parent is not of Llama's type")
     return model
 

@@ -6,7 +6,7 @@
 
 It prints how far our losses are from verl's "vanilla", "gspo", "geo_mean", "cispo", "sapo" and "dppo_tv" on random
 numbers, in value and in gradient; then the same with weights for another engine's samples, and rais_loss from the first
-three with gamma in the old log-probabilities. A log ratio counts at most as 20 here (10 in "gspo").
+three with gamma in the old log-probabilities.
 
 What to set in verl for this, what stays different, what verl passes to a registered loss (no routes), and what RAIS
 and ERPO would need from it, is in docs/frameworks.md. RAIS would need one line around any registered loss:
@@ -116,10 +116,10 @@ def differences(name, **options):
     """-> {what: difference} of our loss from verl's `name`, of the weighted one, and of RAIS where it is a base."""
     log_probs, old, A, mask, router, old_router, weights = example(**options)
     ours = OURS[name]
-    row = old, A, mask
+    row, weigh = (old, A, mask), {"weights": weights}
     found = {ours.__name__: difference(lambda x: ours(x, *row)[0], lambda x: call(name, x, *row), log_probs)}
-    weighted = lambda x: ours(x, *row, weights=weights)[0], lambda x: call(name, x, *row, weights)  # noqa: E731
-    found["with weights"] = difference(*weighted, log_probs)
+    pair = difference(lambda x: ours(x, *row, **weigh)[0], lambda x: call(name, x, *row, **weigh), log_probs)
+    found["with weights"] = pair
     if name in BASES:
         shifted = old - router_shift(router, old_router).log()
         found["rais_loss"] = difference(

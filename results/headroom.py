@@ -366,7 +366,7 @@ def figures_of(rows, figure: str, tuning: bool = False) -> dict[tuple, dict]:
 
 
 def chosen_rates(rows) -> dict[str, float]:
-    """Of each arm in (a-new): the rate with the fewest nats on start 0, the tuning start."""
+    """Of each arm of a setting: the rate with the fewest nats on start 0, the tuning start."""
     nats = figures_of(rows, "nats", tuning=True)
     rates = {arm: min(RATES, key=lambda rate: nats[arm, rate][0]) for arm in dict.fromkeys(arm for arm, _ in nats)}
     return rates | {"erl-again": rates["erl"]}

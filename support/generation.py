@@ -133,30 +133,10 @@ def sample_tokens(probs: Tensor, top_p: float = 1.0, generator: torch.Generator 
         outside = probs.cumsum(-1) - probs >= top_p
         outside[:, 0] = False  # the first word always stays, also where top_p is 0 as a float32
         probs = probs.masked_fill(outside, 0.0)
-    u = torch.rand(len(probs), 1, generator=generator, device=device).to(probs.device)
-    index = _invert_cdf(probs, u)
+    u, cdf = torch.rand(len(probs), 1, generator=generator, device=device).to(probs.device), probs.cumsum(-1)
+    # u is at most 1 - 2^-24: u * total stays below the total in float32 too, and no probability of 0 is found.
+    index = torch.searchsorted(cdf, u * cdf[:, -1:], right=True).clamp_(max=probs.shape[-1] - 1)
     return (index if top_p >= 1 else words.gather(-1, index)).squeeze(-1)
-
-
-def _invert_cdf(weights: Tensor, u: Tensor, run: int = 256) -> Tensor:
-    """The first index whose running sum of weights [B, V] exceeds the share u [B, 1] of their total -> [B, 1].
-
-    A running sum over all words is serial work: among many, first the run of words is found and then the word in it.
-    """
-    V = weights.shape[-1]
-    if V <= 16 * run:
-        cdf = weights.cumsum(-1)
-        # u is at most 1 - 2^-24: u * total stays below the total in float32 too, and no weight of 0 is found.
-        return torch.searchsorted(cdf, u * cdf[:, -1:], right=True).clamp_(max=V - 1)
-    whole = V // run
-    rest = weights[:, whole * run :].sum(-1, keepdim=True)
-    sums = torch.cat([weights[:, : whole * run].unflatten(1, (whole, run)).sum(-1), rest], -1)  # [B, runs]
-    place = _invert_cdf(sums, u, run)
-    ends = sums.cumsum(-1)
-    share = (u * ends[:, -1:] - (ends - sums).gather(-1, place)) / sums.gather(-1, place)  # of the run's own sum
-    words = place * run + torch.arange(run, device=u.device)  # [B, run]
-    inside = weights.gather(-1, words.clamp(max=V - 1)).masked_fill(words >= V, 0)
-    return words.gather(-1, _invert_cdf(inside, share.clamp(0, 1 - 2**-24), run))
 
 
 def _next_token(logits: Tensor, temperature: float, top_p: float, generator) -> tuple[Tensor, Tensor, Tensor]:

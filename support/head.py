@@ -1,12 +1,14 @@
 """The output head for large vocabularies, and for the positions that count: `moe.lm_loss` and `moe.token_log_probs`.
 
-Over 50,257 words a table of logits [N, V] costs more than the rest of a small model. On a CPU in float32 PyTorch works
-on a block of tokens at a time, forward and backward; elsewhere this is moe.py's head. N tokens, D width, V words.
+Over 50,257 words a table of logits [N, V] costs more than the rest of a small model. So a block of tokens is worked on
+at a time, and its logits are computed again in the backward: by PyTorch's own function on a CPU in float32, where it is
+faster, elsewhere by checkpoints around moe.py's head. N tokens, D width, V words.
 """
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 import moe
 
@@ -16,13 +18,17 @@ SMALL_VOCABULARY = 1024  # up to here one product is fastest
 
 def token_log_probs(features: Tensor, weight: Tensor, targets: Tensor, temperature: float = 1.0) -> Tensor:
     """Arguments and result of `moe.token_log_probs`."""
-    plain = len(weight) <= SMALL_VOCABULARY or features.device.type != "cpu" or torch.is_autocast_enabled("cpu")
-    if plain or features.dtype != torch.float32 or not hasattr(F, "linear_cross_entropy"):  # PyTorch 2.13 has it
+    if len(weight) <= SMALL_VOCABULARY:
         return moe.token_log_probs(features, weight, targets, temperature)
-    x = features.flatten(0, -2) / max(temperature, moe.MIN_TEMPERATURE)  # [N, D]
-    blocks = torch.nn.LinearCrossEntropyOptions(batch_chunk_size=BLOCK)
-    nll = F.linear_cross_entropy(x, weight, targets.flatten(), reduction="none", options=blocks)  # [N]
-    return -nll.view(targets.shape)
+    x, words = features.flatten(0, -2), targets.flatten()  # [N, D], [N]
+    float32 = x.device.type == "cpu" and x.dtype == torch.float32 and not torch.is_autocast_enabled("cpu")
+    if float32 and hasattr(F, "linear_cross_entropy"):  # PyTorch 2.13 has it
+        blocks = torch.nn.LinearCrossEntropyOptions(batch_chunk_size=BLOCK)
+        x = x / max(temperature, moe.MIN_TEMPERATURE)
+        return -F.linear_cross_entropy(x, weight, words, reduction="none", options=blocks).view(targets.shape)
+    how, parts = {"use_reentrant": False, "preserve_rng_state": False}, (x.split(BLOCK), words.split(BLOCK))
+    found = [checkpoint(moe.token_log_probs, a, weight, b, temperature, **how) for a, b in zip(*parts, strict=True)]
+    return torch.cat(found).view(targets.shape)
 
 
 def lm_loss(features: Tensor, weight: Tensor, targets: Tensor, mask: Tensor | None = None) -> tuple[Tensor, Tensor]:

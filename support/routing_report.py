@@ -18,7 +18,7 @@ def expert_load(experts, num_experts, mask):
 
 
 @torch.no_grad()
-def routing_report(new, old=None, mask=None, *, experts=None, old_experts=None, top_k=1, floor=0.8, log_probs=()):
+def routing_report(new, old=None, mask=None, *, experts=None, old_experts=None, top_k=1, floor=0.8):
     """B rows, T positions, L MoE layers, E experts, K active ones -> dict of detached float32 tensors.
 
     new          [B, T, L, E]   router logits or log-probabilities (full softmax) of the policy at hand
@@ -28,24 +28,19 @@ def routing_report(new, old=None, mask=None, *, experts=None, old_experts=None, 
     experts      [B, T, L, K]   that `new` used, of any integer type (None: the top-K of `new`)
     old_experts  [B, T, L, K]   that the old policy used (None: the top-K of `old`)
     top_k, floor   K, read only where no experts are given; the floor of gamma
-    log_probs    (pi, pi_old, mu), each [B, T] or None: log p of the predicted tokens under the policy now, under the
-                 trainer before the batch, and in the engine that sampled
 
     Of the tokens that count, 0-d unless [L] follows:
       router_entropy     mean entropy of the router's softmax in nats; and router_entropy_by_layer [L]
       top1_above_0.9     share of decisions whose largest probability is above 0.9
       load_min load_max  smallest and largest share of a layer's slots that one expert got; even load is 1 / E
       max_vio            largest load of a layer over the mean load, less 1, mean over layers; and max_vio_by_layer [L]
-      dead_experts route_bytes   (layer, expert) pairs without a token; size of these routes in the smallest integers
+      dead_experts       (layer, expert) pairs without a token
     with `old`:
       agreement          share of the old slots whose expert `new` uses too; and agreement_by_layer [L]
       moved_anywhere     share of tokens that have another set of experts in at least one layer
       gamma_mean gamma_min   router-shift ratio exp(-mean over L and K |log P - log P_old|) at the old experts, floored;
       floor_share        share of tokens whose unfloored gamma is below the floor
-    with `log_probs`, of pi / mu = (pi / pi_old) (pi_old / mu), of the first factor as update_..., of the second:
-      engine_gap engine_kl   mean |log pi_old - log mu|; k3 estimate of KL(mu, pi_old), mean of r - 1 - log r
-      engine_ratio_p01 engine_ratio_p50 engine_ratio_p99   quantiles of r = pi_old / mu over the tokens
-    Without a token that counts every value is 0 (gamma_min and the ratios 1). ValueError: shapes that do not fit.
+    Without a token that counts every value is 0 (gamma_min 1). ValueError: shapes that do not fit.
     """
     if new.dim() != 4:
         raise ValueError(f"new must have shape [B, T, L, E], got {list(new.shape)}")
@@ -54,7 +49,7 @@ def routing_report(new, old=None, mask=None, *, experts=None, old_experts=None, 
     K = next((x.shape[-1] for x in (experts, old_experts) if x is not None), top_k)
     wanted = [("mask", mask, (B, T)), ("old", old, (B, T, L, E if old_experts is None else K))]
     wanted += [("experts", experts, (B, T, L, K)), ("old_experts", old_experts, (B, T, L, K))]
-    for name, tensor, shape in wanted + [("log_probs", x, (B, T)) for x in log_probs]:
+    for name, tensor, shape in wanted:
         if tensor is not None and tuple(tensor.shape) != shape:
             raise ValueError(f"{name} must have shape {list(shape)}, got {list(tensor.shape)}")
     here = mask[:, :, None, None]  # [B, T, 1, 1]
@@ -68,11 +63,10 @@ def routing_report(new, old=None, mask=None, *, experts=None, old_experts=None, 
     entropy = mean(-(log_P.exp() * log_P.clamp(min=-100)).sum(-1))  # [L]; a probability of 0 adds 0
     load = expert_load(experts, E, mask)  # [L, E]
     max_vio = (load.amax(-1) * E - 1).clamp(min=0)  # [L]
-    size = 1 if E <= 2**8 else 2 if E <= 2**16 else 4  # bytes that name an expert
     report = {"router_entropy": entropy.mean(), "router_entropy_by_layer": entropy}
     report |= {"top1_above_0.9": mean(log_P.amax(-1).exp() > 0.9).mean()}
     report |= {"load_min": load.min(), "load_max": load.max(), "dead_experts": (load == 0).sum().float() * mask.any()}
-    report |= {"max_vio": max_vio.mean(), "max_vio_by_layer": max_vio, "route_bytes": mask.sum().float() * L * K * size}
+    report |= {"max_vio": max_vio.mean(), "max_vio_by_layer": max_vio}
     if old is not None:
         old = old.float().masked_fill(~here, 0)
         if old_experts is None:
@@ -84,15 +78,16 @@ def routing_report(new, old=None, mask=None, *, experts=None, old_experts=None, 
         report |= {"moved_anywhere": mean((kept < 1).any(-1)), "floor_share": mean(gamma < floor)}
         gamma = gamma.clamp(min=floor)
         report |= {"gamma_mean": mean(gamma), "gamma_min": gamma.masked_fill(~mask, 1).min()}
-    for name, now, then in zip(("update", "engine"), log_probs, log_probs[1:], strict=False):
-        if now is not None and then is not None:
-            report |= ratio_report(name, now, then, mask)
     return report
 
 
 @torch.no_grad()
 def ratio_report(name, log_probs, then, mask):
-    """Of r = p / p_then over the tokens of mask bool [B, T]: NAME_gap, NAME_kl and NAME_ratio_p01, _p50, _p99."""
+    """Of r = p / p_then over the tokens of mask bool [B, T], from their log-probabilities [B, T]:
+
+    NAME_gap, mean |log r|; NAME_kl, the k3 estimate of KL(p_then, p), mean of r - 1 - log r; NAME_ratio_p01, _p50 and
+    _p99, quantiles of r. Without a token 0 and 1.
+    """
     log_ratio = (log_probs.float() - then.float())[mask]  # [N]
     log_ratio = log_ratio if len(log_ratio) else log_ratio.new_zeros(1)
     report = {f"{name}_gap": log_ratio.abs().mean(), f"{name}_kl": (log_ratio.exp() - 1 - log_ratio).mean()}

@@ -187,7 +187,7 @@ class Run:
         seconds = time.perf_counter() - self.begun
         last = best = self.evaluate(self.tests, final=True)
         if state.best_step < state.step:
-            model = self.prepare(self.load_best())
+            model = self.prepare(self.load_best(state.best_step))
             best = {name: evaluate(model, self.task, name, args, final=True) for name in self.tests}
         summary = dict(mean_scores(last))
         summary["test_samples"] = summary.pop("samples")
@@ -202,11 +202,12 @@ class Run:
         write_json(os.path.join(self.out, "summary.json"), summary)
         return summary
 
-    def load_best(self):
+    def load_best(self, step: int | None = None):
+        """This run's best weights, of any step where none is given: a killed run's may be newer than its checkpoint."""
         if path := find_checkpoint(self.out, "best"):
             with as_user_error():
                 model, kept = load_model(path)
-            if (kept.get("step"), kept.get("run")) == (self.state.best_step, self.id):
+            if kept.get("run") == self.id and step in (None, kept.get("step")):
                 return model
         wanted = f"this run's weights of step {self.state.best_step}"
         raise UserError(f"{self.out}/best does not hold {wanted}: put them back and resume")
@@ -234,6 +235,8 @@ class Run:
                     advice = f"put the run's own file back, or start a new run with --init {self.out}"
                     raise UserError(f"{shorter}: {advice}")
                 file.truncate(self.state.metrics_bytes)  # lines after the checkpoint will be written again
+            if self.state.best_step >= 0:
+                self.load_best()  # better to hear now that it is gone than after the last step
             often = 0.1 if sys.stderr.isatty() else 30  # seconds between two lines in a file
             bar = tqdm(total=self.total, initial=self.state.step, desc="training", mininterval=often, delay=0.1)
             with self._stops_politely(), bar as self.bar:

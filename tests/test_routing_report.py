@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from support.routing_report import expert_load, routing_report
+from support.routing_report import expert_load, ratio_report, routing_report
 
 B, T, L, E, K = 3, 5, 2, 6, 2
 
@@ -48,7 +48,6 @@ def by_hand(new, old, mask, floor=0.8):
         "load_max": max(map(max, load)),
         "max_vio_by_layer": [max(row) * E - 1 for row in load],
         "dead_experts": sum(c == 0 for row in count for c in row),
-        "route_bytes": n * L * K,
         "agreement_by_layer": [x / n for x in kept],
         "moved_anywhere": moved / n,
         "gamma_mean": sum(max(x, floor) for x in gammas) / n,
@@ -72,24 +71,18 @@ def test_against_loops(seed):
         torch.testing.assert_close(of_log_probs[name], value)
 
 
-def test_both_parts_of_the_ratio_by_the_book():
-    """log pi - log mu = (log pi - log pi_old) + (log pi_old - log mu), over the tokens that count alone."""
-    new, _, mask = tensors()
-    pi, pi_old, mu = -torch.rand(3, B, T, generator=torch.Generator().manual_seed(1))
-    report = routing_report(new, mask=mask, log_probs=(pi, pi_old, mu))
-    for name, now, then in (("update", pi, pi_old), ("engine", pi_old, mu)):
-        gaps = [(now[b, t] - then[b, t]).item() for b in range(B) for t in range(T) if mask[b, t]]
-        assert report[f"{name}_gap"].item() == pytest.approx(sum(map(abs, gaps)) / len(gaps), rel=1e-5)
-        k3 = sum(math.exp(x) - 1 - x for x in gaps) / len(gaps)
-        assert report[f"{name}_kl"].item() == pytest.approx(k3, rel=1e-4)
-        for q in (1, 50, 99):
-            expected = np.quantile(np.exp(gaps), q / 100)
-            assert report[f"{name}_ratio_p{q:02}"].item() == pytest.approx(expected, rel=1e-5)
-    pi[~mask] = math.nan
-    wild = routing_report(new, mask=mask, log_probs=(pi, pi_old, None))
-    assert wild["update_gap"] == report["update_gap"] and "engine_gap" not in wild
-    same = routing_report(new, mask=mask, log_probs=(mu, mu, mu))
-    assert same["engine_gap"] == same["update_kl"] == 0 and same["engine_ratio_p99"] == 1
+def test_a_ratio_by_the_book():
+    """Over the tokens that count alone."""
+    mask = tensors()[2]
+    now, then = -torch.rand(2, B, T, generator=torch.Generator().manual_seed(1))
+    gaps = [(now[b, t] - then[b, t]).item() for b in range(B) for t in range(T) if mask[b, t]]
+    now[~mask] = math.nan
+    report = ratio_report("engine", now, then, mask)
+    assert report["engine_gap"].item() == pytest.approx(sum(map(abs, gaps)) / len(gaps), rel=1e-5)
+    assert report["engine_kl"].item() == pytest.approx(sum(math.exp(x) - 1 - x for x in gaps) / len(gaps), rel=1e-4)
+    for q in (1, 50, 99):
+        expected = np.quantile(np.exp(gaps), q / 100)
+        assert report[f"engine_ratio_p{q:02}"].item() == pytest.approx(expected, rel=1e-5)
 
 
 @pytest.mark.parametrize("kind", [torch.uint8, torch.int64])
@@ -110,8 +103,10 @@ def test_every_integer_type_and_anything_in_padding(kind):
 
 def test_nothing_that_counts():
     new, old, mask = tensors()
-    parts = (mask.float(), mask.float(), mask.float())
-    for name, value in routing_report(new, old, mask & False, top_k=K, log_probs=parts).items():
+    report = routing_report(new, old, mask & False, top_k=K) | ratio_report(
+        "engine", *mask.float().expand(2, B, T), mask & False
+    )
+    for name, value in report.items():
         assert (value == (1 if name == "gamma_min" or "ratio" in name else 0)).all(), name
 
 
@@ -124,4 +119,3 @@ def test_no_gradient_any_dtype_and_a_probability_of_zero():
     report = routing_report(certain, experts=torch.zeros(1, 1, 1, 1))  # imposed experts count as used
     assert report["router_entropy"] == 0 and report["top1_above_0.9"] == report["load_max"] == 1
     assert report["max_vio"] == report["dead_experts"] == 3
-    assert routing_report(torch.zeros(1, 3, 2, 257), top_k=4)["route_bytes"] == 48

@@ -165,7 +165,7 @@ SCORES = [  # of validation: at step 1, at the end of the supervised phase, and 
 
 @pytest.mark.parametrize(("flags", "metric", "scores"), SCORES)
 def test_best_is_of_the_sets_own_metric_since_the_algorithm_began(flags, metric, scores, micro, monkeypatch):
-    """When the run ends, another run's weights in best/, or none, are refused in a sentence."""
+    """Weights of another step in best/, or another run's, or none, are refused in a sentence."""
     validation, last_and_best = iter(scores), itertools.cycle([0.6, 0.8])
 
     def evaluate(model, task, name, args, final=False):
@@ -177,8 +177,10 @@ def test_best_is_of_the_sets_own_metric_since_the_algorithm_began(flags, metric,
     assert summary["best_step"] == 4 == load_model("r/best/model.safetensors")[1]["step"]
     assert [summary[name + metric] for name in ("validation_", "", "best_")] == [scores[-1], 0.6, 0.8]
     assert summary.get(f"before_{metric}") == (0.7 if metric == "accuracy" else None)
-    save_checkpoint("r/best/model.safetensors", load_model("r/best/model.safetensors")[0], step=4, run="other")
-    for _ in range(2):
+    model, kept = load_model("r/best/model.safetensors")
+    for other in ({"step": 5}, {"run": "other"}, None):
+        if other:
+            save_checkpoint("r/best/model.safetensors", model, **kept | other)
         with pytest.raises(UserError, match="does not hold this run's weights"):
             train.run(args_of("--resume --out r"))
         shutil.rmtree("r/best", ignore_errors=True)
