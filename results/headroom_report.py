@@ -150,6 +150,7 @@ def report(rows: list[dict], checks: list[dict], free: list[dict], prob: list[di
     lines += free_lines("(c)", free, statistics.fmean(shares(of["a-new"])[1].values()))
     lines += free_lines("(c) with the gate `prob` (exploratory)", prob, None) if prob else []
     lines += router_lines("E2: SmolLM2-135M", of["real"], "smollm2.png")
+    lines += confirmation_lines("E2 on other windows: the confirmation", [r for r in rows if r["setting"] == "real"])
     return "\n".join(lines) + "\n"
 
 
