@@ -7,7 +7,8 @@
 
 The last block's MLP is copied into four experts; each is trained on one corpus, all else stands still. So what enters
 the last MLP is computed once. Then log p of the next token is computed under every expert, for windows that no expert
-has seen. B windows, T positions, D width, E experts, V words.
+has seen; starts from 7 on, of PLAN.md's confirmation, read other windows. B windows, T positions, D width, E experts,
+V words.
 """
 
 import argparse
