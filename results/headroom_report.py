@@ -1,6 +1,8 @@
 """The tables, verdicts and pictures of E1 and E2, from the rows of headroom.py and nothing else.
 
-python results/headroom_report.py       results/e1.md, real-router.png, smollm2.png
+    python results/headroom_report.py       results/e1.md, real-router.png, smollm2.png
+
+Start 0 chose the rates and stands in no figure; the rows of every other start are paired.
 """
 
 import itertools

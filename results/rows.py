@@ -127,24 +127,24 @@ PLANNED = (  # effects: ERL tables 3 and 4; ERPO table 1 (1.2 points over GSPO);
 )
 
 
-def verdicts(rows: dict[str, list[dict]], contrasts=PLANNED) -> list[tuple[str, str]]:
-    """(verdict, why) of every contrast, from confirmatory starts alone.
+def verdicts(rows: dict[str, list[dict]]) -> list[tuple[str, str]]:
+    """(verdict, why) of every planned contrast, from confirmatory starts alone.
 
     Two families of tests, each held to 5 % by Holm: of a difference (t), and of none beyond the margin (two one-sided
     t tests). A difference that is there and smaller than the margin is "no difference".
     """
-    found = [differences(confirmatory(rows[c.experiment]), c.arm, c.control, c.figure) for c in contrasts]
+    found = [differences(confirmatory(rows[c.experiment]), c.arm, c.control, c.figure) for c in PLANNED]
     enough = [i for i, values in enumerate(found) if len(values) >= LEAST_STARTS]
 
     def p(i: int, mean: float, side: str) -> float:
         return float(stats.ttest_1samp(found[i], mean, alternative=side).pvalue)
 
-    margins = [c.margin for c in contrasts]
-    unequal = holm([p(i, 0, "two-sided") for i in enough], len(contrasts))
-    equal = holm([max(p(i, -margins[i], "greater"), p(i, margins[i], "less")) for i in enough], len(contrasts))
+    margins = [c.margin for c in PLANNED]
+    unequal = holm([p(i, 0, "two-sided") for i in enough], len(PLANNED))
+    equal = holm([max(p(i, -margins[i], "greater"), p(i, margins[i], "less")) for i in enough], len(PLANNED))
     results = [("not decidable here", f"{len(values)} of at least {LEAST_STARTS} starts ran") for values in found]
     for i, different, same in zip(enough, unequal, equal, strict=True):
-        claimed = statistics.fmean(found[i]) * contrasts[i].sign > 0
+        claimed = statistics.fmean(found[i]) * PLANNED[i].sign > 0
         verdict = ("same direction" if claimed else "opposite") if different < LEVEL else "not decidable here"
         verdict = "no difference" if same < LEVEL else verdict
         results[i] = verdict, f"p {different:.2g} of a difference, {same:.2g} of none"
